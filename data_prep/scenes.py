@@ -1,0 +1,86 @@
+"""Coloured scenes composed of real digits: `python -m data_prep.scenes --out data/scenes`.
+
+A scene is 16x16 RGB with one or two handwritten digits, each in one of six colours in one of four
+quadrants. Training takes its digits from the train part of `data_prep.digits`, test and heldout from its
+test part. About one in seven colour-digit combinations occurs in the `heldout` split alone, whose every scene
+contains one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.digits import SPLIT_SEED, WORDS, png, split, write
+from mmgen.evaluate.tasks import COLOURS, PLACES, Object, paint
+
+TEMPLATES = (
+    ("a {colour} {digit} {place}", " and "),
+    ("{place} a {colour} {digit}", ", "),
+    ("{colour} {digit} {place}", " and "),
+    ("a {colour} {digit} in the {place}", " and "),
+)
+# 9 of the 60 combinations, each colour once or twice and no digit twice.
+HELD_OUT = frozenset({(c, d) for d, c in enumerate([0, 1, 2, 3, 4, 5, 0, 1, 2])})
+SIZES = {"train": 24000, "test": 1000, "heldout": 500}
+DIGITS = {"train": "train", "test": "test", "heldout": "test"}
+
+
+def describe(objects: list[Object], rng: np.random.Generator) -> str:
+    """A caption: one template, the objects in any order, digits as numeral or word."""
+    clause, joint = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
+    word = rng.random() < 0.5
+    parts = []
+    for i in rng.permutation(len(objects)):
+        thing = objects[int(i)]
+        name = WORDS[thing.digit] if word else str(thing.digit)
+        parts.append(clause.format(colour=thing.colour, digit=name, place=thing.place))
+    return joint.join(parts)
+
+
+def allowed(objects: list[Object], name: str) -> bool:
+    """Whether a scene belongs to a split: with a held-out combination or without."""
+    held = any((list(COLOURS).index(o.colour or ""), o.digit) in HELD_OUT for o in objects)
+    return held == (name == "heldout")
+
+
+def scenes(name: str, count: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """`count` samples of one split, from its own digits."""
+    rng = np.random.default_rng([SPLIT_SEED, list(SIZES).index(name)])
+    colours, places = list(COLOURS), list(PLACES)
+    samples: list[dict[str, Any]] = []
+    while len(samples) < count:
+        n = int(rng.integers(1, 3))
+        chosen = rng.integers(len(images), size=n)
+        where = rng.permutation(len(places))[:n]
+        objects = [
+            Object(int(labels[i]), colours[int(rng.integers(len(colours)))], places[int(place)])
+            for i, place in zip(chosen, where, strict=True)
+        ]
+        if not allowed(objects, name):
+            continue
+        pixels = paint([(images[i], thing) for i, thing in zip(chosen, objects, strict=True)])
+        record = {"caption": describe(objects, rng), "objects": [thing.as_dict() for thing in objects]}
+        samples.append({"png": png(pixels), "json": record})
+    return samples
+
+
+def main(
+    *,
+    out: Annotated[Path, cyclopts.Parameter(help="Folder to write.")] = Path("data/scenes"),
+    train: Annotated[int, cyclopts.Parameter(help="Training scenes.")] = SIZES["train"],
+) -> None:
+    """Write train, test and heldout shards of coloured scenes."""
+    parts = split()
+    for name, count in {**SIZES, "train": train}.items():
+        samples = scenes(name, count, *parts[DIGITS[name]])
+        write(out, name, samples, per_shard=8000)
+        print(f"{name}: {len(samples)} scenes in {out}")
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)

@@ -1,0 +1,158 @@
+"""Any Hugging Face decoder as the transformer: construction, attention and the key-value cache.
+
+Suffixes: B rows, S positions, Q queries, K keys, H heads, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from mmgen.config import BackboneConfig
+from mmgen.sequence import Sites, dense_visible, flex_rule
+
+ATTENTION = "mmgen"
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention for transformers' interface: [B, H, Q, d] to [B, Q, H, d] under an additive mask or a BlockMask."""
+    grouped = query.shape[1] != key.shape[1]
+    if isinstance(mask, BlockMask):
+        attend = _compiled_flex() if query.is_cuda else flex_attention
+        out = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2), None
+    # On a CPU the backward pass of bf16 attention ran 6 times slower than that of fp32.
+    half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+    dtype = torch.float32 if half_on_cpu else query.dtype
+    with torch.autocast(query.device.type, enabled=False):
+        out = F.scaled_dot_product_attention(
+            query.to(dtype), key.to(dtype), value.to(dtype), attn_mask=mask.to(dtype), scale=scaling, enable_gqa=grouped
+        )
+    return out.to(value.dtype).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, attention)
+
+_flex: Any = None
+
+
+def _compiled_flex() -> Any:
+    global _flex
+    if _flex is None:
+        _flex = torch.compile(flex_attention, dynamic=False)
+    return _flex
+
+
+def attention_mask(sites: Sites) -> Tensor | BlockMask:
+    """The rule for a whole batch in the form the device wants: a BlockMask on CUDA, else [B, 1, S, S] of 0 and -inf."""
+    batch, length = sites.index.shape
+    if sites.index.is_cuda:
+        return create_block_mask(flex_rule(sites), batch, None, length, length, device=sites.index.device)
+    return additive(dense_visible(sites))
+
+
+def additive(seen_BQK: Tensor) -> Tensor:
+    """Boolean visibility to an additive mask [B, 1, Q, K]: 0 where seen, -inf elsewhere."""
+    return torch.zeros(seen_BQK.shape, device=seen_BQK.device).masked_fill_(~seen_BQK, -torch.inf).unsqueeze(1)
+
+
+class RowCache(Cache):
+    """Keys and values of L lanes with a length each; positions that were not committed are overwritten.
+
+    `begin` says which lanes the next forward pass serves and where its positions go; `commit` keeps some of
+    them. Nothing is ever copied or cropped.
+    """
+
+    def __init__(self, layers: int, lanes: int, capacity: int, device: torch.device) -> None:
+        super().__init__(layers=[])
+        self.capacity = capacity
+        self.length = torch.zeros(lanes, dtype=torch.long, device=device)
+        self._store: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self._lanes = self._slots = torch.zeros(0, dtype=torch.long, device=device)
+        self._reach = 0
+
+    def begin(self, lanes: Tensor, width: int) -> Tensor:
+        """Place `width` new positions after the committed ones of each lane; returns their slots [lanes, width]."""
+        self._lanes, self._slots = lanes, self.length[lanes].unsqueeze(1) + torch.arange(width, device=lanes.device)
+        self._reach = int(self._slots.max()) + 1
+        if self._reach > self.capacity:
+            raise ValueError(f"a sequence of {self._reach} positions exceeds the decoder's capacity of {self.capacity}")
+        return self._slots
+
+    @property
+    def reach(self) -> int:
+        """Slots that the current forward pass can see."""
+        return self._reach
+
+    def commit(self, counts: Tensor) -> None:
+        """Keep the first `counts` new positions of each lane of the last forward pass."""
+        self.length[self._lanes] += counts
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store [L, H, width, d] and return all keys and values of these lanes up to `reach`."""
+        stored = self._store[layer_idx]
+        if stored is None:
+            shape = (len(self.length), key_states.shape[1], self.capacity, key_states.shape[3])
+            stored = (key_states.new_zeros(shape), value_states.new_zeros(shape))
+            self._store[layer_idx] = stored
+        for old, new in zip(stored, (key_states, value_states), strict=True):
+            old[self._lanes.unsqueeze(1), :, self._slots] = new.transpose(1, 2)
+        everyone = len(self._lanes) == len(self.length)
+        keys, values = (old if everyone else old[self._lanes] for old in stored)
+        return keys[:, :, : self._reach], values[:, :, : self._reach]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Longest committed length."""
+        return int(self.length.max())
+
+
+def backbone_config(settings: BackboneConfig, vocabulary: int) -> dict[str, Any]:
+    """The Hugging Face configuration of the transformer that `model.backbone` describes.
+
+    Raises:
+        ValueError: the architecture is unknown or the folder or name cannot be loaded.
+    """
+    if settings.pretrained is not None:
+        try:
+            config = AutoConfig.from_pretrained(settings.pretrained)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.backbone '{settings.pretrained}' cannot be loaded: {error}") from None
+        config.vocab_size = max(vocabulary, config.vocab_size)
+        return dict(config.to_dict())
+    sizes = settings.model_dump(exclude={"pretrained", "model_type", "extra"})
+    # The libraries' fixed 0.02 suits widths near 1,000; small models start better in proportion to their width.
+    width = {"head_dim": settings.hidden_size // settings.num_attention_heads, "initializer_range": 0.5 * settings.hidden_size**-0.5}
+    sizes = {**width, **sizes, **settings.extra}
+    try:
+        fresh = AutoConfig.for_model(settings.model_type, vocab_size=vocabulary, tie_word_embeddings=True, **sizes)
+    except ValueError as error:
+        raise ValueError(f"unknown model.backbone.model_type '{settings.model_type}': {error}") from None
+    return dict(fresh.to_dict())
+
+
+def build_backbone(config: dict[str, Any]) -> PreTrainedModel:
+    """A decoder with random weights and mmgen's attention, from a configuration dictionary."""
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    model_config = AutoConfig.for_model(config["model_type"], **fields)
+    refuse_windows(model_config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, attn_implementation=ATTENTION)
+    return model
+
+
+def refuse_windows(config: PretrainedConfig) -> None:
+    """Raise ValueError for decoders with sliding-window layers: an explicit mask would silently replace the window."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"backbone '{config.model_type}' has layers of kind {sorted(kinds - {'full_attention'})}: mmgen's mask "
+            "would replace them silently. Set layer_types to full attention only, or choose another backbone"
+        )

@@ -1,0 +1,324 @@
+"""Every setting of mmgen, typed. No other file defines one.
+
+A run is described by one YAML file whose keys are the fields below; `load` reads it. The command line
+overrides single fields with dotted names (`--train.steps 2000`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Prediction = Literal["x", "eps", "v"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Settings):
+    """Where a run lives and what makes it repeatable."""
+
+    dir: Path = Path("runs/default")
+    """Run folder: config, metrics, samples, checkpoints and reports."""
+    seed: int = 0
+    """Seed of initial weights, data order and every random draw."""
+
+
+class DataConfig(Settings):
+    """What is trained on, and how documents become rows."""
+
+    train: list[str] = []
+    """Training shards: paths or brace patterns of WebDataset tars."""
+    val: list[str] = []
+    """Validation shards, never trained on."""
+    tokenizer: Path = Path("tokenizer.json")
+    """A `tokenizers` file; mmgen adds its own special tokens on top of it."""
+    row_length: Positive = 128
+    """Positions per packed row."""
+    image_first: Fraction = 0.2
+    """Share of captioned images whose image stands before the caption."""
+    caption_drop: Fraction = 0.1
+    """Share of caption-first documents that lose their caption (for classifier-free guidance)."""
+    overlong: Literal["refuse", "truncate"] = "refuse"
+    """A document longer than a row: stop and name it, or cut its text."""
+    max_bad_fraction: Fraction = 0.01
+    """Unreadable samples are skipped and logged; a larger share than this stops the run."""
+    window: Positive = 1024
+    """Documents packed together; rows never mix two windows."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Loader processes; 0 decodes in the training process."""
+
+
+def _name_to_backbone(value: object) -> object:
+    return {"pretrained": value} if isinstance(value, str) else value
+
+
+class BackboneConfig(Settings):
+    """A Hugging Face decoder: the name of a pretrained one, or a fresh one of any size."""
+
+    pretrained: str | None = None
+    """Hub name or local folder for `AutoModel.from_pretrained`; the fields below are then ignored."""
+    model_type: str = "qwen3"
+    """Architecture name that `AutoConfig.for_model` knows."""
+    hidden_size: Positive = 128
+    """Width D."""
+    num_hidden_layers: Positive = 4
+    """Depth."""
+    num_attention_heads: Positive = 4
+    """Query heads."""
+    num_key_value_heads: Positive = 4
+    """Key and value heads (fewer than query heads: grouped-query attention)."""
+    intermediate_size: Positive = 256
+    """Width of the feed-forward layers."""
+    extra: dict[str, Any] = {}
+    """Any further field of that architecture's configuration."""
+
+
+class PatcherConfig(Settings):
+    """How an image becomes rows of patches, and how those enter and leave the backbone."""
+
+    kind: Literal["pixels"] = "pixels"
+    """What a patch is made of."""
+    channels: Literal[1, 3] = 3
+    """Grey or RGB."""
+    patch_size: Positive = 4
+    """Side of a square patch, pixels."""
+    image_sizes: list[tuple[Positive, Positive]] = [(16, 16)]
+    """Every (height, width) in pixels that the model may see or draw."""
+    projection: str = "linear"
+    """`linear` or `bottleneck` (two linear maps through `bottleneck` channels)."""
+    bottleneck: Positive = 32
+    """Width of the bottleneck projection."""
+
+    @property
+    def patch_length(self) -> int:
+        """Numbers in one patch row, P."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """The patch grid (rows, columns) of each image size."""
+        return [(height // self.patch_size, width // self.patch_size) for height, width in self.image_sizes]
+
+    @model_validator(mode="after")
+    def _divisible(self) -> PatcherConfig:
+        for height, width in self.image_sizes:
+            if height % self.patch_size or width % self.patch_size:
+                raise ValueError(
+                    f"image size {height}x{width} is not divisible by patch_size {self.patch_size}: "
+                    "change model.patcher.image_sizes or model.patcher.patch_size"
+                )
+        if not self.image_sizes or len(set(self.image_sizes)) != len(self.image_sizes):
+            raise ValueError("model.patcher.image_sizes must name at least one size, each once")
+        return self
+
+
+class ModelConfig(Settings):
+    """Backbone and patcher."""
+
+    backbone: Annotated[BackboneConfig, BeforeValidator(_name_to_backbone)] = BackboneConfig()
+    """The transformer. A bare name means `pretrained`."""
+    patcher: PatcherConfig = PatcherConfig()
+    """The image side."""
+
+
+class TimeConfig(Settings):
+    """How flow time t is drawn in training (t = 0 is noise, t = 1 is data)."""
+
+    sampler: str = "uniform"
+    """`uniform` or `logit_normal`."""
+    mu: float = 0.0
+    """Mean of the logit of t (`logit_normal`)."""
+    sigma: Annotated[float, Field(ge=0)] = 1.0
+    """Standard deviation of the logit of t (`logit_normal`)."""
+    stratified: bool = True
+    """Spread the draws of one global step evenly over the quantiles."""
+
+
+class ObjectiveConfig(Settings):
+    """How images are learned: the one line that an ablation changes."""
+
+    kind: str = "transfusion"
+    """`transfusion`: the backbone denoises."""
+    prediction: Prediction = "v"
+    """What the network outputs."""
+    loss_space: Prediction = "v"
+    """Where the error is measured."""
+    lambda_image: Annotated[float, Field(ge=0)] = 5.0
+    """Weight of the image loss against the text loss."""
+    time: TimeConfig = TimeConfig()
+    """Distribution of t."""
+    context: Literal["noisy", "capped"] = "capped"
+    """What text after an image sees of it in training: any t, or only t in [cap, 1]."""
+    cap: Fraction = 0.5
+    """Lower end of t for an image that only later text describes (`capped`)."""
+    bidirectional: bool = True
+    """Patches of an image see each other both ways; false is the causal ablation."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Smallest denominator in a training-time conversion between x, eps and v."""
+
+
+class TrainConfig(Settings):
+    """Optimisation."""
+
+    steps: Positive = 1000
+    """Optimiser steps of the whole run."""
+    batch_rows: Positive = 24
+    """Rows of one step, over all processes and micro-steps."""
+    micro_rows: Positive | None = None
+    """Rows of one forward pass; absent: all rows of this process at once."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
+    min_lr_ratio: Fraction = 0.05
+    """End of the cosine, as a share of `lr`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps of linear warm-up."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's averaging constants."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """AdamW's decay, on matrices only."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Largest global gradient norm."""
+    ema_decay: Fraction = 0.999
+    """Decay of the averaged weights that sampling and evaluation use."""
+    zero_stage: Literal[0] = 0
+    """DeepSpeed ZeRO stage; this version trains in one process, stage 0."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast type; auto takes bf16 on CUDA and on processors with AMX."""
+    compile: bool = False
+    """`torch.compile` the backbone (needs a C++ compiler on a CPU)."""
+    log_every: Positive = 20
+    """Steps between lines of metrics.jsonl."""
+    save_every: Positive = 500
+    """Steps between checkpoints."""
+    keep_last: Positive = 2
+    """Checkpoints kept."""
+    sample_every: Annotated[int, Field(ge=0)] = 500
+    """Steps between sample grids; 0 draws none."""
+    first_sample: Annotated[int, Field(ge=0)] = 0
+    """Step of one early sample grid; 0 draws none."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+
+class SampleConfig(Settings):
+    """How images and text are generated."""
+
+    steps: Positive = 50
+    """Solver steps per image."""
+    solver: str = "euler"
+    """`euler` or `heun`."""
+    guidance_scale: float = 2.0
+    """Classifier-free guidance: 0 unconditional, 1 conditional, above 1 sharper."""
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Guidance acts only for t inside this range; elsewhere it is 1."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Of text; 0 is greedy."""
+    max_new_tokens: Positive = 64
+    """Text tokens generated per prompt."""
+    max_images: Annotated[int, Field(ge=0)] = 1
+    """Images generated per prompt."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    """Smallest denominator in a sampling-time conversion."""
+
+
+class EvalConfig(Settings):
+    """How a trained model is scored."""
+
+    task: str = "digits"
+    """What the images show: `digits` or `scenes`."""
+    judge: list[str] = []
+    """Shards of single digits that train the judge; disjoint from the generator's data."""
+    test: list[str] = []
+    """Shards of real images and captions, never trained on."""
+    heldout: list[str] = []
+    """Shards whose captions combine attributes that training never combined."""
+    samples: Positive = 500
+    """Captions drawn and images captioned."""
+    batch: Positive = 128
+    """Prompts decoded together."""
+
+
+class Config(Settings):
+    """One run."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+def load(path: str | Path) -> Config:
+    """Read a YAML file into a `Config`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not YAML, or a key or value is wrong; the message names the file, the key
+            and, for an unknown key, the nearest valid one.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections such as 'train:'")
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{path}: {explain(item)}" for item in error.errors())) from None
+
+
+def explain(error: Any) -> str:
+    """One pydantic error as a sentence that names the key and, where it is unknown, the nearest key."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{key}: {error['msg']} (got {error['input']!r})" if key else str(error["msg"])
+    near = nearest(key, field_names())
+    return f"unknown key '{key}'" + (f", did you mean '{near}'?" if near else "")
+
+
+def nearest(name: str, known: list[str]) -> str | None:
+    """The known name most like `name`, or None where nothing comes close."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
+
+
+def choose(registry: dict[str, Any], name: str, what: str) -> Any:
+    """Look `name` up in a registry; a wrong name raises a ValueError that lists the right ones."""
+    if name not in registry:
+        near = nearest(name, list(registry))
+        hint = f", did you mean '{near}'?" if near else ""
+        raise ValueError(f"unknown {what} '{name}'{hint} (one of: {', '.join(registry)})")
+    return registry[name]
+
+
+def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of every setting."""
+    names = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        names.append(prefix + name)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += field_names(kind, f"{prefix}{name}.")
+    return names
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """Dotted names under which two nested mappings differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found: list[str] = []
+        for key in sorted({*one, *other}):
+            found += differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return [] if one == other else [f"{prefix} ({one!r} here, {other!r} there)"]

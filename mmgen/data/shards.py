@@ -1,0 +1,101 @@
+"""Reading image-text pairs and texts out of WebDataset shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("WDS_SECURE", "1")  # no shell pipes, no unpickling
+
+import webdataset  # noqa: E402
+from braceexpand import braceexpand  # noqa: E402
+
+IMAGES = ("png", "jpg", "jpeg", "webp")
+
+
+class BadSample(ValueError):
+    """One sample that cannot be used; the run goes on without it."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One member group of a shard; its image is still encoded."""
+
+    shard: str
+    key: str
+    image: bytes | None
+    caption: str
+    meta: dict[str, Any] = field(default_factory=dict)
+    """The `.json` member, where there is one."""
+
+    @property
+    def name(self) -> str:
+        """Shard and key, as messages name it."""
+        return f"{self.shard}/{self.key}"
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Shard paths of brace patterns.
+
+    Raises:
+        FileNotFoundError: a shard does not exist; the message names it.
+        ValueError: no pattern was given.
+    """
+    shards = [shard for pattern in patterns for shard in braceexpand(pattern)]
+    if not shards:
+        raise ValueError("no shards are given: set data.train (or the setting that is empty) to one or more .tar files")
+    for shard in shards:
+        if not Path(shard).is_file():
+            raise FileNotFoundError(f"shard {shard} does not exist: make it first or correct the path in the config")
+    return shards
+
+
+def read(patterns: Sequence[str], bad: list[dict[str, str]] | None = None) -> Iterator[Sample]:
+    """Yield the samples of all shards in their order.
+
+    A group with neither image nor text, or with unreadable JSON, is appended to `bad` (shard, key, reason)
+    and skipped; with `bad` absent it raises.
+
+    Raises:
+        FileNotFoundError, ValueError: a shard is missing or is not a readable tar file.
+    """
+    for shard in expand(patterns):
+        groups = webdataset.WebDataset([shard], shardshuffle=False, empty_check=False)
+        try:
+            for group in groups:
+                try:
+                    yield parse(Path(shard).name, group)
+                except BadSample as error:
+                    if bad is None:
+                        raise
+                    bad.append({"shard": Path(shard).name, "key": str(group["__key__"]), "reason": str(error)})
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            if isinstance(error, BadSample):
+                raise
+            raise ValueError(f"shard {shard} cannot be read to its end ({error}): fetch or write it again") from None
+
+
+def parse(shard: str, group: dict[str, Any]) -> Sample:
+    """One webdataset group (extension to bytes) as a `Sample`; raises `BadSample`."""
+    image = next((group[name] for name in IMAGES if group.get(name)), None)
+    meta: dict[str, Any] = {}
+    caption = None
+    try:
+        if "json" in group:
+            loaded = json.loads(group["json"])
+            meta = loaded if isinstance(loaded, dict) else {}
+            caption = meta.get("caption")
+        if "txt" in group:
+            caption = group["txt"].decode("utf-8")
+    except ValueError as error:
+        raise BadSample(f"caption cannot be read: {error}") from None
+    if caption is not None and not isinstance(caption, str):
+        raise BadSample(f"caption is {type(caption).__name__}, not text")
+    if image is None and not (caption or "").strip():
+        raise BadSample(f"neither an image ({', '.join(IMAGES)}) nor text among members {sorted(group)}")
+    return Sample(shard, str(group["__key__"]), image, (caption or "").strip(), meta)

@@ -1,0 +1,131 @@
+"""The model: token embeddings and image inputs -> backbone -> language head and image objective -> joint loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mmgen.backbone import attention_mask, backbone_config, build_backbone
+from mmgen.config import Config, ObjectiveConfig, PatcherConfig
+from mmgen.objective import Embedded, objective_class
+from mmgen.patch import OutputLinear
+from mmgen.sequence import Batch
+
+
+class MMGenConfig(PretrainedConfig):
+    """Everything that rebuilds the model: the backbone's configuration, the patcher and the objective."""
+
+    model_type = "mmgen"
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] | None = None,
+        patcher: dict[str, Any] | None = None,
+        objective: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.backbone = backbone or {}
+        self.patcher = PatcherConfig.model_validate(patcher or {}).model_dump(mode="json")
+        self.objective = ObjectiveConfig.model_validate(objective or {}).model_dump(mode="json")
+        kwargs.setdefault("tie_word_embeddings", self.backbone.get("tie_word_embeddings", True))
+        super().__init__(**kwargs)
+
+    @classmethod
+    def of(cls, config: Config, vocabulary: int) -> MMGenConfig:
+        """The model that a run's configuration describes, for a tokenizer of `vocabulary` ids."""
+        return cls(
+            backbone=backbone_config(config.model.backbone, vocabulary),
+            patcher=config.model.patcher.model_dump(mode="json"),
+            objective=config.objective.model_dump(mode="json"),
+        )
+
+
+@dataclass
+class Losses:
+    """Sums over one batch and the counts they belong to; dividing by global counts is the trainer's part."""
+
+    text: Tensor
+    """Cross-entropy summed over text targets, nats."""
+    image: Tensor
+    """Loss of learned patches, each averaged over its entries, summed."""
+    text_count: int
+    image_count: int
+
+
+class MMGenModel(PreTrainedModel):
+    """One transformer over text and images."""
+
+    config_class = MMGenConfig
+    base_model_prefix = "backbone"
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: MMGenConfig) -> None:
+        super().__init__(config)
+        self.patcher = PatcherConfig.model_validate(config.patcher)
+        settings = ObjectiveConfig.model_validate(config.objective)
+        self.backbone = build_backbone(config.backbone)
+        width = self.backbone.get_input_embeddings().embedding_dim
+        self.objective = objective_class(settings)(settings, self.patcher, width)
+        self._compiled: list[Any] = []  # in a list, so that the compiled module is no second child
+        self.post_init()
+
+    def compile_backbone(self) -> None:
+        """Compile the transformer for training batches, whose shapes are fixed; generation stays eager."""
+        self._compiled = [torch.compile(self.backbone.get_decoder())]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights of mmgen's own layers; the backbone initialises itself."""
+        if isinstance(module, OutputLinear):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.backbone.get_input_embeddings()
+        return embeddings
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Embedded]:
+        """Backbone inputs [B, S, D], and what the objective keeps for its loss."""
+        tokens_BSD: Tensor = self.get_input_embeddings()(batch.ids_BS)
+        embedded = self.objective.embed(batch)
+        flat = tokens_BSD.flatten(0, 1) * (batch.block_BS < 0).flatten().unsqueeze(-1).to(tokens_BSD.dtype)
+        flat = flat.index_add(0, embedded.at, embedded.values.to(flat.dtype))
+        return flat.view_as(tokens_BSD), embedded
+
+    def hidden(self, inputs_BSD: Tensor, position_BS: Tensor, mask: Tensor | BlockMask, cache: Any = None) -> Tensor:
+        """Last hidden states [B, S, D] under an explicit mask."""
+        decoder = self._compiled[0] if self._compiled and self.training else self.backbone.get_decoder()
+        out: Tensor = decoder(
+            inputs_embeds=inputs_BSD,
+            position_ids=position_BS,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=False,
+        ).last_hidden_state
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Token scores [..., V]."""
+        scores: Tensor = self.backbone.get_output_embeddings()(hidden)
+        return scores
+
+    def forward(self, batch: Batch) -> Losses:
+        """Loss sums of a batch. Every parameter takes part, also where the batch holds no image or no text."""
+        inputs_BSD, embedded = self.embed(batch)
+        hidden_BSD = self.hidden(inputs_BSD, batch.position_BS, attention_mask(batch.sites))
+        flat = hidden_BSD.flatten(0, 1)
+        scores = self.logits(flat[batch.label_at_L])
+        text = F.cross_entropy(scores.float(), batch.label_BS.flatten()[batch.label_at_L], reduction="sum")
+        image = self.objective.loss(flat[embedded.read_at_J], embedded.state).sum()
+        return Losses(text, image, len(batch.label_at_L), len(batch.loss_at_J))

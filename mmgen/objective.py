@@ -1,0 +1,225 @@
+"""How images are learned and generated: the seam between a language model and diffusion.
+
+An objective says how an image stands in a row, what enters the backbone there, what is learned from the
+hidden states, and how an image is generated from them. Everything else is shared by all objectives.
+
+Suffixes: I patches of a batch, J patches that are learned, R rows being generated, N patches of one image,
+G guidance lanes (conditional, then unconditional), P patch length, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmgen.config import ObjectiveConfig, PatcherConfig, SampleConfig, choose
+from mmgen.flow.guide import classifier_free
+from mmgen.flow.loss import flow_loss
+from mmgen.flow.path import LinearPath
+from mmgen.flow.solve import SOLVERS
+from mmgen.flow.time import TIMES
+from mmgen.patch import Grid, PlaceEmbedding, Places, build_projection
+from mmgen.sequence import Batch, Block
+
+
+@dataclass(frozen=True)
+class ImageSite:
+    """What a layout may depend on."""
+
+    grid: Grid
+    patch_length: int
+    text_before: bool
+    text_after: bool
+    quantile: float
+    """Uniform number in [0, 1) from which t is made; stratified over the global step where asked."""
+
+
+@dataclass
+class Embedded:
+    """What an objective puts into a batch."""
+
+    at: Tensor
+    """Flat positions to add to (patches; perhaps size tokens)."""
+    values: Tensor
+    """[len(at), D], added to the token embedding, which is zero at patches."""
+    read_at_J: Tensor
+    """For each learned patch, the flat position whose hidden state predicts it."""
+    state: Any
+    """What `loss` needs later."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """A request to generate one image in each of R rows."""
+
+    grid: Grid
+    noise_RNP: Tensor
+    """Standard normal; the only randomness of a deterministic solver."""
+    sample: SampleConfig
+    opening_GRD: Tensor
+    """Hidden states at the size token."""
+
+
+@dataclass(frozen=True)
+class BackboneCall:
+    """A request of a generating objective: run the backbone on these inputs and send back [G, R, n, D]."""
+
+    inputs_RND: Tensor
+    bidirectional: bool
+    keep: bool
+    """Keep the positions in the cache; else they are forgotten after the call."""
+
+
+Drawing = Generator[BackboneCall, Tensor, Tensor]
+
+
+class ImageObjective(nn.Module, ABC):
+    """The seam. `layout` and `context` are pure functions of settings, so that loader workers need no model."""
+
+    def __init__(self, settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> None:
+        super().__init__()
+        self.settings = settings
+
+    @classmethod
+    @abstractmethod
+    def layout(cls, settings: ObjectiveConfig, site: ImageSite, rng: np.random.Generator) -> list[Block]:
+        """The blocks of a training image, with every random draw made from `rng`; the last one is the clean or only copy."""
+
+    @classmethod
+    @abstractmethod
+    def context(cls, settings: ObjectiveConfig, grid: Grid, patch_length: int) -> Block:
+        """The block of a finished image, as later positions see it."""
+
+    @classmethod
+    def copies(cls, settings: ObjectiveConfig) -> int:
+        """How many blocks `layout` returns."""
+        return 1
+
+    @abstractmethod
+    def embed(self, batch: Batch) -> Embedded:
+        """What stands at image positions."""
+
+    @abstractmethod
+    def loss(self, hidden_JD: Tensor, state: Any) -> Tensor:
+        """Loss of each learned patch [J], averaged over its entries, already in the chosen loss space."""
+
+    @abstractmethod
+    def generate(self, spec: ImageSpec) -> Drawing:
+        """Yield requests to the backbone, be sent hidden states, return the clean patch rows [R, N, P] in raster order."""
+
+
+class TimeEmbedding(nn.Module):
+    """Sin-cos features of t through a two-layer network (Nichol and Dhariwal 2021)."""
+
+    def __init__(self, width: int, features: int = 64) -> None:
+        super().__init__()
+        self.features = features
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """[...] in [0, 1] to [..., D]."""
+        weight = self.mlp[0].weight
+        half = self.features // 2
+        exponent = torch.arange(half, device=t.device, dtype=torch.float32) / half
+        angle = 1000.0 * t.float().unsqueeze(-1) * 1e-4**exponent
+        features = torch.cat([angle.sin(), angle.cos()], dim=-1).to(weight.dtype)
+        embedded: Tensor = self.mlp(features)
+        return embedded
+
+
+class TransfusionObjective(ImageObjective):
+    """The backbone denoises: noisy patches with one t per image enter it, and it outputs x, eps or v.
+
+    Zhou et al. 2024 (Transfusion). Attention inside the image is bidirectional; all patches are generated in
+    parallel by solving the flow.
+    """
+
+    def __init__(self, settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> None:
+        super().__init__(settings, patcher, width)
+        self.path = LinearPath()
+        self.projection = build_projection(patcher, width)
+        self.time = TimeEmbedding(width)
+        self.place = PlaceEmbedding(width)
+
+    @classmethod
+    def layout(cls, settings: ObjectiveConfig, site: ImageSite, rng: np.random.Generator) -> list[Block]:
+        time = settings.time
+        quantile = torch.tensor(site.quantile, dtype=torch.float64)
+        t = float(choose(TIMES, time.sampler, "objective.time.sampler")(quantile, time.mu, time.sigma))
+        # An image that loses its caption must still be learned at every t: it trains the unconditional branch.
+        if settings.context == "capped" and site.text_after and not site.text_before:
+            t = settings.cap + (1 - settings.cap) * t
+        n = site.grid[0] * site.grid[1]
+        draws = {
+            "t": np.full(n, t, dtype=np.float32),
+            "eps": rng.standard_normal((n, site.patch_length), dtype=np.float32),
+        }
+        return [Block(np.arange(n), draws, bidirectional=settings.bidirectional)]
+
+    @classmethod
+    def context(cls, settings: ObjectiveConfig, grid: Grid, patch_length: int) -> Block:
+        n = grid[0] * grid[1]
+        clean = {"t": np.ones(n, dtype=np.float32), "eps": np.zeros((n, patch_length), dtype=np.float32)}
+        return Block(np.arange(n), clean, bidirectional=settings.bidirectional, loss=False)
+
+    def _enter(self, z_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Any]:
+        entered, memory = self.projection.encode(z_IP, t_I, places)
+        return entered + self.time(t_I) + self.place(places.place_I2), memory
+
+    def embed(self, batch: Batch) -> Embedded:
+        t_I, eps_IP = batch.draws["t"].to(batch.x_IP.dtype), batch.draws["eps"].to(batch.x_IP.dtype)
+        z_IP = self.path.mix(batch.x_IP, eps_IP, t_I.unsqueeze(-1))
+        values, memory = self._enter(z_IP, t_I, batch.places)
+        state = (batch, t_I, eps_IP, memory)
+        return Embedded(batch.at_I, values, batch.at_I[batch.loss_at_J], state)
+
+    def loss(self, hidden_JD: Tensor, state: Any) -> Tensor:
+        batch, t_I, eps_IP, memory = state
+        j = batch.loss_at_J
+        t_J, places = t_I[j], Places(batch.image_I[j], batch.place_I2[j])
+        output = self.projection.decode(hidden_JD, memory, t_J, places)
+        kinds = (self.settings.prediction, self.settings.loss_space)
+        with torch.autocast(output.device.type, enabled=False):
+            output = output.to(batch.x_IP.dtype)
+            return flow_loss(self.path, output, batch.x_IP[j], eps_IP[j], t_J, *kinds, self.settings.clip)
+
+    def generate(self, spec: ImageSpec) -> Drawing:
+        sample = spec.sample
+        rows, n, length = spec.noise_RNP.shape
+        device, dtype = spec.noise_RNP.device, spec.noise_RNP.dtype
+        column = torch.arange(n, device=device)
+        place = torch.stack([column // spec.grid[1], column % spec.grid[1]], dim=1).repeat(rows, 1)
+        places = Places(torch.arange(rows, device=device).repeat_interleave(n), place)
+        times = torch.arange(sample.steps + 1, device=device, dtype=dtype) / sample.steps
+        solver = choose(SOLVERS, sample.solver, "sample.solver")(spec.noise_RNP, times)
+        try:
+            z_RNP, t = next(solver)
+            while True:
+                z_IP, t_I = z_RNP.reshape(rows * n, length), t.expand(rows * n)
+                values, memory = self._enter(z_IP, t_I, places)
+                hidden_GRND = yield BackboneCall(values.view(rows, n, -1), self.settings.bidirectional, keep=False)
+                outputs = [self.projection.decode(h.reshape(rows * n, -1), memory, t_I, places) for h in hidden_GRND]
+                v = [
+                    self.path.convert(self.settings.prediction, "v", out.to(dtype), z_IP, t, sample.clip)
+                    for out in outputs
+                ]
+                guided = classifier_free(v[0], v[1], t, sample.guidance_scale, sample.guidance_interval) if v[1:] else v[0]
+                z_RNP, t = solver.send(guided.view(rows, n, length))
+        except StopIteration as stop:
+            clean: Tensor = stop.value
+            return clean
+
+
+OBJECTIVES: dict[str, type[ImageObjective]] = {"transfusion": TransfusionObjective}
+
+
+def objective_class(settings: ObjectiveConfig) -> type[ImageObjective]:
+    """The class that `objective.kind` names; an unknown name raises a ValueError with the nearest one."""
+    kind: type[ImageObjective] = choose(OBJECTIVES, settings.kind, "objective.kind")
+    return kind

@@ -1,0 +1,164 @@
+"""Images to rows of patches and back, and how patch rows enter and leave the backbone.
+
+Suffixes: I patches of a batch, N patches of one image, P numbers per patch, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from mmgen.config import PatcherConfig, choose
+
+Grid = tuple[int, int]
+Floats = NDArray[np.float32]
+
+
+class PixelPatcher:
+    """Pixels in [-1, 1], cut into square patches in raster order; within a patch the order is row, column, channel."""
+
+    def __init__(self, settings: PatcherConfig) -> None:
+        self.settings = settings
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """The image in the model's colour mode at the declared size of nearest aspect ratio.
+
+        An image that has no declared size is scaled to cover it and cropped at the centre. Alpha is put on white.
+        """
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if self.settings.channels == 1 else "RGB")
+        declared = [(width, height) for height, width in self.settings.image_sizes]
+        if image.size in declared:
+            return image
+        aspect = math.log(image.width / image.height)
+        size = min(declared, key=lambda wh: abs(math.log(wh[0] / wh[1]) - aspect))
+        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+    def encode(self, image: Image.Image) -> tuple[Floats, Grid]:
+        """Patch rows [N, P] in [-1, 1] and their grid (rows, columns)."""
+        pixels = np.asarray(self.fit(image), dtype=np.float32) / 127.5 - 1
+        return cut(pixels.reshape(*pixels.shape[:2], -1), self.settings.patch_size)
+
+    def decode(self, x_NP: Floats, grid: Grid) -> Image.Image:
+        """The inverse of `encode`; values outside [-1, 1] are clipped."""
+        pixels = join(x_NP, grid, self.settings.patch_size)
+        levels = np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+        return Image.fromarray(levels.squeeze(-1) if self.settings.channels == 1 else levels)
+
+
+def cut(pixels_HWC: Floats, side: int) -> tuple[Floats, Grid]:
+    """Cut [H, W, C] into patch rows [N, side * side * C]; raises ValueError where `side` does not divide H and W."""
+    height, width, channels = pixels_HWC.shape
+    if height % side or width % side:
+        raise ValueError(f"an image of {height}x{width} is not divisible into patches of {side}x{side}")
+    rows, columns = height // side, width // side
+    blocks = pixels_HWC.reshape(rows, side, columns, side, channels).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(blocks.reshape(rows * columns, -1)), (rows, columns)
+
+
+def join(x_NP: Floats, grid: Grid, side: int) -> Floats:
+    """The inverse of `cut`: patch rows of `grid` back to [H, W, C]."""
+    rows, columns = grid
+    blocks = x_NP.reshape(rows, columns, side, side, -1).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(blocks.reshape(rows * side, columns * side, -1))
+
+
+def raster(grid: Grid) -> NDArray[np.int64]:
+    """The (row, column) of each patch of a grid in raster order, [N, 2]."""
+    return np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), axis=1)
+
+
+class Places(NamedTuple):
+    """Where each patch row stands: which image copy it belongs to, and its (row, column) there."""
+
+    image_I: Tensor
+    place_I2: Tensor
+
+
+class PlaceEmbedding(nn.Module):
+    """Sin-cos features of row and column, projected to the width; defined for grids never seen.
+
+    Features per axis as in Vaswani et al. 2017, section 3.5, with the longest wavelength cut to 1,000 patches.
+    """
+
+    def __init__(self, width: int, features: int = 64) -> None:
+        super().__init__()
+        self.features = features
+        self.project = nn.Linear(features, width, bias=False)
+
+    def forward(self, place_I2: Tensor) -> Tensor:
+        """[..., 2] integer places to [..., D]."""
+        weight = self.project.weight
+        quarter = self.features // 4
+        exponent = torch.arange(quarter, device=weight.device, dtype=weight.dtype) / quarter
+        angle = place_I2.to(weight.dtype).unsqueeze(-1) * 1000.0**-exponent
+        embedded: Tensor = self.project(torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2))
+        return embedded
+
+
+class PatchProjection(nn.Module, ABC):
+    """The two maps between patch rows and the backbone's width.
+
+    `encode` may return a memory (for example the skip connections of a U-Net) that `decode` is given back.
+    Time and places are passed for projections that need them.
+    """
+
+    @abstractmethod
+    def encode(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Any]:
+        """Patch rows [I, P] to [I, D], and a memory for `decode`."""
+
+    @abstractmethod
+    def decode(self, hidden_ID: Tensor, memory: Any, t_I: Tensor, places: Places) -> Tensor:
+        """Hidden states [I, D] to patch rows [I, P]; zero at initialisation."""
+
+
+class OutputLinear(nn.Linear):
+    """A linear map that is zero at initialisation, so that a fresh model predicts zero."""
+
+
+class LinearProjection(PatchProjection):
+    """One linear map each way."""
+
+    def __init__(self, settings: PatcherConfig, width: int) -> None:
+        super().__init__()
+        self.enter: nn.Module = nn.Linear(settings.patch_length, width)
+        self.leave = OutputLinear(width, settings.patch_length)
+
+    def encode(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Any]:
+        return self.enter(x_IP), None
+
+    def decode(self, hidden_ID: Tensor, memory: Any, t_I: Tensor, places: Places) -> Tensor:
+        leave: Tensor = self.leave(hidden_ID)
+        return leave
+
+
+class BottleneckProjection(LinearProjection):
+    """Two linear maps on the way in, through a narrow layer (Li and He 2025, JiT, section 4.3)."""
+
+    def __init__(self, settings: PatcherConfig, width: int) -> None:
+        super().__init__(settings, width)
+        self.enter = nn.Sequential(
+            nn.Linear(settings.patch_length, settings.bottleneck, bias=False), nn.Linear(settings.bottleneck, width)
+        )
+
+
+PROJECTIONS: dict[str, Callable[[PatcherConfig, int], PatchProjection]] = {
+    "linear": LinearProjection,
+    "bottleneck": BottleneckProjection,
+}
+
+
+def build_projection(settings: PatcherConfig, width: int) -> PatchProjection:
+    """The projection that `model.patcher.projection` names."""
+    projection: PatchProjection = choose(PROJECTIONS, settings.projection, "model.patcher.projection")(settings, width)
+    return projection

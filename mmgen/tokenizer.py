@@ -1,0 +1,73 @@
+"""Text to token ids and back, with the special tokens that shape a document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as TextTokenizer
+
+BOS, EOS, PAD, BOI, EOI = SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>", "<|boi|>", "<|eoi|>")
+Grid = tuple[int, int]
+
+
+def size_token(grid: Grid) -> str:
+    """The token that follows BOI and names the patch grid (rows, columns)."""
+    return f"<|{grid[0]}x{grid[1]}|>"
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer plus BOS, EOS, PAD, BOI, EOI and one size token per declared patch grid.
+
+    User text never turns into a special token: `encode("<|boi|>")` gives the letters.
+    """
+
+    def __init__(self, text: TextTokenizer, grids: Sequence[Grid]) -> None:
+        self._text = text
+        text.add_special_tokens(
+            [AddedToken(name, special=True) for name in (*SPECIAL, *(size_token(grid) for grid in grids))]
+        )
+        text.encode_special_tokens = True
+        self.bos, self.eos, self.pad, self.boi, self.eoi = (self._id(name) for name in SPECIAL)
+        self.size = {tuple(grid): self._id(size_token(grid)) for grid in grids}
+        self.grid = {token: grid for grid, token in self.size.items()}
+        self.special = frozenset((self.bos, self.eos, self.pad, self.boi, self.eoi, *self.grid))
+
+    @classmethod
+    def load(cls, path: str | Path, grids: Sequence[Grid]) -> Tokenizer:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            FileNotFoundError: nothing at `path`; the message says how to make one.
+            ValueError: the file is not a tokenizer.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"no tokenizer at {path}: set data.tokenizer, or train one with "
+                f"`python -m data_prep.tokenizer --out {path} SHARD...`"
+            )
+        try:
+            return cls(TextTokenizer.from_file(str(path)), grids)
+        except Exception as error:  # tokenizers raises a bare Exception
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
+
+    def _id(self, name: str) -> int:
+        token = self._text.token_to_id(name)
+        assert token is not None, name
+        return int(token)
+
+    def __len__(self) -> int:
+        return int(self._text.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without any special token."""
+        return list(self._text.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens vanish."""
+        return str(self._text.decode([token for token in ids if token not in self.special]))
+
+    def save(self, path: str | Path) -> None:
+        """Write a `tokenizer.json` that `load` reads back to the same ids."""
+        self._text.save(str(path))

@@ -1,0 +1,1 @@
+"""The training loop, its optimiser with averaged weights, checkpoints and logs."""

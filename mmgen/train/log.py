@@ -1,0 +1,99 @@
+"""What a run tells: metrics.jsonl, TensorBoard, quarantine.jsonl and a progress line."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Log:
+    """Writes a run's records. On resume, lines past the checkpoint are dropped, so no step is told twice."""
+
+    def __init__(self, run: Path, first: int, total: int, tensorboard: bool) -> None:
+        self.run, self.total, self.first = run, total, first
+        self.metrics = run / "metrics.jsonl"
+        _keep(self.metrics, first)
+        self._file = self.metrics.open("a")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1)
+        self._quarantined = {(bad["shard"], bad["key"]) for bad in _lines(run / "quarantine.jsonl")}
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._began = time.monotonic()
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
+            self._task = self._progress.add_task("training", total=total, completed=first)
+            self._progress.start()
+
+    def say(self, message: str) -> None:
+        """One line for people."""
+        self._console.print(message, highlight=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self._progress:
+            self._progress.update(self._task, completed=step)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Write one logged step everywhere."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if self._board:
+                self._board.add_scalar(name, value, step)
+        told = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", "loss/text", "loss/image") if name in values)
+        if self._progress:
+            self._progress.update(self._task, description=told)
+        elif told:
+            pace = (time.monotonic() - self._began) / max(1, step - self.first)
+            left = int(pace * (self.total - step))
+            self.say(f"step {step}/{self.total}  {told}  {1000 * pace:.0f} ms/step  left {left // 60}:{left % 60:02d}")
+
+    def quarantine(self, bad: list[dict[str, str]]) -> int:
+        """Write samples not yet known as bad; returns how many are known now."""
+        fresh = [item for item in bad if (item["shard"], item["key"]) not in self._quarantined]
+        if fresh:
+            with (self.run / "quarantine.jsonl").open("a") as file:
+                file.writelines(json.dumps(item) + "\n" for item in fresh)
+            self._quarantined |= {(item["shard"], item["key"]) for item in fresh}
+            first = fresh[0]
+            self.say(f"skipped {len(fresh)} bad sample(s), first {first['shard']}/{first['key']}: {first['reason']}")
+        return len(self._quarantined)
+
+    def close(self) -> None:
+        """Flush and stop."""
+        self._file.close()
+        if self._board:
+            self._board.close()
+        if self._progress:
+            self._progress.stop()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _keep(path: Path, last: int) -> None:
+    """Drop records of steps after `last`, and a line cut short by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= last:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
