@@ -148,6 +148,13 @@ def build_backbone(config: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
+def load_pretrained(model: PreTrainedModel, name: str) -> None:
+    """Copy the weights of a pretrained decoder into `model`, whose vocabulary may be larger."""
+    source = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    source.resize_token_embeddings(model.config.vocab_size)
+    model.load_state_dict(source.state_dict())
+
+
 def refuse_windows(config: PretrainedConfig) -> None:
     """Raise ValueError for decoders with sliding-window layers: an explicit mask would silently replace the window."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

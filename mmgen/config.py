@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 Prediction = Literal["x", "eps", "v"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -88,8 +88,8 @@ class PatcherConfig(Settings):
 
     kind: Literal["pixels"] = "pixels"
     """What a patch is made of."""
-    channels: Literal[1, 3] = 3
-    """Grey or RGB."""
+    channels: int = 3
+    """1 for grey, 3 for RGB."""
     patch_size: Positive = 4
     """Side of a square patch, pixels."""
     image_sizes: list[tuple[Positive, Positive]] = [(16, 16)]
@@ -109,8 +109,10 @@ class PatcherConfig(Settings):
         """The patch grid (rows, columns) of each image size."""
         return [(height // self.patch_size, width // self.patch_size) for height, width in self.image_sizes]
 
-    @model_validator(mode="after")
-    def _divisible(self) -> PatcherConfig:
+    def check(self) -> None:
+        """Raise ValueError where fields do not fit each other."""
+        if self.channels not in (1, 3):
+            raise ValueError(f"model.patcher.channels is {self.channels}, must be 1 (grey) or 3 (RGB)")
         for height, width in self.image_sizes:
             if height % self.patch_size or width % self.patch_size:
                 raise ValueError(
@@ -119,7 +121,6 @@ class PatcherConfig(Settings):
                 )
         if not self.image_sizes or len(set(self.image_sizes)) != len(self.image_sizes):
             raise ValueError("model.patcher.image_sizes must name at least one size, each once")
-        return self
 
 
 class ModelConfig(Settings):
@@ -190,7 +191,7 @@ class TrainConfig(Settings):
     """Largest global gradient norm."""
     ema_decay: Fraction = 0.999
     """Decay of the averaged weights that sampling and evaluation use."""
-    zero_stage: Literal[0] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=0)] = 0
     """DeepSpeed ZeRO stage; this version trains in one process, stage 0."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast type; auto takes bf16 on CUDA and on processors with AMX."""
@@ -264,20 +265,40 @@ def load(path: str | Path) -> Config:
     """Read a YAML file into a `Config`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not YAML, or a key or value is wrong; the message names the file, the key
-            and, for an unknown key, the nearest valid one.
+        ValueError: the file cannot be read or is not YAML, or a key or value is wrong; the message names the
+            file, the key and, for an unknown key, the nearest valid one.
     """
     try:
         raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections such as 'train:'")
+    return _validated(raw, f"{path}: ")
+
+
+def override(config: Config, changes: dict[str, Any]) -> Config:
+    """A copy of `config` in which the nested fields of `changes` are replaced; raises ValueError as `load` does."""
+    return _validated(_merge(config.model_dump(), changes), "")
+
+
+def _merge(old: Any, new: Any) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return {**old, **{key: _merge(old.get(key), value) for key, value in new.items()}}
+
+
+def _validated(raw: dict[str, Any], source: str) -> Config:
     try:
-        return Config.model_validate(raw)
+        config = Config.model_validate(raw)
+        config.model.patcher.check()
     except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {explain(item)}" for item in error.errors())) from None
+        raise ValueError("\n".join(source + explain(item) for item in error.errors())) from None
+    except ValueError as error:
+        raise ValueError(source + str(error)) from None
+    return config
 
 
 def explain(error: Any) -> str:

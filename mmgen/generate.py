@@ -122,7 +122,8 @@ class Decoder:
 
     def check(self, request: Request) -> None:
         """Raise ValueError for a prompt that cannot be served."""
-        if request.mode != "image" and not any(request.prompt):
+        given = [piece for piece in request.prompt if not isinstance(piece, str) or piece.strip()]
+        if request.mode != "image" and not given:
             raise ValueError("the prompt is empty: give text or an image (an unconditional image needs mode 'image')")
         if request.mode == "image" and self.sample.max_images < 1:
             raise ValueError("mode 'image' needs sample.max_images of at least 1")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mmgen.backbone import attention_mask, backbone_config, build_backbone
+from mmgen.backbone import attention_mask, backbone_config, build_backbone, load_pretrained
 from mmgen.config import Config, ObjectiveConfig, PatcherConfig
 from mmgen.objective import Embedded, objective_class
 from mmgen.patch import OutputLinear
@@ -126,6 +126,18 @@ class MMGenModel(PreTrainedModel):
         hidden_BSD = self.hidden(inputs_BSD, batch.position_BS, attention_mask(batch.sites))
         flat = hidden_BSD.flatten(0, 1)
         scores = self.logits(flat[batch.label_at_L])
-        text = F.cross_entropy(scores.float(), batch.label_BS.flatten()[batch.label_at_L], reduction="sum")
+        text = F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), batch.label_BS.flatten()[batch.label_at_L], reduction="sum")
         image = self.objective.loss(flat[embedded.read_at_J], embedded.state).sum()
         return Losses(text, image, len(batch.label_at_L), len(batch.loss_at_J))
+
+
+def build_model(config: Config, vocabulary: int) -> MMGenModel:
+    """A new model for a run: random weights, or the pretrained backbone that the settings name.
+
+    Raises:
+        ValueError: a name in the settings is unknown, or the pretrained backbone cannot be loaded.
+    """
+    model = MMGenModel(MMGenConfig.of(config, vocabulary))
+    if config.model.backbone.pretrained is not None:
+        load_pretrained(model.backbone, config.model.backbone.pretrained)
+    return model

@@ -150,7 +150,7 @@ class TransfusionObjective(ImageObjective):
     @classmethod
     def layout(cls, settings: ObjectiveConfig, site: ImageSite, rng: np.random.Generator) -> list[Block]:
         time = settings.time
-        quantile = torch.tensor(site.quantile, dtype=torch.float64)
+        quantile = torch.scalar_tensor(site.quantile, dtype=torch.float64)
         t = float(choose(TIMES, time.sampler, "objective.time.sampler")(quantile, time.mu, time.sigma))
         # An image that loses its caption must still be learned at every t: it trains the unconditional branch.
         if settings.context == "capped" and site.text_after and not site.text_before:
@@ -168,7 +168,7 @@ class TransfusionObjective(ImageObjective):
         clean = {"t": np.ones(n, dtype=np.float32), "eps": np.zeros((n, patch_length), dtype=np.float32)}
         return Block(np.arange(n), clean, bidirectional=settings.bidirectional, loss=False)
 
-    def _enter(self, z_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Any]:
+    def _enter(self, z_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
         entered, memory = self.projection.encode(z_IP, t_I, places)
         return entered + self.time(t_I) + self.place(places.place_I2), memory
 
@@ -183,7 +183,7 @@ class TransfusionObjective(ImageObjective):
         batch, t_I, eps_IP, memory = state
         j = batch.loss_at_J
         t_J, places = t_I[j], Places(batch.image_I[j], batch.place_I2[j])
-        output = self.projection.decode(hidden_JD, memory, t_J, places)
+        output = self.projection.decode(hidden_JD, None if memory is None else memory[j], t_J, places)
         kinds = (self.settings.prediction, self.settings.loss_space)
         with torch.autocast(output.device.type, enabled=False):
             output = output.to(batch.x_IP.dtype)

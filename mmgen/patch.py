@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,6 +74,7 @@ def join(x_NP: Floats, grid: Grid, side: int) -> Floats:
     return np.ascontiguousarray(blocks.reshape(rows * side, columns * side, -1))
 
 
+@lru_cache(maxsize=256)
 def raster(grid: Grid) -> NDArray[np.int64]:
     """The (row, column) of each patch of a grid in raster order, [N, 2]."""
     return np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), axis=1)
@@ -109,16 +111,17 @@ class PlaceEmbedding(nn.Module):
 class PatchProjection(nn.Module, ABC):
     """The two maps between patch rows and the backbone's width.
 
-    `encode` may return a memory (for example the skip connections of a U-Net) that `decode` is given back.
-    Time and places are passed for projections that need them.
+    `encode` may return a memory, first axis I (for example the skip connections of a U-Net); `decode` is given
+    its entries of the patches it decodes, always whole images. Time and places are passed for projections that
+    need them.
     """
 
     @abstractmethod
-    def encode(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Any]:
+    def encode(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
         """Patch rows [I, P] to [I, D], and a memory for `decode`."""
 
     @abstractmethod
-    def decode(self, hidden_ID: Tensor, memory: Any, t_I: Tensor, places: Places) -> Tensor:
+    def decode(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, places: Places) -> Tensor:
         """Hidden states [I, D] to patch rows [I, P]; zero at initialisation."""
 
 
@@ -134,10 +137,10 @@ class LinearProjection(PatchProjection):
         self.enter: nn.Module = nn.Linear(settings.patch_length, width)
         self.leave = OutputLinear(width, settings.patch_length)
 
-    def encode(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Any]:
+    def encode(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
         return self.enter(x_IP), None
 
-    def decode(self, hidden_ID: Tensor, memory: Any, t_I: Tensor, places: Places) -> Tensor:
+    def decode(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, places: Places) -> Tensor:
         leave: Tensor = self.leave(hidden_ID)
         return leave
 

@@ -311,7 +311,7 @@ def collate(
         label_at_L=torch.from_numpy(np.flatnonzero(label != IGNORE)),
         x_IP=_stack([x for _, x, _, _ in placed], np.float32),
         at_I=_stack(at, np.int64),
-        image_I=torch.from_numpy(np.repeat(np.arange(len(placed)), counts)),
+        image_I=torch.from_numpy(np.repeat(np.arange(len(placed)) - 1, counts)),  # `nothing` is number -1
         place_I2=_stack([place for _, _, place, _ in placed], np.int64),
         loss_at_J=torch.from_numpy(np.flatnonzero(loss)),
         draws={name: _stack([copy.draws[name] for *_, copy in placed], np.float32) for name in nothing.draws},

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmgen.config import Config
-from mmgen.data.order import Plan, PlannedDocument, PlannedRow, Position, keyed
+from mmgen.data.order import Plan, PlannedDocument, PlannedRow, Position, chances, keyed
 from mmgen.data.shards import BadSample, Sample, read
 from mmgen.flow.time import stratified
 from mmgen.objective import ImageSite, objective_class
@@ -21,6 +21,7 @@ from mmgen.sequence import Batch, ImageSegment, Strip, TextSegment, Writer, coll
 from mmgen.tokenizer import Tokenizer
 
 Form = Literal["caption first", "image first", "caption dropped", "no image"]
+FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 @dataclass
@@ -99,10 +100,10 @@ class Corpus:
             return "no image"
         if not sample.caption:
             return "caption dropped"
-        u = keyed(self.config.run.seed, epoch, sample.shard, sample.key, "form").random(2)
-        if u[0] < data.image_first:
+        flip, drop = chances(self.config.run.seed, epoch, sample.shard, sample.key, "form")
+        if flip < data.image_first:
             return "image first"
-        return "caption dropped" if u[1] < data.caption_drop else "caption first"
+        return "caption dropped" if drop < data.caption_drop else "caption first"
 
     def length(self, epoch: int, index: int) -> int:
         """Positions of the document in this epoch."""
@@ -144,7 +145,7 @@ class Corpus:
         """Decode the share of `rank` in a global step: rows rank, rank + world, ..."""
         settings, step = self.config, Step(number, [], after, 0, 0, 0)
         total = sum(self.has_image(document.index) for row in rows for document in row)
-        shared = float(keyed(settings.run.seed, "t", number).random())
+        shared, _ = chances(settings.run.seed, "t", number)
         ordinal = 0
         written: list[list[Strip | int]] = []
         for r, row in enumerate(rows):
@@ -209,7 +210,7 @@ def _ignore_interrupt(worker: int) -> None:
 def open_image(data: bytes) -> Image.Image:
     """Decode an image; raises `BadSample` with the reason."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
         return image
     except Exception as error:  # Pillow's decoders raise many types

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -11,10 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def _digest(parts: tuple[object, ...]) -> bytes:
+    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).digest()
+
+
 def keyed(*parts: object) -> np.random.Generator:
     """A counter-based generator whose key is a hash of `parts`: equal parts, equal numbers, on any machine."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(parts), "little")))
+
+
+def chances(*parts: object) -> tuple[float, float]:
+    """Two uniform numbers in [0, 1) straight from the hash of `parts`: ten times cheaper than `keyed`."""
+    one, two = struct.unpack("<QQ", _digest(parts))
+    return (one >> 11) * 2.0**-53, (two >> 11) * 2.0**-53
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:

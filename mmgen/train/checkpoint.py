@@ -110,7 +110,19 @@ def check_same_run(trainer: dict[str, Any], config: Config, folder: Path) -> Non
         seed = {"seed": settings["run"]["seed"]}
         return {"run": seed, "data": data, "model": settings["model"], "objective": settings["objective"], "train": train}
 
-    changed = differences(shape(config.model_dump(mode="json")), shape(trainer["config"]))
+    _refuse(differences(shape(config.model_dump(mode="json")), shape(trainer["config"])), folder)
+
+
+def check_same_model(trainer: dict[str, Any], config: Config, folder: Path) -> None:
+    """Raise ValueError where the model or the objective that is asked for is not the checkpoint's."""
+
+    def shape(settings: dict[str, Any]) -> dict[str, Any]:
+        return {name: settings[name] for name in ("model", "objective")}
+
+    _refuse(differences(shape(config.model_dump(mode="json")), shape(trainer["config"])), folder)
+
+
+def _refuse(changed: list[str], folder: Path) -> None:
     if changed:
         raise ValueError(
             f"the checkpoint {folder} belongs to another configuration: {'; '.join(changed)}. "

@@ -23,7 +23,7 @@ from mmgen.data.loader import Corpus, Step, steps
 from mmgen.data.order import Position
 from mmgen.data.shards import read
 from mmgen.generate import Decoder, Request
-from mmgen.model import MMGenConfig, MMGenModel
+from mmgen.model import MMGenModel, build_model
 from mmgen.tokenizer import Tokenizer
 from mmgen.train import checkpoint
 from mmgen.train.log import Log
@@ -48,7 +48,7 @@ def train(config: Config) -> int:
     settings, run = config.train, config.run.dir
     torch.manual_seed(config.run.seed)
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
-    model = MMGenModel(MMGenConfig.of(config, len(tokenizer)))
+    model = build_model(config, len(tokenizer))
     found = checkpoint.latest(run)
     trainer: dict[str, Any] = {"step": 0, "train_seconds": 0.0, "position": Position().as_dict()}
     if found:

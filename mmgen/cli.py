@@ -1,0 +1,217 @@
+"""The `mmgen` command. Every command takes `--config FILE.yaml` and dotted overrides such as `--train.steps 2000`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from mmgen import __version__
+from mmgen.config import Config, explain, override
+from mmgen.config import load as load_config
+
+app = App(name="mmgen", version=__version__, help="Train and use one transformer over text and images.")
+bench = App(name="bench", help="Measure speed against a floor, in one interleaved run.")
+app.command(bench)
+
+Settings = Annotated[Config, Parameter(name="*")]
+Json = Annotated[bool, Parameter(name="--json", help="Print one JSON document and nothing else.", negative="")]
+Folder = Annotated[Path, Parameter(help="Folder for the images.")]
+USAGE = 2
+
+
+def tell(message: str) -> None:
+    """One line for people, on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@app.command
+def train(
+    *,
+    config: Settings = Config(),
+    dry_run: Annotated[bool, Parameter(help="Print the plan and run nothing.", negative="")] = False,
+    as_json: Json = False,
+) -> int:
+    """Train a run, or continue it: the same command resumes from the last checkpoint.
+
+    Ends with code 75 when Ctrl-C or SIGTERM stopped it after saving.
+    """
+    if dry_run:
+        from mmgen.plan import plan
+
+        show(plan(config), as_json)
+        return 0
+    from mmgen.train.loop import train as run
+
+    return run(config)
+
+
+@app.command
+def sample(
+    *prompts: Annotated[str, Parameter(help="Captions, one image each.")],
+    config: Settings = Config(),
+    out: Folder = Path("samples"),
+    seed: Annotated[int, Parameter(help="Seed of the first image; the next ones count up.")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Draw images from captions with a trained run."""
+    from mmgen import picture
+    from mmgen.generate import Decoder, Request
+
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError('the prompt is empty: give at least one caption, such as "a red 7 top left"')
+    model, tokenizer, _ = load(config)
+    requests = [Request([prompt], "image", seed + i) for i, prompt in enumerate(prompts)]
+    images = [result.images[0] for result in Decoder(model, tokenizer, config.sample).generate(requests)]
+    paths = [out / f"{seed + i:04d}.png" for i in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        picture.save(image, path)
+    picture.save(picture.grid(images, prompts), out / "grid.png")
+    drawn = [{"prompt": p, "seed": seed + i, "image": str(path)} for i, (p, path) in enumerate(zip(prompts, paths, strict=True))]
+    if as_json:
+        print(json.dumps({"samples": drawn, "grid": str(out / "grid.png")}))
+    else:
+        for item in drawn:
+            print(f"{item['image']}: {item['prompt']}")
+        print(f"{out / 'grid.png'}: all of them, enlarged")
+    return 0
+
+
+@app.command
+def caption(
+    *images: Annotated[Path, Parameter(help="Image files.")], config: Settings = Config(), as_json: Json = False
+) -> int:
+    """Describe images with a trained run."""
+    from PIL import Image, UnidentifiedImageError
+
+    from mmgen.generate import Decoder, Request
+
+    if not images:
+        raise ValueError("no image is given: name at least one file")
+    opened = []
+    for path in images:
+        try:
+            with Image.open(path) as image:
+                opened.append(image.copy())
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as an image: {error}") from None
+    model, tokenizer, _ = load(config)
+    results = Decoder(model, tokenizer, config.sample).generate([Request([image], "text") for image in opened])
+    said = [{"image": str(path), "caption": result.text} for path, result in zip(images, results, strict=True)]
+    if as_json:
+        print(json.dumps({"captions": said}))
+    else:
+        for item in said:
+            print(f"{item['image']}: {item['caption']}")
+    return 0
+
+
+@app.command(name="eval")
+def evaluate(*, config: Settings = Config(), as_json: Json = False) -> int:
+    """Score a trained run; writes report.json and samples/evaluation.png into its folder."""
+    from mmgen.evaluate.score import evaluate as score
+
+    model, tokenizer, trainer = load(config)
+    show(score(model, tokenizer, config, trainer, tell), as_json)
+    tell(f"report: {config.run.dir / 'report.json'}   pictures: {config.run.dir / 'samples' / 'evaluation.png'}")
+    return 0
+
+
+@bench.command
+def step(
+    *,
+    config: Settings = Config(),
+    rounds: Annotated[int, Parameter(help="Interleaved repetitions.")] = 30,
+    as_json: Json = False,
+) -> int:
+    """Time a training step over a bare loop with the same matrix products, eager and compiled."""
+    from mmgen.bench import bench_step
+
+    show(bench_step(config, rounds, tell), as_json)
+    return 0
+
+
+def load(config: Config) -> Any:
+    """Model, tokenizer and trainer record of the run's newest checkpoint, on the best device."""
+    import torch
+
+    from mmgen.train import checkpoint
+
+    found = checkpoint.latest(config.run.dir)
+    if found is None:
+        raise FileNotFoundError(f"{config.run.dir} holds no checkpoint: train it first with `mmgen train --config ...`")
+    trainer = checkpoint.read_trainer(found)
+    checkpoint.check_same_model(trainer, config, found)
+    model, tokenizer = checkpoint.load_model(found)
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return model.to(device), tokenizer, trainer
+
+
+def show(values: dict[str, Any], as_json: bool) -> None:
+    """A flat object as JSON or as a table."""
+    if as_json:
+        print(json.dumps(values))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in values.items():
+        for inner, number in value.items() if isinstance(value, dict) else [("", value)]:
+            text = "  ".join(f"{k} {v:.3g}" for k, v in number.items()) if isinstance(number, dict) else number
+            table.add_row(f"{name} {inner}".strip(), f"{text:.4g}" if isinstance(text, float) else str(text))
+    Console().print(table)
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[Path | None, Parameter(help="YAML file of settings; see mmgen/config.py for all of them.")] = None,
+) -> int:
+    """Read the YAML file, put the overrides on top, and run the command."""
+    base = Config() if config is None else load_config(config)
+    command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    if "config" in inspect.signature(command).parameters:
+        given = bound.arguments.get("config")
+        changes = given.model_dump(exclude_unset=True) if isinstance(given, Config) else {}
+        bound.arguments["config"] = override(base, changes)
+    return int(command(*bound.args, **bound.kwargs) or 0)
+
+
+def main() -> None:
+    """Entry point: errors of the user's making become one message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _choose_accelerator()
+    try:
+        code = app.meta(exit_on_error=False, print_error=False, result_action="return_value")
+    except cyclopts.CycloptsError as error:
+        code = complain(str(error))
+    except ValidationError as error:
+        code = complain("\n".join(explain(item) for item in error.errors()))
+    except (ValueError, FileNotFoundError) as error:
+        code = complain(str(error))
+    except FloatingPointError as error:
+        code = complain(str(error), 1)
+    sys.exit(code or 0)
+
+
+def complain(message: str, code: int = USAGE) -> int:
+    """Print an error for people and return the exit code."""
+    tell(f"mmgen: error: {message}")
+    return code
+
+
+def _choose_accelerator() -> None:
+    # DeepSpeed, imported by accelerate, warns at every start where it finds no GPU and was told nothing.
+    if not Path("/dev/nvidiactl").exists() and sys.platform == "linux":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Small things that many tests need. Everything is made on the spot; nothing is downloaded."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer as TextTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from mmgen.config import Config, override
+from mmgen.model import MMGenConfig, MMGenModel
+from mmgen.tokenizer import Tokenizer
+
+torch.set_num_threads(1)
+GRIDS = [(2, 2), (3, 2)]
+
+
+def text_tokenizer() -> TextTokenizer:
+    """Bytes as tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = TextTokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def tiny(tmp: Path, **changes: dict) -> Config:
+    """A model of a few thousand parameters on 4x4 and 6x4 RGB pictures with 2x2 patches."""
+    text_tokenizer().save(str(tmp / "tokenizer.json"))
+    base = {
+        "run": {"dir": str(tmp / "run"), "seed": 3},
+        "data": {"tokenizer": str(tmp / "tokenizer.json"), "row_length": 48, "window": 16, "workers": 0},
+        "model": {
+            "backbone": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "intermediate_size": 48,
+            },
+            "patcher": {"patch_size": 2, "image_sizes": [[4, 4], [6, 4]]},
+        },
+        "train": {
+            "steps": 6, "batch_rows": 4, "warmup_steps": 2, "precision": "fp32", "tensorboard": False,
+            "log_every": 1, "save_every": 3, "sample_every": 0,
+        },
+        "sample": {"steps": 4, "max_new_tokens": 6},
+    }  # fmt: skip
+    config = override(Config(), base)
+    return override(config, changes) if changes else config
+
+
+def awake(config: Config, dtype: torch.dtype = torch.float64) -> tuple[MMGenModel, Tokenizer]:
+    """A model whose zero-initialised parts are random, so that nothing hides behind a zero."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    model = MMGenModel(MMGenConfig.of(config, len(tokenizer))).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval(), tokenizer
+
+
+def picture(rng: np.random.Generator, size: tuple[int, int] = (4, 4)) -> Image.Image:
+    """A random RGB picture of (height, width)."""
+    return Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """A plain tar file, written by nothing of ours."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def pairs(count: int, seed: int = 0) -> dict[str, bytes]:
+    """Members of a shard of captioned pictures."""
+    rng = np.random.default_rng(seed)
+    members: dict[str, bytes] = {}
+    for i in range(count):
+        members[f"{i:04d}.png"] = png(picture(rng, (4, 4) if i % 3 else (6, 4)))
+        members[f"{i:04d}.json"] = json.dumps({"caption": f"picture {i}"}).encode()
+    return members
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    shard = write_tar(tmp_path / "train-000.tar", pairs(40))
+    return tiny(tmp_path, data={"train": [str(shard)], "val": [str(shard)]})

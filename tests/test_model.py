@@ -1,0 +1,150 @@
+"""The model: no leaks, every parameter trained in every batch, any cut of a batch gives one gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from mmgen.backbone import attention_mask
+from mmgen.config import Config, override
+from mmgen.model import MMGenConfig, MMGenModel
+from mmgen.sequence import Batch, ImageSegment, TextSegment, Writer, collate, dense_visible
+from tests.conftest import awake
+
+RNG = np.random.default_rng(0)
+
+
+def batch_of(model: MMGenModel, tokenizer, rows: list, length: int = 30, clean: bool = False) -> Batch:
+    """Rows of documents given as lists of text (a list of ids) and grids; images with random pixels and noise."""
+    objective, patch = model.objective, model.patcher.patch_length
+    rng = np.random.default_rng(1)
+
+    def segment(piece):
+        if isinstance(piece, list):
+            return TextSegment(piece)
+        block = objective.context(objective.settings, piece, patch)
+        if not clean:
+            n = len(block.order_N)
+            draws = {"t": np.full(n, 0.3, np.float32), "eps": rng.standard_normal((n, patch)).astype(np.float32)}
+            block = type(block)(block.order_N, draws, block.bidirectional)
+        return ImageSegment(rng.standard_normal((piece[0] * piece[1], patch)).astype(np.float32), piece, [block])
+
+    strips = [[Writer(tokenizer).document([segment(piece) for piece in doc]) for doc in row] for row in rows]
+    nothing = objective.context(objective.settings, (0, 0), patch)
+    dtype = model.get_input_embeddings().weight.dtype
+    return collate(strips, length, tokenizer, nothing, patch).to("cpu", dtype)
+
+
+ROWS = [[[[1, 2], (2, 2), [3]]], [[(3, 2), [4, 5]], [[6]]]]
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_no_information_leaks(config: Config, bidirectional: bool) -> None:
+    """Perturb the input at each position: exactly the positions the rule lets see it change, after two layers."""
+    model, tokenizer = awake(override(config, {"objective": {"bidirectional": bidirectional}}))
+    batch = batch_of(model, tokenizer, ROWS, 24)
+    inputs, _ = model.embed(batch)
+    mask = attention_mask(batch.sites)
+    base = model.hidden(inputs, batch.position_BS, mask)
+    seen = dense_visible(batch.sites)
+    reach = (seen.double() @ seen.double()) > 0  # two layers
+    for k in range(24):
+        moved = inputs.clone()
+        moved[:, k] += 1.0
+        changed = (model.hidden(moved, batch.position_BS, mask) - base).abs().amax(-1) > 1e-12
+        assert torch.equal(changed, reach[:, :, k]), k
+
+
+@pytest.mark.parametrize("rows", [ROWS, [[[[1, 2, 3]]]], [[[(2, 2)]]], [[]]], ids=["mixed", "text", "image", "empty"])
+def test_every_parameter_takes_part(config: Config, rows: list) -> None:
+    """A parameter without a gradient would make sharded training abort or hang."""
+    model, tokenizer = awake(config, torch.float32)
+    model.train()
+    losses = model(batch_of(model, tokenizer, rows))
+    (losses.text + losses.image).backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not missing
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_neighbours_in_a_row_change_nothing(config: Config) -> None:
+    """Two documents packed into one row lose what each loses in a row of its own."""
+    model, tokenizer = awake(config)
+    first, second = [[1, 2, 3], (2, 2), [9]], [(3, 2), [4, 5]]
+    parts = [model(batch_of(model, tokenizer, [[doc]], 20, clean=True)).text for doc in (first, second)]
+    whole = batch_of(model, tokenizer, [[first, second]], 40, clean=True)
+    whole.x_IP[:4] = batch_of(model, tokenizer, [[first]], 20, clean=True).x_IP
+    whole.x_IP[4:] = batch_of(model, tokenizer, [[second]], 20, clean=True).x_IP
+    torch.testing.assert_close(parts[0] + parts[1], model(whole).text, rtol=1e-12, atol=1e-12)
+
+
+def test_fresh_model_predicts_zero_patches(config: Config) -> None:
+    """Zero-initialised output: the first image loss is the mean square of the target."""
+    torch.manual_seed(0)
+    model, tokenizer = awake(config)
+    fresh = MMGenModel(model.config).double()
+    batch = batch_of(fresh, tokenizer, ROWS)
+    expected = (batch.x_IP - batch.draws["eps"]).square().mean(-1).sum()
+    torch.testing.assert_close(fresh(batch).image, expected)
+
+
+def test_save_and_load(config: Config, tmp_path: Path) -> None:
+    model, _ = awake(config, torch.float32)
+    model.save_pretrained(tmp_path / "out")
+    again = MMGenModel.from_pretrained(tmp_path / "out")
+    for (name, a), (other, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox"])
+def test_any_decoder_is_a_backbone(config: Config, kind: str) -> None:
+    changes = {"model": {"backbone": {"model_type": kind}}}
+    model, tokenizer = awake(override(config, changes), torch.float32)
+    losses = model(batch_of(model, tokenizer, ROWS))
+    assert losses.text.isfinite()
+    assert losses.image.isfinite()
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, Qwen3Config])
+def test_a_pretrained_backbone_keeps_its_weights(config: Config, tmp_path: Path, family: type) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    source = AutoModelForCausalLM.from_config(family(vocab_size=50, head_dim=16, tie_word_embeddings=False, **sizes))
+    source.save_pretrained(tmp_path / "hub")
+    model, tokenizer = awake_pretrained(override(config, {"model": {"backbone": str(tmp_path / "hub")}}))
+    ours, theirs = dict(model.backbone.named_parameters()), dict(source.named_parameters())
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name][: len(weight)], weight), name
+    assert len(ours["model.embed_tokens.weight"]) >= len(tokenizer)
+
+
+def awake_pretrained(config: Config):
+    from mmgen.model import build_model
+    from mmgen.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    return build_model(config, len(tokenizer)), tokenizer
+
+
+def test_sliding_windows_are_refused(config: Config) -> None:
+    extra = {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 8}
+    with pytest.raises(ValueError, match="sliding"):
+        MMGenModel(MMGenConfig.of(override(config, {"model": {"backbone": {"extra": extra}}}), 300))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"kind": "transfusoin"}}, "unknown objective.kind 'transfusoin', did you mean 'transfusion'"),
+        ({"model": {"patcher": {"projection": "liner"}}}, "did you mean 'linear'"),
+        ({"model": {"backbone": {"model_type": "qwen33"}}}, "unknown model.backbone.model_type 'qwen33'"),
+        ({"model": {"backbone": "no/such-folder"}}, "cannot be loaded"),
+    ],
+)
+def test_wrong_names_are_refused(config: Config, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MMGenModel(MMGenConfig.of(override(config, changes), 300))
