@@ -37,9 +37,7 @@ def split() -> Split:
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)
     index = np.arange(len(images))
-    train, rest = train_test_split(
-        index, train_size=SHARES["train"], stratify=data.target, random_state=SPLIT_SEED
-    )
+    train, rest = train_test_split(index, train_size=SHARES["train"], stratify=data.target, random_state=SPLIT_SEED)
     judge, test = train_test_split(
         rest,
         train_size=SHARES["judge"] / (1 - SHARES["train"]),

@@ -31,12 +31,17 @@ DIGITS = {"train": "train", "test": "test", "heldout": "test"}
 
 
 def describe(objects: list[Object], rng: np.random.Generator) -> str:
-    """A caption: one template, the objects in any order, digits as numeral or word."""
+    """A caption: one template, digits as numeral or word.
+
+    Objects come in reading order; the template that begins with the place takes them in any order.
+    """
     clause, joint = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
     word = rng.random() < 0.5
+    ordered = sorted(objects, key=lambda thing: list(PLACES).index(thing.place or ""))
+    if clause.startswith("{place}"):
+        ordered = [ordered[int(i)] for i in rng.permutation(len(ordered))]
     parts = []
-    for i in rng.permutation(len(objects)):
-        thing = objects[int(i)]
+    for thing in ordered:
         name = WORDS[thing.digit] if word else str(thing.digit)
         parts.append(clause.format(colour=thing.colour, digit=name, place=thing.place))
     return joint.join(parts)

@@ -54,9 +54,9 @@ def _compiled_flex() -> Any:
 
 def attention_mask(sites: Sites) -> Tensor | BlockMask:
     """The rule for a whole batch in the form the device wants: a BlockMask on CUDA, else [B, 1, S, S] of 0 and -inf."""
-    batch, length = sites.index.shape
-    if sites.index.is_cuda:
-        return create_block_mask(flex_rule(sites), batch, None, length, length, device=sites.index.device)
+    batch, length = sites.slot.shape
+    if sites.slot.is_cuda:
+        return create_block_mask(flex_rule(sites), batch, None, length, length, device=sites.slot.device)
     return additive(dense_visible(sites))
 
 
@@ -97,7 +97,9 @@ class RowCache(Cache):
         """Keep the first `counts` new positions of each lane of the last forward pass."""
         self.length[self._lanes] += counts
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Store [L, H, width, d] and return all keys and values of these lanes up to `reach`."""
         stored = self._store[layer_idx]
         if stored is None:
@@ -130,7 +132,10 @@ def backbone_config(settings: BackboneConfig, vocabulary: int) -> dict[str, Any]
         return dict(config.to_dict())
     sizes = settings.model_dump(exclude={"pretrained", "model_type", "extra"})
     # The libraries' fixed 0.02 suits widths near 1,000; small models start better in proportion to their width.
-    width = {"head_dim": settings.hidden_size // settings.num_attention_heads, "initializer_range": 0.5 * settings.hidden_size**-0.5}
+    width = {
+        "head_dim": settings.hidden_size // settings.num_attention_heads,
+        "initializer_range": 0.5 * settings.hidden_size**-0.5,
+    }
     sizes = {**width, **sizes, **settings.extra}
     try:
         fresh = AutoConfig.for_model(settings.model_type, vocab_size=vocabulary, tie_word_embeddings=True, **sizes)

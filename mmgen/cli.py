@@ -76,7 +76,10 @@ def sample(
     for path, image in zip(paths, images, strict=True):
         picture.save(image, path)
     picture.save(picture.grid(images, prompts), out / "grid.png")
-    drawn = [{"prompt": p, "seed": seed + i, "image": str(path)} for i, (p, path) in enumerate(zip(prompts, paths, strict=True))]
+    drawn = [
+        {"prompt": p, "seed": seed + i, "image": str(path)}
+        for i, (p, path) in enumerate(zip(prompts, paths, strict=True))
+    ]
     if as_json:
         print(json.dumps({"samples": drawn, "grid": str(out / "grid.png")}))
     else:
@@ -172,7 +175,7 @@ def show(values: dict[str, Any], as_json: bool) -> None:
 @app.meta.default
 def launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    config: Annotated[Path | None, Parameter(help="YAML file of settings; see mmgen/config.py for all of them.")] = None,
+    config: Annotated[Path | None, Parameter(help="YAML file of settings, all listed in mmgen/config.py.")] = None,
 ) -> int:
     """Read the YAML file, put the overrides on top, and run the command."""
     base = Config() if config is None else load_config(config)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -236,8 +237,8 @@ class _Schedule:
         lanes = len(self.rows) * (2 if self.guided else 1)
         self.cache = RowCache(self.model.backbone.config.num_hidden_layers, lanes, capacity, self.device)
         blank = torch.zeros(lanes, capacity, dtype=torch.long, device=self.device)
-        index = torch.arange(capacity, device=self.device).expand(lanes, -1)
-        self.sites = Sites(index, blank - 1, blank - 1, blank > 0, blank > 0)
+        slot = torch.arange(capacity, device=self.device).expand(lanes, -1)
+        self.sites = Sites(slot, blank - 1, blank - 1, blank > 0, blank > 0)
 
     def run(self) -> list[Result]:
         while self.feeds or self.canvases:
@@ -293,7 +294,7 @@ class _Schedule:
         noise_RNP = torch.from_numpy(np.stack([draw.noise_NP for draw in draws.values()])).to(self.device, self.dtype)
         spec = ImageSpec(grid, noise_RNP, self.decoder.sample, torch.stack(openings))
         drawing = self.decoder.objective.generate(spec)
-        start = self.cache.length[sum(lanes, [])].clone()
+        start = self.cache.length[[*chain(*lanes)]].clone()
         self.canvases.append(_Canvas(lanes, positions, start, drawing, next(drawing)))
 
     def _advance(self, canvas: _Canvas, hidden: dict[int, Tensor]) -> None:
@@ -305,7 +306,7 @@ class _Schedule:
             self.canvases.append(canvas)
         except StopIteration as stop:
             # Later positions see the finished image as `context` writes it, so whatever was kept goes.
-            self.cache.length[sum(canvas.lanes, [])] = canvas.start
+            self.cache.length[[*chain(*canvas.lanes)]] = canvas.start
             for r, x_NP in zip(canvas.lanes[0], stop.value.float().cpu().numpy(), strict=True):
                 self._answer(r, x_NP)
 

@@ -91,8 +91,8 @@ class MMGenModel(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def get_input_embeddings(self) -> nn.Module:
-        embeddings: nn.Module = self.backbone.get_input_embeddings()
+    def get_input_embeddings(self) -> nn.Embedding:
+        embeddings: nn.Embedding = self.backbone.get_input_embeddings()
         return embeddings
 
     def embed(self, batch: Batch) -> tuple[Tensor, Embedded]:
@@ -126,7 +126,8 @@ class MMGenModel(PreTrainedModel):
         hidden_BSD = self.hidden(inputs_BSD, batch.position_BS, attention_mask(batch.sites))
         flat = hidden_BSD.flatten(0, 1)
         scores = self.logits(flat[batch.label_at_L])
-        text = F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), batch.label_BS.flatten()[batch.label_at_L], reduction="sum")
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        text = F.cross_entropy(scores, batch.label_BS.flatten()[batch.label_at_L], reduction="sum")
         image = self.objective.loss(flat[embedded.read_at_J], embedded.state).sum()
         return Losses(text, image, len(batch.label_at_L), len(batch.loss_at_J))
 

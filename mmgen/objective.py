@@ -89,7 +89,7 @@ class ImageObjective(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def layout(cls, settings: ObjectiveConfig, site: ImageSite, rng: np.random.Generator) -> list[Block]:
-        """The blocks of a training image, with every random draw made from `rng`; the last one is the clean or only copy."""
+        """The blocks of a training image, drawn from `rng` alone; the last one is the clean or only copy."""
 
     @classmethod
     @abstractmethod
@@ -111,7 +111,7 @@ class ImageObjective(nn.Module, ABC):
 
     @abstractmethod
     def generate(self, spec: ImageSpec) -> Drawing:
-        """Yield requests to the backbone, be sent hidden states, return the clean patch rows [R, N, P] in raster order."""
+        """Yield requests to the backbone, be sent hidden states, return clean patch rows [R, N, P] in raster order."""
 
 
 class TimeEmbedding(nn.Module):
@@ -124,7 +124,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """[...] in [0, 1] to [..., D]."""
-        weight = self.mlp[0].weight
+        (weight, *_) = self.mlp.parameters()
         half = self.features // 2
         exponent = torch.arange(half, device=t.device, dtype=torch.float32) / half
         angle = 1000.0 * t.float().unsqueeze(-1) * 1e-4**exponent
@@ -209,7 +209,9 @@ class TransfusionObjective(ImageObjective):
                     self.path.convert(self.settings.prediction, "v", out.to(dtype), z_IP, t, sample.clip)
                     for out in outputs
                 ]
-                guided = classifier_free(v[0], v[1], t, sample.guidance_scale, sample.guidance_interval) if v[1:] else v[0]
+                guided = (
+                    classifier_free(v[0], v[1], t, sample.guidance_scale, sample.guidance_interval) if v[1:] else v[0]
+                )
                 z_RNP, t = solver.send(guided.view(rows, n, length))
         except StopIteration as stop:
             clean: Tensor = stop.value

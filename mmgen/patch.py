@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from mmgen.config import PatcherConfig, choose
 
 Grid = tuple[int, int]
 Floats = NDArray[np.float32]
+Levels = NDArray[np.uint8]
+Numbers = TypeVar("Numbers", np.float32, np.uint8)
 
 
 class PixelPatcher:
@@ -45,10 +47,20 @@ class PixelPatcher:
         size = min(declared, key=lambda wh: abs(math.log(wh[0] / wh[1]) - aspect))
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
+    def levels(self, image: Image.Image) -> tuple[Levels, Grid]:
+        """Patch rows [N, P] in 0..255 and their grid (rows, columns)."""
+        pixels = np.asarray(self.fit(image))
+        return cut(pixels.reshape(*pixels.shape[:2], -1), self.settings.patch_size)
+
+    def scale(self, levels_NP: Levels) -> Floats:
+        """Levels in 0..255 to the model's [-1, 1]."""
+        scaled: Floats = levels_NP.astype(np.float32) / 127.5 - 1
+        return scaled
+
     def encode(self, image: Image.Image) -> tuple[Floats, Grid]:
         """Patch rows [N, P] in [-1, 1] and their grid (rows, columns)."""
-        pixels = np.asarray(self.fit(image), dtype=np.float32) / 127.5 - 1
-        return cut(pixels.reshape(*pixels.shape[:2], -1), self.settings.patch_size)
+        levels_NP, grid = self.levels(image)
+        return self.scale(levels_NP), grid
 
     def decode(self, x_NP: Floats, grid: Grid) -> Image.Image:
         """The inverse of `encode`; values outside [-1, 1] are clipped."""
@@ -57,7 +69,7 @@ class PixelPatcher:
         return Image.fromarray(levels.squeeze(-1) if self.settings.channels == 1 else levels)
 
 
-def cut(pixels_HWC: Floats, side: int) -> tuple[Floats, Grid]:
+def cut(pixels_HWC: NDArray[Numbers], side: int) -> tuple[NDArray[Numbers], Grid]:
     """Cut [H, W, C] into patch rows [N, side * side * C]; raises ValueError where `side` does not divide H and W."""
     height, width, channels = pixels_HWC.shape
     if height % side or width % side:

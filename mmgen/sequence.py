@@ -62,7 +62,7 @@ Document = Sequence[TextSegment | ImageSegment]
 class Sites(NamedTuple):
     """What the attention rule asks of a position; all tensors have one shape."""
 
-    index: Tensor
+    slot: Tensor
     """Order in the row."""
     document: Tensor
     block: Tensor
@@ -78,7 +78,7 @@ def visible(q: Sites, k: Sites) -> Tensor:
     is hidden from everything outside that copy.
     """
     same_block = (q.block == k.block) & (k.block >= 0)
-    reachable = (k.index <= q.index) | (same_block & q.bidirectional)
+    reachable = (k.slot <= q.slot) | (same_block & q.bidirectional)
     return (q.document == k.document) & reachable & ~(k.noised & ~same_block)
 
 
@@ -233,8 +233,8 @@ class Batch:
     @property
     def sites(self) -> Sites:
         """The rule's view of all positions, shape [B, S]."""
-        index = torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device).expand_as(self.ids_BS)
-        return Sites(index, self.document_BS, self.block_BS, self.bidirectional_BS, self.noised_BS)
+        slot = torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device).expand_as(self.ids_BS)
+        return Sites(slot, self.document_BS, self.block_BS, self.bidirectional_BS, self.noised_BS)
 
     @property
     def places(self) -> Places:

@@ -30,7 +30,7 @@ class Tokenizer:
         )
         text.encode_special_tokens = True
         self.bos, self.eos, self.pad, self.boi, self.eoi = (self._id(name) for name in SPECIAL)
-        self.size = {tuple(grid): self._id(size_token(grid)) for grid in grids}
+        self.size: dict[Grid, int] = {(rows, columns): self._id(size_token((rows, columns))) for rows, columns in grids}
         self.grid = {token: grid for grid, token in self.size.items()}
         self.special = frozenset((self.bos, self.eos, self.pad, self.boi, self.eoi, *self.grid))
 
@@ -63,6 +63,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without any special token."""
         return list(self._text.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once, in threads."""
+        return [list(found.ids) for found in self._text.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens vanish."""

@@ -148,7 +148,11 @@ def _stale_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _causal_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "dense_visible", lambda q, k: (q.index.unsqueeze(2) >= k.index.unsqueeze(1)) & (k.document.unsqueeze(1) == 0))
+    monkeypatch.setattr(
+        generate,
+        "dense_visible",
+        lambda q, k: (q.slot.unsqueeze(2) >= k.slot.unsqueeze(1)) & (k.document.unsqueeze(1) == 0),
+    )
 
 
 def _wrong_position(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +189,9 @@ def test_solver_steps_equal_the_training_forward(config: Config, scale: float) -
 
     def velocity(text: list[int], t: float) -> torch.Tensor:
         block = Block(np.arange(4), {"t": np.full(4, t, np.float32), "eps": np.zeros((4, patch), np.float32)})
-        strip = Writer(tokenizer).document([*([TextSegment(text)] if text else []), ImageSegment(noise, (2, 2), [block])])
+        strip = Writer(tokenizer).document(
+            [*([TextSegment(text)] if text else []), ImageSegment(noise, (2, 2), [block])]
+        )
         nothing = model.objective.context(model.objective.settings, (0, 0), patch)
         batch = collate([[strip]], len(strip), tokenizer, nothing, patch).to("cpu", torch.float64)
         batch.draws["t"] = torch.full((4,), t, dtype=torch.float64)

@@ -112,7 +112,13 @@ def test_any_decoder_is_a_backbone(config: Config, kind: str) -> None:
 
 @pytest.mark.parametrize("family", [LlamaConfig, Qwen3Config])
 def test_a_pretrained_backbone_keeps_its_weights(config: Config, tmp_path: Path, family: type) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     source = AutoModelForCausalLM.from_config(family(vocab_size=50, head_dim=16, tie_word_embeddings=False, **sizes))
     source.save_pretrained(tmp_path / "hub")
     model, tokenizer = awake_pretrained(override(config, {"model": {"backbone": str(tmp_path / "hub")}}))

@@ -111,7 +111,7 @@ class UNetProjection(PatchProjection):
             mine = places.image_I == image
             height, width = (places.place_I2[mine].amax(0) + 1).tolist()
             out.append(layer(rows_IC[mine].T.reshape(1, -1, height, width))[0].flatten(1).T)
-        return torch.cat(out) if out else layer(rows_IC.T.reshape(1, -1, 0, 1))[0].flatten(1).T
+        return torch.cat([*out, layer(rows_IC.new_zeros(1, rows_IC.shape[1], 1, 1))[0].flatten(1).T[:0]])
 
     def encode(self, x_IP, t_I, places):
         entered = self._over_grids(self.enter, x_IP, places)

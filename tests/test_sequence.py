@@ -115,7 +115,34 @@ def test_layout_of_the_design() -> None:
     first = [t.bos, 5, 6, t.boi, size, *[t.pad] * 4, t.eoi, t.eos]
     second = [t.bos, t.boi, size, *[t.pad] * 4, t.eoi, 7, t.eos]
     assert batch.ids_BS[0].tolist() == first + second + [t.pad] * 5
-    assert batch.position_BS[0].tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 5, 6, 7, 0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 0, 1, 2, 3, 4]
+    assert batch.position_BS[0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        5,
+        5,
+        5,
+        6,
+        7,
+        0,
+        1,
+        2,
+        3,
+        3,
+        3,
+        3,
+        4,
+        5,
+        6,
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert batch.document_BS[0].tolist() == [0] * 11 + [1] * 10 + [-1] * 5
     assert batch.block_BS[0].tolist() == [-1] * 5 + [0] * 4 + [-1] * 5 + [1] * 4 + [-1] * 8
     assert batch.at_I.tolist() == [5, 6, 7, 8, 14, 15, 16, 17]

@@ -6,6 +6,7 @@ import io
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from PIL import Image
@@ -16,12 +17,14 @@ from mmgen.data.order import Plan, PlannedDocument, PlannedRow, Position, chance
 from mmgen.data.shards import BadSample, Sample, read
 from mmgen.flow.time import stratified
 from mmgen.objective import ImageSite, objective_class
-from mmgen.patch import Grid, PixelPatcher
+from mmgen.patch import Grid, Levels, PixelPatcher
 from mmgen.sequence import Batch, ImageSegment, Strip, TextSegment, Writer, collate
 from mmgen.tokenizer import Tokenizer
 
 Form = Literal["caption first", "image first", "caption dropped", "no image"]
 FORMATS = ("PNG", "JPEG", "WEBP")
+CACHE_BYTES = 256 * 2**20
+"""Decoded images that each loader process keeps."""
 
 
 @dataclass
@@ -54,7 +57,9 @@ class Corpus:
         self.samples: list[Sample] = []
         self._ids: list[list[int]] = []
         self._grids: list[Grid | None] = []
-        for sample in read(patterns, self.bad):
+        read_samples = list(read(patterns, self.bad))
+        captions = tokenizer.encode_batch([sample.caption for sample in read_samples])
+        for sample, ids in zip(read_samples, captions, strict=True):
             try:
                 grid = self._grid(sample)
             except BadSample as error:
@@ -62,10 +67,11 @@ class Corpus:
                 continue
             self.samples.append(sample)
             self._grids.append(grid)
-            self._ids.append(self._fit(sample, tokenizer.encode(sample.caption), grid))
-        self.plan = Plan(
-            config.run.seed, config.data.window, config.data.row_length, len(self.samples), self.length
-        )
+            self._ids.append(self._fit(sample, ids, grid))
+        self.plan = Plan(config.run.seed, config.data.window, config.data.row_length, len(self.samples), self.length)
+        largest = max(height * width for height, width in config.model.patcher.image_sizes)
+        # Small images are decoded once; of large ones too few fit to matter.
+        self._patches = lru_cache(maxsize=CACHE_BYTES // (largest * config.model.patcher.channels))(self._decode)
 
     def _grid(self, sample: Sample) -> Grid | None:
         """Patch grid of a sample's image from its header; raises `BadSample`."""
@@ -117,9 +123,7 @@ class Corpus:
         text = TextSegment(self._ids[index])
         if sample.image is None or grid is None:
             return Writer(self.tokenizer).document([text])
-        x_NP, found = self.patcher.encode(open_image(sample.image))
-        if found != grid:
-            raise BadSample(f"the image has grid {found}, planned was {grid}")
+        x_NP = self.patcher.scale(self._patches(index))
         rng = keyed(self.config.run.seed, epoch, sample.shard, sample.key, "noise")
         quantile = rng.random() if quantile is None else quantile
         site = ImageSite(grid, x_NP.shape[1], form == "caption first", form == "image first", quantile)
@@ -130,6 +134,14 @@ class Corpus:
             "caption dropped": [image],
         }
         return Writer(self.tokenizer).document(documents[form])
+
+    def _decode(self, index: int) -> Levels:
+        image, grid = self.samples[index].image, self._grids[index]
+        assert image is not None
+        levels_NP, found = self.patcher.levels(open_image(image))
+        if found != grid:
+            raise BadSample(f"the image has grid {found}, planned was {grid}")
+        return levels_NP
 
     def has_image(self, index: int) -> bool:
         """Whether the sample holds an image."""

@@ -12,8 +12,8 @@ from typing import Any
 
 os.environ.setdefault("WDS_SECURE", "1")  # no shell pipes, no unpickling
 
-import webdataset  # noqa: E402
-from braceexpand import braceexpand  # noqa: E402
+import webdataset
+from braceexpand import braceexpand
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 

@@ -36,7 +36,7 @@ def compress(train: Features) -> PCA | None:
 
 
 def two_sample_accuracy(a: Features, b: Features) -> float:
-    """Cross-validated accuracy of a classifier that tells `a` from `b`; 0.5 where it cannot (Lopez-Paz and Oquab 2017)."""
+    """Cross-validated accuracy of telling `a` from `b`, 0.5 where they are alike (Lopez-Paz and Oquab 2017)."""
     n = min(len(a), len(b))
     both, side = np.concatenate([a[:n], b[:n]]), np.repeat([0, 1], n)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from mmgen import picture
@@ -96,30 +97,31 @@ def score_pictures(pictures: Sequence[Pixels], wanted: Sequence[Truth], real: Re
     }
 
 
-Imitation = Callable[[list[Pixels], np.random.Generator], np.ndarray]
+Grey = NDArray[np.float64]
+Imitation = Callable[[list[Pixels], np.random.Generator], Grey]
 
 
-def class_mean(digits: list[Pixels], rng: np.random.Generator) -> np.ndarray:
+def class_mean(digits: list[Pixels], rng: np.random.Generator) -> Grey:
     """The class mean plus noise."""
-    return np.mean(digits, 0) + rng.normal(0, 16, digits[0].shape)
+    return np.asarray(np.mean(digits, 0)) + rng.normal(0, 16, digits[0].shape)
 
 
-def noised_copy(digits: list[Pixels], rng: np.random.Generator) -> np.ndarray:
+def noised_copy(digits: list[Pixels], rng: np.random.Generator) -> Grey:
     """A training digit plus noise."""
     return digits[int(rng.integers(len(digits)))] + rng.normal(0, 16, digits[0].shape)
 
 
-def mean_of_two(digits: list[Pixels], rng: np.random.Generator) -> np.ndarray:
+def mean_of_two(digits: list[Pixels], rng: np.random.Generator) -> Grey:
     """The mean of two training digits of the class."""
     one, two = rng.integers(len(digits), size=2)
     return (digits[int(one)].astype(float) + digits[int(two)]) / 2
 
 
-def class_gaussian(digits: list[Pixels], rng: np.random.Generator) -> np.ndarray:
+def class_gaussian(digits: list[Pixels], rng: np.random.Generator) -> Grey:
     """A draw from the Gaussian fitted to the class."""
     flat = rows(digits) * 255
     draw = rng.multivariate_normal(flat.mean(0), np.cov(flat, rowvar=False), method="eigh")
-    return draw.reshape(digits[0].shape)
+    return np.asarray(draw.reshape(digits[0].shape))
 
 
 IMITATIONS: dict[str, Imitation] = {

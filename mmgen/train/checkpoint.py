@@ -108,7 +108,13 @@ def check_same_run(trainer: dict[str, Any], config: Config, folder: Path) -> Non
         data = {k: v for k, v in settings["data"].items() if k not in ("workers", "max_bad_fraction", "val")}
         train = {"batch_rows": settings["train"]["batch_rows"]}
         seed = {"seed": settings["run"]["seed"]}
-        return {"run": seed, "data": data, "model": settings["model"], "objective": settings["objective"], "train": train}
+        return {
+            "run": seed,
+            "data": data,
+            "model": settings["model"],
+            "objective": settings["objective"],
+            "train": train,
+        }
 
     _refuse(differences(shape(config.model_dump(mode="json")), shape(trainer["config"])), folder)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from PIL import Image
 
 from mmgen import picture
 from mmgen.config import Config
@@ -59,20 +60,28 @@ def train(config: Config) -> int:
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     if found:
         checkpoint.restore(found, model, optimizer)
-    if settings.compile and can_compile(device):
+    compiled = settings.compile and can_compile(device)
+    if compiled:
         model.compile_backbone()
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     first, seconds = trainer["step"], trainer["train_seconds"]
     log = Log(run, first, settings.steps, settings.tensorboard)
     known_bad = log.quarantine(corpus.bad)
-    log.say(f"{run}: steps {first + 1} to {settings.steps} on {device}, {len(corpus.samples)} samples, {accelerator.mixed_precision}")
+    log.say(
+        f"{run}: steps {first + 1} to {settings.steps} on {device}, {len(corpus.samples)} samples, "
+        f"{'bf16 autocast' if accelerator.mixed_precision == 'bf16' else 'fp32'}{', compiled' if compiled else ''}"
+    )
     prompts = sample_prompts(config)
     began = time.monotonic()
     position = checkpoint.position_of(trainer)
 
     def save(step: int) -> None:
-        record = {"position": position.as_dict(), "train_seconds": seconds + time.monotonic() - began, "optimizer_steps": step}
+        record = {
+            "position": position.as_dict(),
+            "train_seconds": seconds + time.monotonic() - began,
+            "optimizer_steps": step,
+        }
         checkpoint.save(run / "checkpoints", step, model, optimizer, tokenizer, config, record)
 
     stream = steps(corpus, first, settings.steps, position, rank, world)
@@ -107,8 +116,8 @@ def train(config: Config) -> int:
                 spent = time.monotonic() - started
                 log.record(step, {
                     "loss": loss, "loss/text": text, "loss/image": image, "lr": learning_rate(settings, step),
-                    "grad_norm": float(norm), "tokens_per_s": data.positions / spent, "images_per_s": data.images / spent,
-                    "data_wait": waited / spent,
+                    "grad_norm": float(norm), "tokens_per_s": data.positions / spent,
+                    "images_per_s": data.images / spent, "data_wait": waited / spent,
                 })  # fmt: skip
             if interrupted:
                 save(step)
@@ -117,7 +126,9 @@ def train(config: Config) -> int:
                 return INTERRUPTED
             if step % settings.save_every == 0 or step == settings.steps:
                 save(step)
-            if prompts and (step == settings.first_sample or (settings.sample_every and step % settings.sample_every == 0)):
+            if prompts and (
+                step == settings.first_sample or (settings.sample_every and step % settings.sample_every == 0)
+            ):
                 with averaged_weights(optimizer):
                     drawn = draw(Decoder(model, tokenizer, config.sample), prompts)
                 path = run / "samples" / f"step-{step}.png"
@@ -166,7 +177,7 @@ def sample_prompts(config: Config) -> list[str]:
     return [sample.caption for sample in islice(read(config.data.val, bad=[]), SAMPLES) if sample.caption]
 
 
-def draw(decoder: Decoder, captions: list[str]) -> picture.Image.Image:
+def draw(decoder: Decoder, captions: list[str]) -> Image.Image:
     """One image per caption, seeds 0, 1, ..., as a grid."""
     results = decoder.generate([Request([caption], "image", seed) for seed, caption in enumerate(captions)])
     return picture.grid([result.images[0] for result in results], captions)
@@ -176,8 +187,8 @@ def uses_bf16(config: Config) -> bool:
     """Whether autocast runs in bf16: as set, or where the hardware multiplies it natively."""
     if config.train.precision == "auto":
         if torch.cuda.is_available():
-            return torch.cuda.is_bf16_supported()
-        return not torch.backends.mps.is_available() and torch.cpu._is_amx_tile_supported()
+            return bool(torch.cuda.is_bf16_supported())
+        return not torch.backends.mps.is_available() and bool(torch.cpu._is_amx_tile_supported())
     return config.train.precision == "bf16"
 
 
@@ -192,7 +203,7 @@ def refuse_non_finite(step: int, **values: float) -> None:
     wrong = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
     if wrong:
         raise FloatingPointError(
-            f"step {step}: {', '.join(wrong)}. Weights are those of the last checkpoint; lower train.lr or train.clip_norm, "
+            f"step {step}: {', '.join(wrong)}. The last checkpoint is as it was; lower train.lr or train.clip_norm, "
             "or look at the data of this step"
         )
 

@@ -1,0 +1,52 @@
+# `make demo` and `make test` create what they need. On a machine whose Python already has torch (a CUDA build,
+# say), that torch is used; elsewhere the pinned one is installed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test test-all lint bench data
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	if $(PYTHON) -c "import torch" 2>/dev/null; then \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); grep -v "^torch==" constraints.txt > $(VENV)/constraints.txt; \
+	else \
+	  $(PYTHON) -m venv $(VENV); cp constraints.txt $(VENV)/constraints.txt; \
+	  $(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"; \
+	fi
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[dev]"
+	touch $@
+
+data: data/scenes/.ready data/digits/.ready
+
+data/digits/.ready: | setup
+	$(BIN)/python -m data_prep.digits --out data/digits
+	$(BIN)/python -m data_prep.tokenizer --out data/digits/tokenizer.json "data/digits/train-{000000..000001}.tar"
+	touch $@
+
+data/scenes/.ready: | setup
+	$(BIN)/python -m data_prep.scenes --out data/scenes
+	$(BIN)/python -m data_prep.tokenizer --out data/scenes/tokenizer.json data/scenes/train-000000.tar
+	touch $@
+
+demo: setup data
+	$(BIN)/mmgen train --config configs/scenes.yaml
+	$(BIN)/mmgen eval --config configs/scenes.yaml
+	BIN=$(BIN) bash launch/show.sh configs/scenes.yaml "a red 7 top left and a blue 3 bottom right"
+
+test: setup data
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup data
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup data
+	$(BIN)/mmgen bench step --config configs/scenes.yaml

@@ -1,0 +1,70 @@
+"""The project itself: dependency direction, and the README's commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+SMALL = {
+    "train": "--train.steps 3 --train.compile false --train.sample_every 0 --train.first_sample 0 --train.save_every 3",
+    "eval": "--eval.samples 20 --sample.steps 2",
+    "sample": "--sample.steps 2",
+    "caption": "",
+}
+
+
+def test_imports_go_one_way() -> None:
+    done = subprocess.run([BIN / "lint-imports"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_flow_knows_nothing_of_the_rest() -> None:
+    for path in (ROOT / "mmgen" / "flow").glob("*.py"):
+        assert not re.search(
+            r"import (mmgen\.(?!flow)|transformers|tokenizers)|from (mmgen\.(?!flow)|transformers|tokenizers)",
+            path.read_text(),
+        )
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    targets = {command.split()[1] for command in readme_commands() if command.startswith("make ")}
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_readme_commands_run(tmp_path: Path) -> None:
+    """Every command of the README but `make`, in its order, with few steps and samples appended."""
+    for name in ("configs", "data_prep", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
+    ran = []
+    for command in readme_commands():
+        if command.startswith(("make ", "git ", "cd ")):
+            continue
+        words = shlex.split(command)
+        if words[0] == "mmgen" and "--dry-run" not in words and "bench" not in words:
+            command += f" {SMALL[words[1]]}"
+        if "bench" in words:
+            command += " --rounds 2"
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (command, done.stderr[-2000:])
+        ran.append(words[1])
+    assert {"train", "eval", "sample", "caption", "bench"} <= set(ran)
