@@ -21,12 +21,16 @@ ATTENTION = "mmgen"
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask, scaling: float, **_: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask, scaling: float, **other: Any
 ) -> tuple[Tensor, None]:
     """Attention for transformers' interface: [B, H, Q, d] to [B, Q, H, d] under an additive mask or a BlockMask."""
+    if other.get("softcap") is not None or other.get("s_aux") is not None:
+        raise ValueError("this backbone needs attention with soft caps or sinks, which mmgen's attention lacks")
     grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
-        attend = _compiled_flex() if query.is_cuda else flex_attention
+        attend = _compiled_flex if query.is_cuda else flex_attention
+        # Norms on queries and keys leave them in fp32 under autocast; the kernel wants one type.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         out = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2), None
@@ -42,14 +46,8 @@ def attention(
 
 AttentionInterface.register(ATTENTION, attention)
 
-_flex: Any = None
-
-
-def _compiled_flex() -> Any:
-    global _flex
-    if _flex is None:
-        _flex = torch.compile(flex_attention, dynamic=False)
-    return _flex
+# Wrapped here, not inside a traced region, where compiling again would do nothing. No work until the first call.
+_compiled_flex: Any = torch.compile(flex_attention, dynamic=False)
 
 
 def attention_mask(sites: Sites) -> Tensor | BlockMask:
@@ -130,6 +128,12 @@ def backbone_config(settings: BackboneConfig, vocabulary: int) -> dict[str, Any]
             raise ValueError(f"model.backbone '{settings.pretrained}' cannot be loaded: {error}") from None
         config.vocab_size = max(vocabulary, config.vocab_size)
         return dict(config.to_dict())
+    heads, kv_heads, hidden = settings.num_attention_heads, settings.num_key_value_heads, settings.hidden_size
+    if heads % kv_heads or hidden % (2 * heads):
+        raise ValueError(
+            f"model.backbone: {kv_heads} key-value heads must divide {heads} heads, and hidden_size {hidden} must be a "
+            "multiple of twice the heads (rotary positions turn pairs)"
+        )
     sizes = settings.model_dump(exclude={"pretrained", "model_type", "extra"})
     # The libraries' fixed 0.02 suits widths near 1,000; small models start better in proportion to their width.
     width = {
@@ -149,7 +153,9 @@ def build_backbone(config: dict[str, Any]) -> PreTrainedModel:
     fields = {name: value for name, value in config.items() if name != "model_type"}
     model_config = AutoConfig.for_model(config["model_type"], **fields)
     refuse_windows(model_config)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, attn_implementation=ATTENTION)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model_config, attn_implementation=ATTENTION, dtype=torch.float32
+    )
     return model
 
 
@@ -163,8 +169,12 @@ def load_pretrained(model: PreTrainedModel, name: str) -> None:
 def refuse_windows(config: PretrainedConfig) -> None:
     """Raise ValueError for decoders with sliding-window layers: an explicit mask would silently replace the window."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and not getattr(config, "layer_types", None):
+        kinds.add("sliding_attention")
     if kinds != {"full_attention"}:
         raise ValueError(
             f"backbone '{config.model_type}' has layers of kind {sorted(kinds - {'full_attention'})}: mmgen's mask "
-            "would replace them silently. Set layer_types to full attention only, or choose another backbone"
+            "would replace them silently. Set sliding_window to null and layer_types to full attention "
+            "(model.backbone.extra), or choose another backbone"
         )

@@ -197,7 +197,7 @@ def main() -> None:
         code = complain(str(error))
     except ValidationError as error:
         code = complain("\n".join(explain(item) for item in error.errors()))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         code = complain(str(error))
     except FloatingPointError as error:
         code = complain(str(error), 1)

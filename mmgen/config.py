@@ -62,6 +62,13 @@ def _name_to_backbone(value: object) -> object:
     return {"pretrained": value} if isinstance(value, str) else value
 
 
+def _read_words(values: object) -> object:
+    """Untyped values from the command line are words; read them as YAML does (`5.0`, `false`, `gelu`)."""
+    if not isinstance(values, dict):
+        return values
+    return {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
 class BackboneConfig(Settings):
     """A Hugging Face decoder: the name of a pretrained one, or a fresh one of any size."""
 
@@ -79,7 +86,7 @@ class BackboneConfig(Settings):
     """Key and value heads (fewer than query heads: grouped-query attention)."""
     intermediate_size: Positive = 256
     """Width of the feed-forward layers."""
-    extra: dict[str, Any] = {}
+    extra: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
     """Any further field of that architecture's configuration."""
 
 
@@ -228,8 +235,6 @@ class SampleConfig(Settings):
     """Text tokens generated per prompt."""
     max_images: Annotated[int, Field(ge=0)] = 1
     """Images generated per prompt."""
-    clip: Annotated[float, Field(gt=0, lt=1)] = 1e-3
-    """Smallest denominator in a sampling-time conversion."""
 
 
 class EvalConfig(Settings):

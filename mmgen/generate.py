@@ -117,6 +117,7 @@ class Decoder:
         size = int(model.get_input_embeddings().weight.shape[0])
         ids = np.arange(size)
         words = (ids < len(tokenizer)) & ~np.isin(ids, list(tokenizer.special))
+        self._words = words
         self._text = words | (ids == tokenizer.eos)
         self._free = self._text | (ids == tokenizer.boi)
         self._sizes = np.isin(ids, list(tokenizer.grid))
@@ -182,7 +183,9 @@ class Decoder:
                 writer.close_image()
                 grid = None
             more_images = request.mode == "auto" and images < sample.max_images
-            token, _ = yield self._feed(writer, self._free if more_images else self._text, rng)
+            # Documents whose caption was dropped end right after the image; asked for text, the model gives some.
+            legal = self._words if request.mode == "text" and not words else self._text
+            token, _ = yield self._feed(writer, self._free if more_images else legal, rng)
             if token == tok.boi:
                 writer.tokens([token])
                 if len(tok.size) > 1:
@@ -312,11 +315,11 @@ class _Schedule:
 
     def _choose(self, last_RD: Tensor, feeds: list[_Feed]) -> list[int]:
         """The best allowed token of each row; Gumbel noise turns the best into a sample."""
-        scores_RV = self.model.logits(last_RD).double()
-        allowed_RV = torch.from_numpy(np.stack([feed.allowed_V for feed in feeds])).to(self.device)
+        scores_RV = self.model.logits(last_RD).cpu().double()  # one copy a tick; some devices have no float64
+        allowed_RV = torch.from_numpy(np.stack([feed.allowed_V for feed in feeds]))
         for scores_V, feed in zip(scores_RV, feeds, strict=True):
             if feed.gumbel_V is not None:
-                scores_V += torch.from_numpy(feed.gumbel_V).to(self.device)
+                scores_V += torch.from_numpy(feed.gumbel_V)
         chosen: list[int] = scores_RV.masked_fill(~allowed_RV, -torch.inf).argmax(-1).tolist()
         return chosen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,15 +121,21 @@ class MMGenModel(PreTrainedModel):
         scores: Tensor = self.backbone.get_output_embeddings()(hidden)
         return scores
 
+    def _varying_shapes(self) -> AbstractContextManager[Any]:
+        """Autocast off on a CPU, where bf16 products are compiled anew for every shape: patch and label counts vary."""
+        return torch.autocast("cpu", enabled=False) if self.device.type == "cpu" else nullcontext()
+
     def forward(self, batch: Batch) -> Losses:
         """Loss sums of a batch. Every parameter takes part, also where the batch holds no image or no text."""
-        inputs_BSD, embedded = self.embed(batch)
+        with self._varying_shapes():
+            inputs_BSD, embedded = self.embed(batch)
         hidden_BSD = self.hidden(inputs_BSD, batch.position_BS, attention_mask(batch.sites))
-        flat = hidden_BSD.flatten(0, 1)
-        scores = self.logits(flat[batch.label_at_L])
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        text = F.cross_entropy(scores, batch.label_BS.flatten()[batch.label_at_L], reduction="sum")
-        image = self.objective.loss(flat[embedded.read_at_J], embedded.state).sum()
+        with self._varying_shapes():
+            flat = hidden_BSD.flatten(0, 1).to(inputs_BSD.dtype)
+            scores = self.logits(flat[batch.label_at_L])
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            text = F.cross_entropy(scores, batch.label_BS.flatten()[batch.label_at_L], reduction="sum")
+            image = self.objective.loss(flat[embedded.read_at_J], embedded.state).sum()
         return Losses(text, image, len(batch.label_at_L), len(batch.loss_at_J))
 
 

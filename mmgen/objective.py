@@ -154,7 +154,8 @@ class TransfusionObjective(ImageObjective):
         t = float(choose(TIMES, time.sampler, "objective.time.sampler")(quantile, time.mu, time.sigma))
         # An image that loses its caption must still be learned at every t: it trains the unconditional branch.
         if settings.context == "capped" and site.text_after and not site.text_before:
-            t = settings.cap + (1 - settings.cap) * t
+            # Uniform up to 1, where generation will show it; logit-normal draws would leave clean images unseen.
+            t = settings.cap + (1 - settings.cap) * site.quantile
         n = site.grid[0] * site.grid[1]
         draws = {
             "t": np.full(n, t, dtype=np.float32),
@@ -196,6 +197,7 @@ class TransfusionObjective(ImageObjective):
         column = torch.arange(n, device=device)
         place = torch.stack([column // spec.grid[1], column % spec.grid[1]], dim=1).repeat(rows, 1)
         places = Places(torch.arange(rows, device=device).repeat_interleave(n), place)
+        # Denominators are t or 1 - t, at least one step wherever a solver asks but at t = 0: there one step, too.
         times = torch.arange(sample.steps + 1, device=device, dtype=dtype) / sample.steps
         solver = choose(SOLVERS, sample.solver, "sample.solver")(spec.noise_RNP, times)
         try:
@@ -206,7 +208,7 @@ class TransfusionObjective(ImageObjective):
                 hidden_GRND = yield BackboneCall(values.view(rows, n, -1), self.settings.bidirectional, keep=False)
                 outputs = [self.projection.decode(h.reshape(rows * n, -1), memory, t_I, places) for h in hidden_GRND]
                 v = [
-                    self.path.convert(self.settings.prediction, "v", out.to(dtype), z_IP, t, sample.clip)
+                    self.path.convert(self.settings.prediction, "v", out.to(dtype), z_IP, t, clip=1 / sample.steps)
                     for out in outputs
                 ]
                 guided = (

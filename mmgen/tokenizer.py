@@ -52,6 +52,11 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises a bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self._text.to_str() == other._text.to_str()
+
+    __hash__ = None  # type: ignore[assignment]
+
     def _id(self, name: str) -> int:
         token = self._text.token_to_id(name)
         assert token is not None, name

@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from tokenizers import Tokenizer as TextTokenizer
 from tokenizers import decoders, models, pre_tokenizers
@@ -101,6 +102,12 @@ def pairs(count: int, seed: int = 0) -> dict[str, bytes]:
         members[f"{i:04d}.png"] = png(picture(rng, (4, 4) if i % 3 else (6, 4)))
         members[f"{i:04d}.json"] = json.dumps({"caption": f"picture {i}"}).encode()
     return members
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> None:
+    """accelerate keeps one precision per process; tests use several."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from mmgen.backbone import attention_mask
+from mmgen.backbone import attention, attention_mask
 from mmgen.config import Config, override
 from mmgen.model import MMGenConfig, MMGenModel
-from mmgen.sequence import Batch, ImageSegment, TextSegment, Writer, collate, dense_visible
+from mmgen.sequence import Batch, ImageSegment, TextSegment, Writer, collate, dense_visible, flex_rule
 from tests.conftest import awake
 
 RNG = np.random.default_rng(0)
@@ -120,12 +121,15 @@ def test_a_pretrained_backbone_keeps_its_weights(config: Config, tmp_path: Path,
         "num_key_value_heads": 2,
     }
     source = AutoModelForCausalLM.from_config(family(vocab_size=50, head_dim=16, tie_word_embeddings=False, **sizes))
-    source.save_pretrained(tmp_path / "hub")
+    source.bfloat16().save_pretrained(tmp_path / "hub")
+    source.float()
     model, tokenizer = awake_pretrained(override(config, {"model": {"backbone": str(tmp_path / "hub")}}))
     ours, theirs = dict(model.backbone.named_parameters()), dict(source.named_parameters())
     for name, weight in theirs.items():
         assert torch.equal(ours[name][: len(weight)], weight), name
     assert len(ours["model.embed_tokens.weight"]) >= len(tokenizer)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert model(batch_of(model, tokenizer, ROWS)).image.isfinite()
 
 
 def awake_pretrained(config: Config):
@@ -136,7 +140,25 @@ def awake_pretrained(config: Config):
     return build_model(config, len(tokenizer)), tokenizer
 
 
+def test_flex_attention_is_the_same_attention(config: Config) -> None:
+    """The kernel that CUDA uses, with its BlockMask, run forward on this device."""
+    model, tokenizer = awake(config, torch.float32)
+    batch = batch_of(model, tokenizer, ROWS, 32)
+    B, S = batch.ids_BS.shape
+    q, k, v = torch.randn(3, B, 2, S, 16).unbind(0)
+    layer = model.backbone.get_decoder().layers[0].self_attn
+    blocks = create_block_mask(flex_rule(batch.sites), B, None, S, S, device="cpu")
+    for heads in (2, 1):
+        flex, _ = attention(layer, q, k[:, :heads], v[:, :heads], blocks, 0.25)
+        dense, _ = attention(layer, q, k[:, :heads], v[:, :heads], attention_mask(batch.sites), 0.25)
+        torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
+    causal = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25).transpose(1, 2)
+    assert not torch.allclose(attention(layer, q, k, v, blocks, 0.25)[0], causal, atol=1e-3)
+
+
 def test_sliding_windows_are_refused(config: Config) -> None:
+    with pytest.raises(ValueError, match="sliding"):
+        MMGenModel(MMGenConfig.of(override(config, {"model": {"backbone": {"model_type": "mistral"}}}), 300))
     extra = {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 8}
     with pytest.raises(ValueError, match="sliding"):
         MMGenModel(MMGenConfig.of(override(config, {"model": {"backbone": {"extra": extra}}}), 300))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmgen.config import Config
 from mmgen.data.order import Plan, PlannedDocument, PlannedRow, Position, chances, keyed
-from mmgen.data.shards import BadSample, Sample, read
+from mmgen.data.shards import BadSample, Sample, open_image, read
 from mmgen.flow.time import stratified
 from mmgen.objective import ImageSite, objective_class
 from mmgen.patch import Grid, Levels, PixelPatcher
@@ -22,7 +19,6 @@ from mmgen.sequence import Batch, ImageSegment, Strip, TextSegment, Writer, coll
 from mmgen.tokenizer import Tokenizer
 
 Form = Literal["caption first", "image first", "caption dropped", "no image"]
-FORMATS = ("PNG", "JPEG", "WEBP")
 CACHE_BYTES = 256 * 2**20
 """Decoded images that each loader process keeps."""
 
@@ -68,13 +64,16 @@ class Corpus:
             self.samples.append(sample)
             self._grids.append(grid)
             self._ids.append(self._fit(sample, ids, grid))
+        if not self.samples:
+            why = f": the first of {len(self.bad)} bad ones is {self.bad[0]}" if self.bad else ""
+            raise ValueError(f"no usable sample in {', '.join(patterns)}{why}")
         self.plan = Plan(config.run.seed, config.data.window, config.data.row_length, len(self.samples), self.length)
         largest = max(height * width for height, width in config.model.patcher.image_sizes)
-        # Small images are decoded once; of large ones too few fit to matter.
-        self._patches = lru_cache(maxsize=CACHE_BYTES // (largest * config.model.patcher.channels))(self._decode)
+        self._cache: dict[int, Levels] = {}
+        self._cache_size = CACHE_BYTES // (largest * config.model.patcher.channels)
 
     def _grid(self, sample: Sample) -> Grid | None:
-        """Patch grid of a sample's image from its header; raises `BadSample`."""
+        """Patch grid of a sample's image, decoded only where several sizes are declared; raises `BadSample`."""
         grids = self.config.model.patcher.grids
         if sample.image is None or len(grids) == 1:
             return grids[0] if sample.image is not None else None
@@ -123,7 +122,7 @@ class Corpus:
         text = TextSegment(self._ids[index])
         if sample.image is None or grid is None:
             return Writer(self.tokenizer).document([text])
-        x_NP = self.patcher.scale(self._patches(index))
+        x_NP = self.patcher.scale(self._levels(index))
         rng = keyed(self.config.run.seed, epoch, sample.shard, sample.key, "noise")
         quantile = rng.random() if quantile is None else quantile
         site = ImageSite(grid, x_NP.shape[1], form == "caption first", form == "image first", quantile)
@@ -135,12 +134,17 @@ class Corpus:
         }
         return Writer(self.tokenizer).document(documents[form])
 
-    def _decode(self, index: int) -> Levels:
+    def _levels(self, index: int) -> Levels:
+        """Decoded patch rows; the first images are kept, so that a small corpus is decoded once."""
+        if index in self._cache:
+            return self._cache[index]
         image, grid = self.samples[index].image, self._grids[index]
         assert image is not None
         levels_NP, found = self.patcher.levels(open_image(image))
         if found != grid:
             raise BadSample(f"the image has grid {found}, planned was {grid}")
+        if len(self._cache) < self._cache_size:
+            self._cache[index] = levels_NP
         return levels_NP
 
     def has_image(self, index: int) -> bool:
@@ -174,7 +178,8 @@ class Corpus:
                 written.append(strips)
                 step.documents += len(row)
                 step.positions += sum(document.length for document in row)
-        micro = settings.train.micro_rows or max(1, -(-settings.train.batch_rows // world))
+        share = -(-settings.train.batch_rows // world)
+        micro = min(settings.train.micro_rows or share, share)
         steps = -(-settings.train.batch_rows // (world * micro))
         written += [[] for _ in range(steps * micro - len(written))]
         step.micro = [self.batch(written[i * micro : (i + 1) * micro]) for i in range(steps)]
@@ -215,15 +220,6 @@ def steps(corpus: Corpus, first: int, last: int, start: Position, rank: int = 0,
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; only the training process answers it."""
+    """Signals reach the whole process group; only the training process answers, and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def open_image(data: bytes) -> Image.Image:
-    """Decode an image; raises `BadSample` with the reason."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        image.load()
-        return image
-    except Exception as error:  # Pillow's decoders raise many types
-        raise BadSample(f"image cannot be decoded: {error}") from None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -88,8 +88,6 @@ class Plan:
     """
 
     def __init__(self, seed: int, window: int, row_length: int, count: int, lengths: DocumentLengths) -> None:
-        if count == 0:
-            raise ValueError("the shards hold no usable sample")
         self.seed, self.window, self.row_length, self.count, self.lengths = seed, window, row_length, count, lengths
 
     def rows(self, start: Position) -> Iterator[tuple[PlannedRow, Position]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +17,12 @@ os.environ.setdefault("WDS_SECURE", "1")  # no shell pipes, no unpickling
 
 import webdataset
 from braceexpand import braceexpand
+from PIL import Image
 
+FORMATS = ("PNG", "JPEG", "WEBP")
 IMAGES = ("png", "jpg", "jpeg", "webp")
+# What Pillow's decoders raise for damaged or oversized data.
+UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class BadSample(ValueError):
@@ -99,3 +106,13 @@ def parse(shard: str, group: dict[str, Any]) -> Sample:
     if image is None and not (caption or "").strip():
         raise BadSample(f"neither an image ({', '.join(IMAGES)}) nor text among members {sorted(group)}")
     return Sample(shard, str(group["__key__"]), image, (caption or "").strip(), meta)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decode an image; raises `BadSample` with the reason."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image.load()
+        return image
+    except UNDECODABLE as error:
+        raise BadSample(f"image cannot be decoded: {error}") from None

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 from sklearn.svm import SVC
 
-from mmgen.data.shards import Sample, read
+from mmgen.data.shards import Sample, open_image, read
 from mmgen.evaluate.tasks import Mark, Object, Pixels, Task
 
 Truth = frozenset[Object]
 
 
-def pixels(image: Image.Image | bytes) -> Pixels:
+def pixels(image: Image.Image) -> Pixels:
     """[H, W] or [H, W, 3] levels of an image."""
-    opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
-    return np.asarray(opened)
+    return np.asarray(image)
 
 
 def truth(sample: Sample) -> Truth:
@@ -33,9 +31,9 @@ class Judge:
     """A support vector classifier on 8x8 grey digits, and a task's plain rules for colour and place."""
 
     def __init__(self, task: Task, shards: Sequence[str]) -> None:
-        samples = list(read(shards))
-        greys = [pixels(sample.image) for sample in samples if sample.image]
-        labels = [next(iter(truth(sample))).digit for sample in samples if sample.image]
+        samples = [sample for sample in read(shards) if sample.image is not None]
+        greys = [pixels(open_image(sample.image or b"").convert("L")) for sample in samples]
+        labels = [next(iter(truth(sample))).digit for sample in samples]
         self.task = task
         self._digits = SVC(C=10).fit(_features(greys), labels)
 

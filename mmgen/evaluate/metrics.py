@@ -51,4 +51,5 @@ def nearest_distance(a: Features, train: Features) -> float:
 
 def within_class_variance(classes: Mapping[int, Features]) -> float:
     """Variance summed over features, inside each class, averaged over classes."""
-    return float(np.mean([rows.var(0, ddof=1).sum() for rows in classes.values() if len(rows) > 1]))
+    inside = [rows.var(0, ddof=1).sum() for rows in classes.values() if len(rows) > 1]
+    return float(np.mean(inside)) if inside else 0.0

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmgen import picture
-from mmgen.config import Config, SampleConfig, choose
+from mmgen.config import Config, EvalConfig, choose
 from mmgen.data.loader import Corpus
-from mmgen.data.shards import Sample, read
+from mmgen.data.shards import BadSample, Sample, open_image, read
 from mmgen.evaluate.judge import Judge, Truth, pixels, truth
 from mmgen.evaluate.metrics import (
     Features,
@@ -30,37 +30,55 @@ from mmgen.evaluate.metrics import (
 from mmgen.evaluate.tasks import TASKS, Object, Pixels, Task
 from mmgen.generate import Decoder, Request
 from mmgen.model import MMGenModel
+from mmgen.patch import PixelPatcher
 from mmgen.tokenizer import Tokenizer
+from mmgen.train.loop import validate
 
-NEAREST_AMONG = 6000
-"""Training pictures searched for the nearest one."""
+
+class Pictures:
+    """The readable pictures of shards, at the size and in the colours that the model draws."""
+
+    def __init__(self, patterns: Sequence[str], patcher: PixelPatcher, bad: list[dict[str, str]]) -> None:
+        self.samples: list[Sample] = []
+        self.images: list[Image.Image] = []
+        for sample in read(patterns, bad):
+            if sample.image is None:
+                continue
+            try:
+                self.images.append(patcher.fit(open_image(sample.image)))
+                self.samples.append(sample)
+            except BadSample as error:
+                bad.append({"shard": sample.shard, "key": sample.key, "reason": str(error)})
+        self.pixels = [pixels(image) for image in self.images]
+        self.truth = [truth(sample) for sample in self.samples]
 
 
 class Real:
-    """Real pictures with known content: of training, and held out."""
+    """Real pictures with known content, of training and held out; every comparison takes `n` of each side."""
 
-    def __init__(self, task: Task, train: list[Sample], test: list[Sample]) -> None:
-        self.task = task
-        self.train = [pixels(sample.image) for sample in train if sample.image]
-        self.test = [pixels(sample.image) for sample in test if sample.image]
-        self.test_truth = [truth(sample) for sample in test if sample.image]
-        self.train_rows, self.test_rows = rows(self.train), rows(self.test)
+    def __init__(self, task: Task, train: Pictures, test: Pictures, n: int) -> None:
+        self.task, self.n = task, min(n, len(test.pixels), len(train.pixels))
+        self.test, self.test_truth = test.pixels, test.truth
+        self.train_rows, self.test_rows = rows(train.pixels), rows(test.pixels)
         self.pca = compress(self.train_rows)
-        self.digits = digits_by_class(task, self.train, [truth(sample) for sample in train if sample.image])
-        test_digits = digits_by_class(task, self.test, self.test_truth)
+        self.digits = digits_by_class(task, train.pixels, train.truth)
+        test_digits = digits_by_class(task, test.pixels, test.truth)
         self.variance = within_class_variance({k: rows(v) for k, v in test_digits.items()})
-        self.nearest = nearest_distance(self.test_rows, self.train_rows[:NEAREST_AMONG])
-        self.floor = self.frechet(self.train[: len(self.test)])
+        self.nearest = nearest_distance(self.test_rows[: self.n], self.train_rows)
+        self.floor = self.frechet(train.pixels)
+        self.floor_separable = self.separable(train.pixels)
+
+    def _pair(self, pictures: Sequence[Pixels]) -> tuple[Features, Features]:
+        a, b = rows(pictures[: self.n]), self.test_rows[: self.n]
+        return (self.pca.transform(a), self.pca.transform(b)) if self.pca else (a, b)
 
     def frechet(self, pictures: Sequence[Pixels]) -> float:
         """Fréchet distance to the held-out pictures, in (at most 64) pixel components."""
-        a, b = rows(pictures), self.test_rows
-        return frechet(self.pca.transform(a), self.pca.transform(b)) if self.pca else frechet(a, b)
+        return frechet(*self._pair(pictures))
 
     def separable(self, pictures: Sequence[Pixels]) -> float:
         """How well a classifier tells pictures from held-out real ones."""
-        a, b = rows(pictures), self.test_rows
-        return two_sample_accuracy(*((self.pca.transform(a), self.pca.transform(b)) if self.pca else (a, b)))
+        return two_sample_accuracy(*self._pair(pictures))
 
 
 def rows(pictures: Sequence[Pixels]) -> Features:
@@ -93,7 +111,7 @@ def score_pictures(pictures: Sequence[Pixels], wanted: Sequence[Truth], real: Re
         "fd_pixel": real.frechet(pictures),
         "within_class_variance_ratio": variance / real.variance,
         "two_sample_accuracy": real.separable(pictures),
-        "nn_distance_ratio": nearest_distance(rows(pictures), real.train_rows[:NEAREST_AMONG]) / real.nearest,
+        "nn_distance_ratio": nearest_distance(rows(pictures[: real.n]), real.train_rows) / real.nearest,
     }
 
 
@@ -155,9 +173,10 @@ def evaluate(
     settings = config.eval
     task: Task = choose(TASKS, settings.task, "eval.task")()
     judge = Judge(task, settings.judge)
-    train, test = list(read(config.data.train, bad=[])), list(read(settings.test))
-    real = Real(task, train, test)
-    tell(f"{settings.task}: judging {settings.samples} images against {len(test)} real ones")
+    bad: list[dict[str, str]] = []
+    train, test = (Pictures(shards, PixelPatcher(model.patcher), bad) for shards in (config.data.train, settings.test))
+    real = Real(task, train, test, settings.samples)
+    tell(f"{settings.task}: judging {settings.samples} images against {len(test.samples)} real ones")
 
     def draw(samples: list[Sample], count: int, scale: float) -> tuple[list[Image.Image], list[Truth]]:
         chosen = [samples[i % len(samples)] for i in range(count)]
@@ -167,11 +186,11 @@ def evaluate(
         return images, [truth(sample) for sample in chosen]
 
     scale = config.sample.guidance_scale
-    images, wanted = draw(test, settings.samples, scale)
+    images, wanted = draw(test.samples, settings.samples, scale)
     scores = score_pictures([pixels(image) for image in images], wanted, real, judge)
     read_back = judge.read([pixels(image) for image in images])
     tell(f"captions to images: {scores['t2i_accuracy']:.3f} right at guidance {scale}")
-    plain, _ = draw(test, settings.samples, 1.0)
+    plain, _ = draw(test.samples, settings.samples, 1.0)
     report: dict[str, Any] = {
         "step": trainer["step"],
         "t2i_n": settings.samples,
@@ -182,16 +201,21 @@ def evaluate(
         "t2i_accuracy_shuffled": agreement(read_back, wanted[1:] + wanted[:1]),
         "t2i_ceiling": agreement(judge.read(real.test), real.test_truth),
         "fd_pixel_floor": real.floor,
-        "two_sample_accuracy_real": real.separable(real.train[: len(real.test)]),
+        "two_sample_accuracy_real": real.floor_separable,
     }
     if settings.heldout:
         unseen, unseen_wanted = draw(list(read(settings.heldout)), settings.samples, scale)
         found = judge.read([pixels(image) for image in unseen])
         report["t2i_accuracy_heldout_combination"] = agreement(found, unseen_wanted)
-    report |= caption_scores(model, tokenizer, config.sample, task, test, settings)
+    report |= caption_scores(
+        Decoder(model, tokenizer, config.sample.model_copy(update={"temperature": 0.0})), task, test, settings
+    )
     tell(f"images to captions: {report['i2t_accuracy']:.3f} right")
-    report["val_loss_text"], report["val_loss_image"] = validation(model, tokenizer, config)
+    if config.data.val:
+        losses = validate(model, Corpus(config.data.val, tokenizer, config))
+        report |= dict(zip(("val_loss_text", "val_loss_image"), losses, strict=True))
     report |= {
+        "bad_samples": len(bad),
         "train_seconds": round(trainer["train_seconds"], 1),
         "parameters": sum(p.numel() for p in model.parameters()),
         "reference_generators": {
@@ -199,34 +223,19 @@ def evaluate(
         },
         "eval_seconds": round(time.monotonic() - began, 1),
     }
-    captions = [test[i % len(test)].caption for i in range(24)]
+    captions = [test.samples[i % len(test.samples)].caption for i in range(len(images[:24]))]
     picture.save(picture.grid(images[:24], captions), config.run.dir / "samples" / "evaluation.png")
     write_report(config.run.dir, report)
     return report
 
 
-def caption_scores(
-    model: MMGenModel, tokenizer: Tokenizer, sample: SampleConfig, task: Task, test: list[Sample], settings: Any
-) -> dict[str, float]:
-    """Greedy captions of real held-out images, parsed and compared with what the images show."""
-    decoder = Decoder(model, tokenizer, sample.model_copy(update={"temperature": 0.0}))
-    chosen = test[: settings.samples]
-    requests = [Request([decoder.patcher.fit(open_picture(item))], "text") for item in chosen]
+def caption_scores(decoder: Decoder, task: Task, test: Pictures, settings: EvalConfig) -> dict[str, float]:
+    """Captions of real held-out images, parsed and compared with what the images show."""
+    chosen, wanted = test.images[: settings.samples], test.truth[: settings.samples]
+    requests = [Request([image], "text") for image in chosen]
     results = [result for part in batches(requests, settings.batch) for result in decoder.generate(part)]
     said = [task.parse(result.text) for result in results]
-    return {"i2t_n": len(chosen), "i2t_accuracy": agreement(said, [truth(item) for item in chosen])}
-
-
-def open_picture(sample: Sample) -> Image.Image:
-    """A sample's image."""
-    return Image.fromarray(pixels(sample.image or b""))
-
-
-def validation(model: MMGenModel, tokenizer: Tokenizer, config: Config) -> tuple[float, float]:
-    """Held-out (text, image) losses; (nan, nan) without validation shards."""
-    from mmgen.train.loop import validate
-
-    return validate(model, Corpus(config.data.val, tokenizer, config)) if config.data.val else (np.nan, np.nan)
+    return {"i2t_n": len(chosen), "i2t_accuracy": agreement(said, wanted)}
 
 
 def batches(items: Sequence[Request], size: int) -> list[Sequence[Request]]:
@@ -237,5 +246,5 @@ def batches(items: Sequence[Request], size: int) -> list[Sequence[Request]]:
 def write_report(run: Path, report: dict[str, Any]) -> None:
     """Write report.json, all or nothing."""
     temporary = run / "report.json.tmp"
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     os.replace(temporary, run / "report.json")

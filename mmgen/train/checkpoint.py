@@ -76,9 +76,19 @@ def save(
 
 
 def latest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder."""
+    """The newest complete checkpoint of a run folder, or None where there is none.
+
+    Raises:
+        ValueError: steps are there but `latest` does not lead to one; starting anew would overwrite the run.
+    """
     link = run / "checkpoints" / "latest"
-    return link.resolve() if link.exists() else None
+    if link.exists():
+        return link.resolve()
+    others = sorted(link.parent.glob("step-*"), key=_number)
+    if others or link.is_symlink():
+        fix = f"point it at {others[-1].name}" if others else f"delete {link} to start anew"
+        raise ValueError(f"{link} does not lead to a checkpoint: {fix}, or choose another run.dir")
+    return None
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
@@ -101,8 +111,8 @@ def read_trainer(folder: Path) -> dict[str, Any]:
     return trainer
 
 
-def check_same_run(trainer: dict[str, Any], config: Config, folder: Path) -> None:
-    """Raise ValueError where settings that shape weights or data order differ from the checkpoint's."""
+def check_same_run(trainer: dict[str, Any], config: Config, tokenizer: Tokenizer, folder: Path) -> None:
+    """Raise ValueError where the tokenizer, or settings that shape weights or data order, are not the checkpoint's."""
 
     def shape(settings: dict[str, Any]) -> dict[str, Any]:
         data = {k: v for k, v in settings["data"].items() if k not in ("workers", "max_bad_fraction", "val")}
@@ -117,6 +127,11 @@ def check_same_run(trainer: dict[str, Any], config: Config, folder: Path) -> Non
         }
 
     _refuse(differences(shape(config.model_dump(mode="json")), shape(trainer["config"])), folder)
+    if Tokenizer.load(folder / "tokenizer.json", config.model.patcher.grids) != tokenizer:
+        raise ValueError(
+            f"{config.data.tokenizer} is not the tokenizer of the checkpoint {folder}: its ids would mean other words. "
+            f"Copy {folder / 'tokenizer.json'} back, or choose another run.dir to start a new run"
+        )
 
 
 def check_same_model(trainer: dict[str, Any], config: Config, folder: Path) -> None:
@@ -147,7 +162,7 @@ def restore(folder: Path, model: MMGenModel, optimizer: torch.optim.Optimizer) -
                 if f"{kind}|{name}|0" in keys:
                     tensor = state.get_tensor(f"{kind}|{name}|0").view(p.shape).to(p.device)
                     optimizer.state[p][kind] = tensor
-                    optimizer.state[p].setdefault("step", torch.tensor(float(steps), device=_step_device(p)))
+                    optimizer.state[p].setdefault("step", torch.tensor(float(steps), device=p.device))
 
 
 def load_model(folder: Path, averaged: bool = True) -> tuple[MMGenModel, Tokenizer]:
@@ -165,11 +180,6 @@ def load_model(folder: Path, averaged: bool = True) -> tuple[MMGenModel, Tokeniz
 def position_of(trainer: dict[str, Any]) -> Position:
     """Where the checkpoint's run stands in its data."""
     return Position(**trainer["position"])
-
-
-def _step_device(p: Tensor) -> torch.device:
-    # The fused kernels keep Adam's counter beside the parameter.
-    return p.device
 
 
 def _number(path: Path) -> int:

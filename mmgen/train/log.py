@@ -80,20 +80,20 @@ class Log:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # cut short by a crash
+            continue
+    return records
 
 
 def _keep(path: Path, last: int) -> None:
     """Drop records of steps after `last`, and a line cut short by a crash."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= last:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
+    kept = [json.dumps(record) + "\n" for record in _lines(path) if record["step"] <= last]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""The training loop: one process on a CPU and many on GPUs run the same code."""
+"""The training loop, in one process on a CPU, a CUDA or an MPS device."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def train(config: Config) -> int:
         FloatingPointError: the loss or the gradient stopped being finite; no checkpoint is written.
     """
     accelerator = Accelerator(mixed_precision="bf16" if uses_bf16(config) else "no")
-    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    world = max(accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1")))
+    rank, device = accelerator.process_index, accelerator.device
     if world != 1:
         raise ValueError(f"this version trains in one process, but {world} were started")
     settings, run = config.train, config.run.dir
@@ -54,7 +55,10 @@ def train(config: Config) -> int:
     trainer: dict[str, Any] = {"step": 0, "train_seconds": 0.0, "position": Position().as_dict()}
     if found:
         trainer = checkpoint.read_trainer(found)
-        checkpoint.check_same_run(trainer, config, found)
+        checkpoint.check_same_run(trainer, config, tokenizer, found)
+        if trainer["step"] >= settings.steps:
+            print(f"{run} is trained: {trainer['step']} of {settings.steps} steps (raise train.steps to go on)")
+            return 0
     corpus = Corpus(config.data.train, tokenizer, config)
     optimizer = build_optimizer(model, settings)
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
@@ -134,7 +138,7 @@ def train(config: Config) -> int:
                 path = run / "samples" / f"step-{step}.png"
                 picture.save(drawn, path)
                 log.say(f"samples: {path}")
-    if config.data.val and first < settings.steps:
+    if config.data.val:
         with averaged_weights(optimizer):
             text, image = validate(model, Corpus(config.data.val, tokenizer, config))
         log.record(settings.steps, {"val_loss/text": text, "val_loss/image": image})
