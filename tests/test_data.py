@@ -131,7 +131,7 @@ def test_capped_time_only_where_text_follows(config: Config) -> None:
 
 def test_a_shard_of_webdatasets_own_writer(config: Config, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    with webdataset.TarWriter(str(tmp_path / "theirs.tar")) as sink:
+    with (tmp_path / "theirs.tar").open("wb") as file, webdataset.TarWriter(file) as sink:
         sink.write({"__key__": "a", "jpg": np.asarray(picture(rng)), "txt": "a jpeg"})
         sink.write({"__key__": "b", "png": np.asarray(picture(rng)), "json": {"caption": "a png"}, "cls": 3})
         sink.write({"__key__": "c", "txt": "only text"})

@@ -73,7 +73,7 @@ def by_hand(batch: Batch) -> torch.Tensor:
     return out
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(rows)
 def test_every_form_of_the_rule_is_the_rule(packed: list) -> None:
     batch = pack(packed, 64)
@@ -84,7 +84,7 @@ def test_every_form_of_the_rule_is_the_rule(packed: list) -> None:
     assert torch.equal(flex[:, 0], expected)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(rows)
 def test_block_mask_holds_exactly_the_visible_pairs(packed: list) -> None:
     """The BlockMask that CUDA gets: every visible pair lies in a block that is kept."""

@@ -65,7 +65,7 @@ def test_resume_repeats_the_uninterrupted_run(config: Config, tmp_path: Path) ->
     assert train(straight) == 0
     # As after a crash past step 3: only an older checkpoint is left, and records run ahead of it.
     third = override(config, {"run": {"dir": str(tmp_path / "c")}})
-    shutil.copytree(straight.run.dir, third.run.dir)
+    shutil.copytree(straight.run.dir, third.run.dir, symlinks=True)
     shutil.rmtree(third.run.dir / "checkpoints" / "step-6")
     (third.run.dir / "checkpoints" / "latest").unlink()
     (third.run.dir / "checkpoints" / "latest").symlink_to("step-3")
@@ -84,7 +84,7 @@ def test_an_incomplete_resume_shows(
     straight = override(config, {"run": {"dir": str(tmp_path / "a")}})
     train(straight)
     broken = override(config, {"run": {"dir": str(tmp_path / "b")}})
-    shutil.copytree(straight.run.dir, broken.run.dir)
+    shutil.copytree(straight.run.dir, broken.run.dir, symlinks=True)
     shutil.rmtree(broken.run.dir / "checkpoints" / "step-6")
     (broken.run.dir / "checkpoints" / "latest").unlink()
     (broken.run.dir / "checkpoints" / "latest").symlink_to("step-3")
@@ -113,21 +113,21 @@ def test_ctrl_c_saves_and_the_same_command_continues(config: Config, tmp_path: P
     """As a user: start the command, press Ctrl-C, repeat the command; losses are those of one run."""
     outcome = {}
     for name in ("straight", "interrupted"):
-        run = override(config, {"run": {"dir": str(tmp_path / name)}, "train": {"steps": 40, "save_every": 100}})
+        run = override(config, {"run": {"dir": str(tmp_path / name)}, "train": {"steps": 30, "save_every": 100}})
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
         command = [sys.executable, "-m", "mmgen.cli", "train", "--config", str(file)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if name == "interrupted":
             process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-            while not (run.run.dir / "metrics.jsonl").exists() or len(losses(run)) < 5:
+            while not (run.run.dir / "metrics.jsonl").exists() or len(losses(run)) < 3:
                 time.sleep(0.02)
                 assert process.poll() is None
             process.send_signal(signal.SIGINT)
             told = process.communicate(timeout=60)[1]
             assert process.returncode == loop.INTERRUPTED, told
             assert "the same command continues" in told
-            assert len(losses(run)) < 40
+            assert len(losses(run)) < 30
         subprocess.run(command, env=environment, check=True, capture_output=True)
         outcome[name] = losses(run)
     assert outcome["straight"] == outcome["interrupted"]

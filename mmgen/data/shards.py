@@ -72,6 +72,7 @@ def read(patterns: Sequence[str], bad: list[dict[str, str]] | None = None) -> It
         FileNotFoundError, ValueError: a shard is missing or is not a readable tar file.
     """
     for shard in expand(patterns):
+        refuse_truncated(shard)
         groups = webdataset.WebDataset([shard], shardshuffle=False, empty_check=False)
         try:
             for group in groups:
@@ -85,6 +86,19 @@ def read(patterns: Sequence[str], bad: list[dict[str, str]] | None = None) -> It
             if isinstance(error, BadSample):
                 raise
             raise ValueError(f"shard {shard} cannot be read to its end ({error}): fetch or write it again") from None
+
+
+def refuse_truncated(shard: str) -> None:
+    """Raise ValueError for an uncompressed tar without its end mark: readers would silently lose its tail."""
+    if not shard.endswith(".tar"):
+        return
+    with open(shard, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1024))
+        if size % 512 or file.read() != bytes(1024):
+            raise ValueError(
+                f"shard {shard} cannot be read to its end (no end mark at {size} bytes): fetch or write it again"
+            )
 
 
 def parse(shard: str, group: dict[str, Any]) -> Sample:

@@ -95,7 +95,7 @@ class Scenes(Task):
         clauses = re.split(r"\s*(?:,|\band\b)\s*", caption.lower().strip(" ."))
         forms = (
             rf"(?:an? )?(?P<colour>{colours}) (?P<digit>{digits}) (?:in the |at the )?(?P<place>{places})",
-            rf"(?P<place>{places}) (?:an? )?(?P<colour>{colours}) (?P<digit>{digits})",
+            rf"(?:in the )?(?P<place>{places}) (?:an? )?(?P<colour>{colours}) (?P<digit>{digits})",
         )
         objects = []
         for clause in clauses:
