@@ -36,10 +36,10 @@ demo: setup data
 	$(BIN)/mmgen eval --config configs/scenes.yaml
 	BIN=$(BIN) bash launch/show.sh configs/scenes.yaml "a red 7 top left and a blue 3 bottom right"
 
-test: setup data
+test: setup
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup data
+test-all: setup
 	$(BIN)/python -m pytest
 
 lint: setup
