@@ -154,8 +154,7 @@ class TransfusionObjective(ImageObjective):
         t = float(choose(TIMES, time.sampler, "objective.time.sampler")(quantile, time.mu, time.sigma))
         # An image that loses its caption must still be learned at every t: it trains the unconditional branch.
         if settings.context == "capped" and site.text_after and not site.text_before:
-            # Uniform up to 1, where generation will show it; logit-normal draws would leave clean images unseen.
-            t = settings.cap + (1 - settings.cap) * site.quantile
+            t = settings.cap + (1 - settings.cap) * t
         n = site.grid[0] * site.grid[1]
         draws = {
             "t": np.full(n, t, dtype=np.float32),
