@@ -17,6 +17,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	  $(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"; \
 	fi
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[dev]"
+	# Its samplers, an oracle of the tests, do without the torchvision that it asks for.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^azula==' constraints.txt)"
 	touch $@
 
 data: data/scenes/.ready data/digits/.ready

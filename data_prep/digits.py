@@ -27,7 +27,7 @@ TEMPLATES = (
     "a drawing of the number {digit}",
     "{digit}",
 )
-SHARES = {"train": 0.6, "judge": 0.25, "test": 0.15}
+SHARES = {"train": 0.7, "judge": 0.18, "test": 0.12}
 SPLIT_SEED = 20
 Split = dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]
 

@@ -1,7 +1,7 @@
 """Coloured scenes composed of real digits: `python -m data_prep.scenes --out data/scenes`.
 
-A scene is 16x16 RGB with one or two handwritten digits, each in one of six colours in one of four
-quadrants. Training takes its digits from the train part of `data_prep.digits`, test and heldout from its
+A scene is 16x16 RGB with one or two handwritten digits, each in one of six colours (two digits never share one) in
+one of four quadrants. Training takes its digits from the train part of `data_prep.digits`, test and heldout from its
 test part. About one in seven colour-digit combinations occurs in the `heldout` split alone, whose every scene
 contains one.
 """
@@ -21,8 +21,9 @@ from mmgen.evaluate.tasks import COLOURS, PLACES, Object, paint
 TEMPLATES = (
     ("a {colour} {digit} {place}", " and "),
     ("{colour} {digit} {place}", ", "),
-    ("a {colour} {digit} in the {place}", " and "),
+    ("{colour} {digit} {place}", " and "),
 )
+ANY_ORDER = 0.15
 # 9 of the 60 combinations, each colour once or twice and no digit twice.
 HELD_OUT = frozenset({(c, d) for d, c in enumerate([0, 1, 2, 3, 4, 5, 0, 1, 2])})
 SIZES = {"train": 24000, "test": 1000, "heldout": 500}
@@ -32,13 +33,13 @@ DIGITS = {"train": "train", "test": "test", "heldout": "test"}
 def describe(objects: list[Object], rng: np.random.Generator) -> str:
     """A caption: one template, digits as numeral or word.
 
-    Half of the captions keep reading order, the others take the objects in any order: a mostly settled order makes
-    captioning easier, and the exceptions make drawing depend on the place that is named, not on who comes first.
+    Most captions keep reading order, which makes captioning easier; some take the objects in any order, so that drawing
+    depends on the place that is named and not on who comes first.
     """
     clause, joint = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
     word = rng.random() < 0.3
     ordered = sorted(objects, key=lambda thing: list(PLACES).index(thing.place or ""))
-    if rng.random() < 0.5:
+    if rng.random() < ANY_ORDER:
         ordered = [ordered[int(i)] for i in rng.permutation(len(ordered))]
     parts = []
     for thing in ordered:
@@ -61,10 +62,10 @@ def scenes(name: str, count: int, images: NDArray[np.uint8], labels: NDArray[np.
     while len(samples) < count:
         n = int(rng.integers(1, 3))
         chosen = rng.integers(len(images), size=n)
-        where = rng.permutation(len(places))[:n]
+        where, paints = rng.permutation(len(places))[:n], rng.permutation(len(colours))[:n]
         objects = [
-            Object(int(labels[i]), colours[int(rng.integers(len(colours)))], places[int(place)])
-            for i, place in zip(chosen, where, strict=True)
+            Object(int(labels[i]), colours[int(colour)], places[int(place)])
+            for i, colour, place in zip(chosen, paints, where, strict=True)
         ]
         if not allowed(objects, name):
             continue

@@ -22,6 +22,8 @@ from mmgen.config import load as load_config
 app = App(name="mmgen", version=__version__, help="Train and use one transformer over text and images.")
 bench = App(name="bench", help="Measure speed against a floor, in one interleaved run.")
 app.command(bench)
+lab = App(name="lab", help="Small experiments with known answers that prove the flow toolbox.")
+app.command(lab)
 
 Settings = Annotated[Config, Parameter(name="*")]
 Json = Annotated[bool, Parameter(name="--json", help="Print one JSON document and nothing else.", negative="")]
@@ -143,6 +145,53 @@ def step(
     return 0
 
 
+@lab.command(name="list")
+def list_experiments(*, as_json: Json = False) -> int:
+    """Every experiment, its title, and the faults that turn it red."""
+    from mmgen.lab.catalog import EXPERIMENTS
+
+    rows = [{"name": e.name, "title": e.title, "faults": list(e.faults)} for e in EXPERIMENTS.values()]
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    table = Table("name", "what it shows", "faults", box=None)
+    for row in rows:
+        table.add_row(str(row["name"]), str(row["title"]), " ".join(row["faults"]))
+    Console().print(table)
+    return 0
+
+
+@lab.command(name="run")
+def run_experiments(
+    *names: Annotated[str, Parameter(help="Experiments, as `mmgen lab list` names them.")],
+    everything: Annotated[bool, Parameter(name="--all", help="Run all of them.", negative="")] = False,
+    fast: Annotated[bool, Parameter(help="Small sizes: minutes for all.", negative="")] = False,
+    out: Annotated[Path, Parameter(help="Folder for a JSON and a PNG per experiment.")] = Path("runs/lab"),
+    seed: int = 0,
+    inject: Annotated[str | None, Parameter(help="Make the toolbox wrong: sign, half, minus_s2 or shifted_t.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Run experiments; ends with code 1 where a bound does not hold."""
+    from mmgen.lab.catalog import EXPERIMENTS, execute
+
+    chosen = list(EXPERIMENTS) if everything else list(names)
+    if not chosen:
+        raise ValueError("name an experiment, or say --all (`mmgen lab list` shows them)")
+    results = []
+    for name in chosen:
+        result = execute(name, fast, seed, out, inject)
+        results.append(result)
+        tell(f"{'holds' if result['holds'] else 'FAILS'}  {name}  {result['seconds']} s  {result['picture']}")
+        for bound in result["bounds"]:
+            limits = " ".join(f"{k.replace('_', ' ')} {bound[k]:g}" for k in ("at_least", "at_most") if k in bound)
+            mark = "  " if bound["holds"] else "! "
+            tell(f"    {mark}{bound['figure']}: {bound['value']:.4g} ({limits})")
+    holds = all(result["holds"] for result in results)
+    if as_json:
+        print(json.dumps({"holds": holds, "seconds": sum(r["seconds"] for r in results), "experiments": results}))
+    return 0 if holds else 1
+
+
 def load(config: Config) -> Any:
     """Model, tokenizer and trainer record of the run's newest checkpoint, on the best device."""
     import torch
@@ -197,7 +246,7 @@ def main() -> None:
         code = complain(str(error))
     except ValidationError as error:
         code = complain("\n".join(explain(item) for item in error.errors()))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         code = complain(str(error))
     except FloatingPointError as error:
         code = complain(str(error), 1)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-Prediction = Literal["x", "eps", "v"]
+Prediction = Literal["x", "eps", "v", "v_sh"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -143,7 +143,7 @@ class TimeConfig(Settings):
     """How flow time t is drawn in training (t = 0 is noise, t = 1 is data)."""
 
     sampler: str = "uniform"
-    """`uniform` or `logit_normal`."""
+    """`uniform`, `logit_normal` or `constant`."""
     mu: float = 0.0
     """Mean of the logit of t (`logit_normal`)."""
     sigma: Annotated[float, Field(ge=0)] = 1.0
@@ -158,9 +158,17 @@ class ObjectiveConfig(Settings):
     kind: str = "transfusion"
     """`transfusion`: the backbone denoises."""
     prediction: Prediction = "v"
-    """What the network outputs."""
+    """What the network outputs (`v_sh` is Salimans and Ho's alpha eps - sigma x)."""
     loss_space: Prediction = "v"
     """Where the error is measured."""
+    path: str = "linear"
+    """`linear`, `cosine`, `vp`, `ddpm` or `ve`."""
+    path_options: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
+    """Arguments of the path, as `{log_snr_min: -10}`."""
+    noise_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation of the noise; large images need more (JiT: image side / 256)."""
+    weight: str | None = None
+    """Factor of the squared error: `snr`, `min_snr`, `sigmoid`, `logit_normal` or `sigma_squared`; absent: 1."""
     lambda_image: Annotated[float, Field(ge=0)] = 5.0
     """Weight of the image loss against the text loss."""
     time: TimeConfig = TimeConfig()
@@ -224,11 +232,21 @@ class SampleConfig(Settings):
     steps: Positive = 50
     """Solver steps per image."""
     solver: str = "euler"
-    """`euler` or `heun`."""
+    """`euler`, `midpoint`, `heun`, `rk4`, `ddim`, `ancestral`, `dpmpp_2m`, `euler_maruyama`, `predictor_corrector`."""
+    solver_options: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
+    """Arguments of the solver, as `{eta: 0.5}` for `ddim`."""
+    time_shift: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1: more of the steps at high noise, as large images need."""
     guidance_scale: float = 2.0
     """Classifier-free guidance: 0 unconditional, 1 conditional, above 1 sharper."""
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Guidance acts only for t inside this range; elsewhere it is 1."""
+    guidance_rescale: Fraction = 0.0
+    """Share in which a guided velocity takes the standard deviation of the conditional one."""
+    guidance_renorm: bool = False
+    """Shorten a guided velocity to the norm of the conditional one where it is longer."""
+    clean_range: tuple[float, float] | None = None
+    """Clip the clean estimate to this range at every step."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Of text; 0 is greedy."""
     max_new_tokens: Positive = 64
@@ -249,7 +267,7 @@ class EvalConfig(Settings):
     heldout: list[str] = []
     """Shards whose captions combine attributes that training never combined."""
     samples: Positive = 500
-    """Captions drawn and images captioned."""
+    """Captions drawn; all test images are captioned."""
     batch: Positive = 128
     """Prompts decoded together."""
 

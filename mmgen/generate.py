@@ -83,7 +83,8 @@ class _Draw:
     """Draw an image at `position`; answer with its patch rows."""
 
     grid: Grid
-    noise_NP: Floats
+    rng: np.random.Generator
+    """The row's own randomness."""
     position: int
     opening_D: Tensor
 
@@ -170,8 +171,7 @@ class Decoder:
             if grid is not None:
                 say()
                 _, opening = yield self._feed(writer, self._text, rng)
-                noise = rng.standard_normal((grid[0] * grid[1], self.model.patcher.patch_length), dtype=np.float32)
-                x_NP = yield _Draw(grid, noise, writer.position, opening)
+                x_NP = yield _Draw(grid, rng, writer.position, opening)
                 assert isinstance(x_NP, np.ndarray)
                 result.segments.append(self.patcher.decode(x_NP, grid))
                 images += 1
@@ -294,8 +294,14 @@ class _Schedule:
             hidden = self._forward(dict.fromkeys(shadows, strip), [])
             openings.append(torch.stack([hidden[lane][len(strip) - 1] for lane in shadows]))
             positions.append([prefix.position] * len(shadows))
-        noise_RNP = torch.from_numpy(np.stack([draw.noise_NP for draw in draws.values()])).to(self.device, self.dtype)
-        spec = ImageSpec(grid, noise_RNP, self.decoder.sample, torch.stack(openings))
+        shape = (grid[0] * grid[1], self.model.patcher.patch_length)
+        sources = [draw.rng for draw in draws.values()]
+
+        def noise(like: Tensor | None = None) -> Tensor:
+            drawn = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in sources])
+            return torch.from_numpy(drawn).to(self.device, self.dtype)
+
+        spec = ImageSpec(grid, noise(), self.decoder.sample, torch.stack(openings), noise)
         drawing = self.decoder.objective.generate(spec)
         start = self.cache.length[[*chain(*lanes)]].clone()
         self.canvases.append(_Canvas(lanes, positions, start, drawing, next(drawing)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from mmgen.config import ObjectiveConfig, PatcherConfig, SampleConfig, choose
+from mmgen.flow.field import clipped
 from mmgen.flow.guide import classifier_free
-from mmgen.flow.loss import flow_loss
-from mmgen.flow.path import LinearPath
-from mmgen.flow.solve import SOLVERS
-from mmgen.flow.time import TIMES
+from mmgen.flow.loss import WEIGHTS, flow_loss
+from mmgen.flow.path import PATHS, Path, ScaledNoise
+from mmgen.flow.solve import SOLVERS, Noise, build_solver, normal
+from mmgen.flow.time import TIMES, shifted_grid
 from mmgen.patch import Grid, PlaceEmbedding, Places, build_projection
 from mmgen.sequence import Batch, Block
 
@@ -64,6 +65,8 @@ class ImageSpec:
     sample: SampleConfig
     opening_GRD: Tensor
     """Hidden states at the size token."""
+    noise: Noise = field(default_factory=normal)
+    """More standard normal numbers, like its argument [R, N, P], for samplers that need them."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,10 @@ class TransfusionObjective(ImageObjective):
 
     def __init__(self, settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> None:
         super().__init__(settings, patcher, width)
-        self.path = LinearPath()
+        self.path = build_path(settings)
+        self.weight = None
+        if settings.weight is not None:
+            self.weight = choose(WEIGHTS, settings.weight, "objective.weight")
         self.projection = build_projection(patcher, width)
         self.time = TimeEmbedding(width)
         self.place = PlaceEmbedding(width)
@@ -187,7 +193,7 @@ class TransfusionObjective(ImageObjective):
         kinds = (self.settings.prediction, self.settings.loss_space)
         with torch.autocast(output.device.type, enabled=False):
             output = output.to(batch.x_IP.dtype)
-            return flow_loss(self.path, output, batch.x_IP[j], eps_IP[j], t_J, *kinds, self.settings.clip)
+            return flow_loss(self.path, output, batch.x_IP[j], eps_IP[j], t_J, *kinds, self.settings.clip, self.weight)
 
     def generate(self, spec: ImageSpec) -> Drawing:
         sample = spec.sample
@@ -196,9 +202,13 @@ class TransfusionObjective(ImageObjective):
         column = torch.arange(n, device=device)
         place = torch.stack([column // spec.grid[1], column % spec.grid[1]], dim=1).repeat(rows, 1)
         places = Places(torch.arange(rows, device=device).repeat_interleave(n), place)
+        times = shifted_grid(sample.steps, sample.time_shift)
         # Denominators are t or 1 - t, at least one step wherever a solver asks but at t = 0: there one step, too.
-        times = torch.arange(sample.steps + 1, device=device, dtype=dtype) / sample.steps
-        solver = choose(SOLVERS, sample.solver, "sample.solver")(spec.noise_RNP, times)
+        clip = float(torch.minimum(times[1], 1 - times[-2]))
+        kind = choose(SOLVERS, sample.solver, "sample.solver")
+        start = spec.noise_RNP * self.path.sigma(times[0]).to(dtype)
+        solver = build_solver(sample.solver, start, times, self.path, spec.noise, **sample.solver_options)
+        guidance = (sample.guidance_interval, sample.guidance_rescale, sample.guidance_renorm)
         try:
             z_RNP, t = next(solver)
             while True:
@@ -207,16 +217,32 @@ class TransfusionObjective(ImageObjective):
                 hidden_GRND = yield BackboneCall(values.view(rows, n, -1), self.settings.bidirectional, keep=False)
                 outputs = [self.projection.decode(h.reshape(rows * n, -1), memory, t_I, places) for h in hidden_GRND]
                 v = [
-                    self.path.convert(self.settings.prediction, "v", out.to(dtype), z_IP, t, clip=1 / sample.steps)
+                    self.path.convert(self.settings.prediction, "v", out.to(dtype), z_IP, t, clip).view_as(z_RNP)
                     for out in outputs
                 ]
-                guided = (
-                    classifier_free(v[0], v[1], t, sample.guidance_scale, sample.guidance_interval) if v[1:] else v[0]
-                )
-                z_RNP, t = solver.send(guided.view(rows, n, length))
+                guided = classifier_free(v[0], v[1], t, sample.guidance_scale, *guidance) if v[1:] else v[0]
+                z_RNP, t = solver.send(clipped(self.path, guided, z_RNP, t, kind.asks, clip, sample.clean_range))
         except StopIteration as stop:
             clean: Tensor = stop.value
             return clean
+
+
+def build_path(settings: ObjectiveConfig) -> Path:
+    """The path that `objective.path` names.
+
+    Raises:
+        ValueError: an unknown path or argument, or a velocity that the path cannot give.
+    """
+    try:
+        path: Path = choose(PATHS, settings.path, "objective.path")(**settings.path_options)
+    except TypeError as error:
+        raise ValueError(f"objective.path_options of '{settings.path}': {error}") from None
+    if "v" in (settings.prediction, settings.loss_space) and path.singular.get("v"):
+        raise ValueError(
+            f"the velocity of objective.path '{settings.path}' diverges at the data: set objective.prediction and "
+            "objective.loss_space to x, eps or v_sh, or take the cosine path"
+        )
+    return path if settings.noise_scale == 1 else ScaledNoise(path, settings.noise_scale)
 
 
 OBJECTIVES: dict[str, type[ImageObjective]] = {"transfusion": TransfusionObjective}

@@ -17,7 +17,7 @@ from mmgen.backbone import attention_mask
 from mmgen.config import Config, override
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
-from mmgen.flow.solve import SOLVERS, solve
+from mmgen.flow.solve import runge_kutta, solve
 from mmgen.generate import Decoder, Request
 from mmgen.model import MMGenModel, build_model
 from mmgen.objective import BackboneCall, Drawing, Embedded, ImageObjective, ImageSpec, TransfusionObjective
@@ -75,7 +75,7 @@ class RasterMAR(ImageObjective):
             def velocity(z: Tensor, t: Tensor, hidden: Tensor = hidden_RD) -> Tensor:
                 return self._denoise(hidden, z, t.expand(len(z), 1))
 
-            patches.append(solve(SOLVERS["euler"](spec.noise_RNP[:, i], times), velocity))
+            patches.append(solve(runge_kutta(spec.noise_RNP[:, i], times, scheme="euler"), velocity))
             if i + 1 < n:
                 place = self.place(torch.tensor(divmod(i + 1, spec.grid[1])))
                 inputs = self.enter(patches[-1]) + place

@@ -1,19 +1,67 @@
-"""Classifier-free guidance."""
+"""Guidance: of two velocities, and by a classifier."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from mmgen.flow.path import Path
+
+GuidanceScale = float | Callable[[Tensor], Tensor]
+"""A weight, or a weight that depends on t."""
+
 
 def classifier_free(
-    conditional: Tensor, unconditional: Tensor, t: Tensor, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+    conditional: Tensor,
+    unconditional: Tensor,
+    t: Tensor,
+    scale: GuidanceScale,
+    interval: tuple[float, float] = (0.0, 1.0),
+    rescale: float = 0.0,
+    renorm: bool = False,
 ) -> Tensor:
     """v_u + w (v_c - v_u) with w = `scale` for t inside `interval` and w = 1 outside.
 
     w = 0 is unconditional, w = 1 conditional (Ho and Salimans 2022, with w one larger than theirs);
-    the interval is that of Kynkäänniemi et al. 2024. `t` broadcasts against the velocities.
+    the interval is that of Kynkäänniemi et al. 2024. `t` broadcasts against the velocities, whose first axis
+    is the batch.
+
+    Args:
+        rescale: share in which the result takes the standard deviation of the conditional one (Lin et al. 2023, 3.4).
+        renorm: shorten the result to the norm of the conditional one where it is longer (Deng et al. 2025, BAGEL).
     """
     low, high = interval
-    weight = torch.where((t >= low) & (t <= high), scale, 1.0).to(conditional.dtype)
-    return unconditional + weight * (conditional - unconditional)
+    wanted = scale(t).to(conditional.dtype) if callable(scale) else torch.full_like(t, scale, dtype=conditional.dtype)
+    weight = torch.where((t >= low) & (t <= high), wanted, 1.0)
+    guided = unconditional + weight * (conditional - unconditional)
+    axes = tuple(range(1, conditional.ndim))
+    if rescale:
+        ratio = conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True).clamp(min=1e-12)
+        guided = guided * (1 + rescale * (ratio - 1))
+    if renorm:
+        norms = [torch.linalg.vector_norm(v, dim=axes, keepdim=True) for v in (conditional, guided)]
+        guided = guided * (norms[0] / norms[1].clamp(min=1e-12)).clamp(max=1.0)
+    return guided
+
+
+def classifier(
+    path: Path,
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    log_likelihood: Callable[[Tensor, Tensor], Tensor],
+    scale: float,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The velocity whose score has scale * grad log p(y | z) added (Dhariwal and Nichol 2021, section 4).
+
+    `log_likelihood(z, t)` returns log p(y | z_t) of each row, [B]; gradients are taken through it.
+    """
+
+    def guided(z: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_likelihood(leaf, t).sum(), leaf)
+        # v is affine in the score at fixed z, so an addition to one is a multiple of it added to the other.
+        return velocity(z, t) + path.gain("score", "v", t, clip=0.0) * scale * gradient
+
+    return guided

@@ -1,24 +1,85 @@
-"""The flow-matching loss in any prediction and loss space."""
+"""The regression losses of diffusion and flow matching: any prediction, any loss space, any weight."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from mmgen.flow.path import Path
+from mmgen.flow.path import Path, check_shapes
+
+Weight = Callable[[Path, Tensor], Tensor]
+"""Factor of the squared error at time t of a path."""
 
 
 def flow_loss(
-    path: Path, output: Tensor, x: Tensor, eps: Tensor, t: Tensor, prediction: str, loss_space: str, clip: float
+    path: Path,
+    output: Tensor,
+    x: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    prediction: str,
+    loss_space: str,
+    clip: float,
+    weight: Weight | None = None,
 ) -> Tensor:
     """Squared error of a network's output, measured in `loss_space`, averaged over the last axis.
 
     `output`, `x` and `eps` are [..., P]; `t` is [...]; the result is [...]. Prediction and target pass
     through the same conversion with the same clipped denominator (Li and He 2025, JiT, eq. 6), so clipping
-    changes the weight of an entry and never its minimiser.
+    changes the weight of an entry and never its minimiser. `weight` multiplies the error in that space.
+
+    Raises:
+        ValueError: an unknown kind, shapes that do not fit, t outside [0, 1] or where the path is singular.
     """
+    if t.shape != output.shape[:-1]:
+        raise ValueError(f"times {tuple(t.shape)} do not belong to an output {tuple(output.shape)}: one t per row")
     t = t.unsqueeze(-1)
-    target = {"x": x, "eps": eps}.get(prediction)
-    if target is None:
-        target = path.velocity(x, eps, t)
+    check_shapes(t, output, x, eps)
     gain = path.gain(prediction, loss_space, t, clip)
-    return (gain * (output - target)).square().mean(-1)
+    error = (gain * (output - path.target(prediction, x, eps, t, clip))).square().mean(-1)
+    return error if weight is None else weight(path, t.squeeze(-1)) * error
+
+
+def snr(path: Path, t: Tensor) -> Tensor:
+    """SNR: with it the loss in x-space is the loss in eps-space (Salimans and Ho 2022, section 4)."""
+    path.require("log_snr", t)
+    return path.snr(t)
+
+
+def min_snr(gamma: float = 5.0) -> Weight:
+    """min(SNR, gamma) on the error in x-space (Hang et al. 2023)."""
+    return lambda path, t: path.snr(t).clamp(max=gamma)
+
+
+def sigmoid(bias: float = 0.0) -> Weight:
+    """sigmoid(bias - log-SNR) on the error in eps-space (Kingma and Gao 2023; Hoogeboom et al. 2024)."""
+    return lambda path, t: torch.sigmoid(bias - path.log_snr(t))
+
+
+def logit_normal(mu: float = 0.0, sigma: float = 1.0) -> Weight:
+    """The density of logit-normal t: with uniform t, the same expected loss as drawing t from it."""
+
+    def density(path: Path, t: Tensor) -> Tensor:
+        t = t.clamp(1e-6, 1 - 1e-6)
+        n = (torch.logit(t) - mu) / sigma
+        value: Tensor = (-n.square() / 2).exp() / (sigma * (2 * torch.pi) ** 0.5 * t * (1 - t))
+        return value
+
+    return density
+
+
+def sigma_squared(path: Path, t: Tensor) -> Tensor:
+    """sigma^2: with it score matching is the loss in eps-space (Song and Ermon 2019, eq. 6)."""
+    return path.sigma(t).square()
+
+
+WEIGHTS: dict[str, Weight] = {
+    "snr": snr,
+    "min_snr": min_snr(),
+    "sigmoid": sigmoid(),
+    "logit_normal": logit_normal(),
+    "sigma_squared": sigma_squared,
+}
+"""Weights with their usual constants, by name."""

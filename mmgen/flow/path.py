@@ -1,16 +1,31 @@
-"""Paths from noise to data, and the one conversion among x, eps and v."""
+"""Paths from noise to data, and the one conversion among x, eps, v, the score and v_sh."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
-KINDS = ("x", "eps", "v")
+KINDS = ("x", "eps", "v", "score", "v_sh")
+"""What a network may output and where an error may be measured.
+
+`score` is the gradient of log p_t, whose regression target is -eps / sigma; `v_sh` is alpha eps - sigma x
+(Salimans and Ho 2022, there called v); `v` is the velocity dz/dt.
+"""
 
 
 class Path(ABC):
-    """z = alpha(t) x + sigma(t) eps, with t = 0 noise and t = 1 data. All methods are elementwise in t."""
+    """z = alpha(t) x + sigma(t) eps, with t = 0 noise and t = 1 data. All methods are elementwise in t.
+
+    Noise time is s = 1 - t. The noising process of the same marginals is dz = f z ds + g dW.
+    """
+
+    singular: Mapping[str, tuple[float, ...]] = MappingProxyType({})
+    """Times at which a quantity diverges, by name: v, score, log_snr, drift, diffusion."""
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -28,37 +43,87 @@ class Path(ABC):
     def sigma_slope(self, t: Tensor) -> Tensor:
         """d sigma / dt."""
 
+    @abstractmethod
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The inverse of `log_snr`; values that the path does not reach give times outside [0, 1]."""
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2), nats; infinite where alpha or sigma is zero."""
+        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+
+    def snr(self, t: Tensor) -> Tensor:
+        """alpha^2 / sigma^2."""
+        return (self.alpha(t) / self.sigma(t)).square()
+
+    def drift(self, t: Tensor) -> Tensor:
+        """f of the noising SDE, per unit of noise time: d log alpha / ds."""
+        return -self.alpha_slope(t) / self.alpha(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        """g of the noising SDE: g^2 = d sigma^2 / ds - 2 f sigma^2 (Kingma et al. 2021, eq. 9)."""
+        sigma = self.sigma(t)
+        return (2 * sigma * (self.alpha_slope(t) / self.alpha(t) * sigma - self.sigma_slope(t))).clamp(min=0).sqrt()
+
     def mix(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The noisy mixture z; `t` broadcasts against `x`."""
+        """The noisy mixture z; `t` is a scalar or has as many dimensions as `x`."""
+        check_shapes(t, x, eps)
         return self.alpha(t) * x + self.sigma(t) * eps
 
     def velocity(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """v = dz/dt = alpha' x + sigma' eps."""
         return self.alpha_slope(t) * x + self.sigma_slope(t) * eps
 
-    def _weights(self, kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b) such that the quantity `kind` equals a x + b eps."""
-        one, zero = t * 0 + 1, t * 0
-        if kind == "x":
-            return one, zero
-        if kind == "eps":
-            return zero, one
-        if kind == "v":
-            return self.alpha_slope(t), self.sigma_slope(t)
-        raise ValueError(f"unknown quantity '{kind}' (one of: {', '.join(KINDS)})")
+    def target(self, kind: str, x: Tensor, eps: Tensor, t: Tensor, clip: float = 0.0) -> Tensor:
+        """The value of `kind` that a network is taught; the score's sigma is kept at `clip` or more."""
+        if kind == "score":
+            return -eps / self.sigma(t).clamp(min=clip)
+        by_x, by_eps = self._weights(kind, t)
+        return by_x * x + by_eps * eps
 
-    def _solve(self, source: str, target: str, t: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    def convert(self, source: str, target: str, value: Tensor, z: Tensor, t: Tensor, clip: float) -> Tensor:
+        """Turn an estimate of `source` at (z, t) into the estimate of `target` it implies.
+
+        `source` and `target` are of `KINDS`; `value` and `z` have one shape, `t` is a scalar or has as many
+        dimensions. Denominators smaller than `clip` are replaced by it.
+
+        Raises:
+            ValueError: an unknown kind, shapes that do not fit, t outside [0, 1] or where the path is singular.
+        """
+        check_shapes(t, z, value)
+        by_value, by_z = self.solve(source, target, t, clip)
+        return by_value * value + by_z * z
+
+    def gain(self, source: str, target: str, t: Tensor, clip: float) -> Tensor:
+        """d target / d source at fixed z: an error of e in `source` is an error of gain * e in `target`."""
+        return self.solve(source, target, t, clip)[0]
+
+    def solve(self, source: str, target: str, t: Tensor, clip: float) -> tuple[Tensor, Tensor]:
         """(p, q) such that target = p source + q z.
 
         Cramer's rule on z = alpha x + sigma eps, source = a x + b eps. The determinant alpha b - sigma a
-        (-sigma for x, alpha for eps) vanishes at one end of the path, where its magnitude is kept at `clip`;
-        for v it is alpha sigma' - alpha' sigma, which vanishes nowhere.
+        (-sigma for x, alpha for eps) vanishes at one end of many paths, where its magnitude is kept at `clip`;
+        for v it is alpha sigma' - alpha' sigma = -alpha sigma (d log-SNR / dt) / 2 and for v_sh alpha^2 + sigma^2,
+        which vanish nowhere. The score is eps in another unit.
         """
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        a, b = self._weights(source, t)
-        c, d = self._weights(target, t)
+        for kind in (source, target):
+            if kind not in KINDS:
+                raise ValueError(f"unknown quantity '{kind}' (one of: {', '.join(KINDS)})")
+        check_times(t)
         if source == target:
             return t * 0 + 1, t * 0
+        if "v" in (source, target):
+            self.require("v", t)
+        sigma = self.sigma(t)
+        if source == "score":
+            p, q = self.solve("eps", target, t, clip)
+            return -sigma * p, q
+        if target == "score":
+            p, q = self.solve(source, "eps", t, clip)
+            scale = -1 / sigma.clamp(min=clip)
+            return p * scale, q * scale
+        alpha = self.alpha(t)
+        a, b = self._weights(source, t)
+        c, d = self._weights(target, t)
         determinant = alpha * b - sigma * a
         if source == "x":
             determinant = determinant.clamp(max=-clip)
@@ -66,31 +131,281 @@ class Path(ABC):
             determinant = determinant.clamp(min=clip)
         return (alpha * d - sigma * c) / determinant, (c * b - d * a) / determinant
 
-    def convert(self, source: str, target: str, value: Tensor, z: Tensor, t: Tensor, clip: float) -> Tensor:
-        """Turn an estimate of `source` at (z, t) into the estimate of `target` it implies.
+    def _weights(self, kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) such that the quantity `kind` equals a x + b eps."""
+        if kind == "x":
+            return t * 0 + 1, t * 0
+        if kind == "eps":
+            return t * 0, t * 0 + 1
+        if kind == "v":
+            return self.alpha_slope(t), self.sigma_slope(t)
+        if kind == "v_sh":
+            return -self.sigma(t), self.alpha(t)
+        raise ValueError(f"unknown quantity '{kind}' (one of: {', '.join(KINDS)})")
 
-        `source` and `target` are "x", "eps" or "v"; `value` and `z` have one shape, `t` broadcasts against
-        it. Denominators smaller than `clip` are replaced by it.
-        """
-        by_value, by_z = self._solve(source, target, t, clip)
-        return by_value * value + by_z * z
+    def require(self, quantity: str, t: Tensor) -> None:
+        """Raise a ValueError where `quantity` diverges at one of the times `t` (looked at on a CPU only)."""
+        if t.device.type == "cpu":
+            for time in self.singular.get(quantity, ()):
+                if bool((t == time).any()):
+                    raise ValueError(
+                        f"{quantity} of {type(self).__name__} diverges at t = {time:g}: stay inside (0, 1), or end a "
+                        "sampler on its clean estimate (end='clean')"
+                    )
 
-    def gain(self, source: str, target: str, t: Tensor, clip: float) -> Tensor:
-        """d target / d source at fixed z: an error of e in `source` is an error of gain * e in `target`."""
-        return self._solve(source, target, t, clip)[0]
+
+def check_times(t: Tensor) -> None:
+    """Raise a ValueError for times outside [0, 1]; tensors on an accelerator are not looked at, which would wait."""
+    if t.device.type == "cpu" and t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= 1):
+        raise ValueError(
+            f"flow time must lie in [0, 1] (0 is noise, 1 is data), got {float(t.min()):g} to {float(t.max()):g}; "
+            "diffusion steps k of K are t = 1 - k / K"
+        )
+
+
+def check_shapes(t: Tensor, *values: Tensor) -> None:
+    """Raise a ValueError unless all `values` have one shape and `t` is a scalar or has as many dimensions.
+
+    Times of shape [B] against values of shape [B, B] would broadcast along the wrong axis without a word.
+    """
+    shape = values[0].shape
+    if any(value.shape != shape for value in values):
+        raise ValueError(f"shapes differ: {', '.join(str(tuple(value.shape)) for value in values)}")
+    if t.ndim and (t.ndim != len(shape) or any(a not in (1, b) for a, b in zip(t.shape, shape, strict=True))):
+        raise ValueError(
+            f"times of shape {tuple(t.shape)} do not belong to values of shape {tuple(shape)}: give a scalar, or one "
+            "axis per axis of the values, as in t.view(-1, 1)"
+        )
 
 
 class LinearPath(Path):
-    """Rectified flow: alpha = t, sigma = 1 - t, v = x - eps (Liu et al. 2022, Lipman et al. 2022)."""
+    """Rectified flow: alpha = t, sigma = 1 - (1 - sigma_min) t (Liu et al. 2022; Lipman et al. 2022, eq. 20)."""
+
+    def __init__(self, sigma_min: float = 0.0) -> None:
+        self.sigma_min = sigma_min
+        self.singular = {"log_snr": (0.0,), "drift": (0.0,), "diffusion": (0.0,)}
+        if sigma_min == 0:
+            self.singular = {**self.singular, "log_snr": (0.0, 1.0), "score": (1.0,)}
 
     def alpha(self, t: Tensor) -> Tensor:
         return t
 
     def sigma(self, t: Tensor) -> Tensor:
-        return 1 - t
+        return 1 - t if self.sigma_min == 0 else 1 - (1 - self.sigma_min) * t
 
     def alpha_slope(self, t: Tensor) -> Tensor:
         return t * 0 + 1
 
     def sigma_slope(self, t: Tensor) -> Tensor:
-        return t * 0 - 1
+        return t * 0 - (1 - self.sigma_min)
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return 1 / ((-log_snr / 2).exp() + (1 - self.sigma_min))
+
+
+class CosinePath(Path):
+    """The cosine schedule in log-SNR between bounds, with a shift for resolution.
+
+    log-SNR = -2 log tan(a + s (b - a)) + shift at noise time s, alpha^2 = sigmoid(log-SNR) (Hoogeboom et al.
+    2023, simple diffusion). `shift` = 2 log(noise side / image side) moves the bounds, too.
+    """
+
+    def __init__(self, log_snr_min: float = -15.0, log_snr_max: float = 15.0, shift: float = 0.0) -> None:
+        if log_snr_min >= log_snr_max:
+            raise ValueError(f"log_snr_min {log_snr_min} must be below log_snr_max {log_snr_max}")
+        self.first = math.atan(math.exp(-log_snr_max / 2))
+        self.span = math.atan(math.exp(-log_snr_min / 2)) - self.first
+        self.shift = shift
+
+    def _angle(self, t: Tensor) -> Tensor:
+        return self.first + (1 - t) * self.span
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * self._angle(t).tan().log() + self.shift
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(self.log_snr(t)).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(-self.log_snr(t)).sqrt()
+
+    def _log_snr_slope(self, t: Tensor) -> Tensor:
+        return 4 * self.span / (2 * self._angle(t)).sin()
+
+    def alpha_slope(self, t: Tensor) -> Tensor:
+        return self.alpha(t) * self.sigma(t).square() * self._log_snr_slope(t) / 2
+
+    def sigma_slope(self, t: Tensor) -> Tensor:
+        return -self.sigma(t) * self.alpha(t).square() * self._log_snr_slope(t) / 2
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        angle = torch.atan((-(log_snr - self.shift) / 2).exp())
+        return 1 - (angle - self.first) / self.span
+
+
+class VPPath(Path):
+    """Variance preserving, from a rate beta(s): alpha = exp(-B / 2), B the integral of beta (Song et al. 2021).
+
+    Its SDE is f = -beta / 2, g^2 = beta. The slope of sigma is infinite at the data.
+    """
+
+    singular = MappingProxyType({"v": (1.0,), "score": (1.0,), "log_snr": (1.0,)})
+
+    @abstractmethod
+    def beta(self, t: Tensor) -> Tensor:
+        """The rate, per unit of noise time."""
+
+    @abstractmethod
+    def integral(self, t: Tensor) -> Tensor:
+        """B: the rate integrated over noise time from the data to t."""
+
+    @abstractmethod
+    def _time_of_integral(self, integral: Tensor) -> Tensor:
+        """The inverse of `integral`."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (-self.integral(t) / 2).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(-self.integral(t))).sqrt()
+
+    def alpha_slope(self, t: Tensor) -> Tensor:
+        return self.beta(t) * self.alpha(t) / 2
+
+    def sigma_slope(self, t: Tensor) -> Tensor:
+        return -self.beta(t) * self.alpha(t).square() / (2 * self.sigma(t))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -torch.expm1(self.integral(t)).log()
+
+    def drift(self, t: Tensor) -> Tensor:
+        return -self.beta(t) / 2
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return self.beta(t).sqrt()
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return self._time_of_integral(torch.nn.functional.softplus(-log_snr))
+
+
+class LinearBetaPath(VPPath):
+    """beta = beta_min + s (beta_max - beta_min) in continuous time (Song et al. 2021, appendix C)."""
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        if not 0 < beta_min < beta_max:
+            raise ValueError(f"rates must satisfy 0 < beta_min < beta_max, got {beta_min} and {beta_max}")
+        self.beta_min, self.growth = beta_min, beta_max - beta_min
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + (1 - t) * self.growth
+
+    def integral(self, t: Tensor) -> Tensor:
+        s = 1 - t
+        return s * (self.beta_min + s * self.growth / 2)
+
+    def _time_of_integral(self, integral: Tensor) -> Tensor:
+        root = (self.beta_min**2 + 2 * self.growth * integral).sqrt()
+        return 1 - 2 * integral / (self.beta_min + root)
+
+
+class DDPMPath(VPPath):
+    """A table of K steps beta_1 .. beta_K (Ho et al. 2020); step k stands at t = 1 - k / K, exactly.
+
+    Between steps the rate is constant, so the table is a variance-preserving path like any other.
+    """
+
+    def __init__(self, betas: Sequence[float] | None = None) -> None:
+        table = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        if betas is not None:
+            table = torch.as_tensor(betas, dtype=torch.float64).cpu()
+        if table.ndim != 1 or not len(table) or not bool(((table > 0) & (table < 1)).all()):
+            raise ValueError("betas must be a list of numbers between 0 and 1, the first one next to the data")
+        self.steps = len(table)
+        self._rates = -torch.log1p(-table)
+        self._knots = torch.cat([torch.zeros(1, dtype=torch.float64), self._rates.cumsum(0)])
+
+    def _step(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of whole steps below t, and the rest of one, in the precision of t."""
+        steps = (1 - t) * self.steps
+        whole = steps.floor().clamp(0, self.steps - 1)
+        return whole.long(), steps - whole
+
+    def _of(self, table: Tensor, index: Tensor, t: Tensor) -> Tensor:
+        return table.to(device=t.device, dtype=t.dtype)[index]
+
+    def beta(self, t: Tensor) -> Tensor:
+        whole, _ = self._step(t)
+        return self._of(self._rates, whole, t) * self.steps
+
+    def integral(self, t: Tensor) -> Tensor:
+        whole, rest = self._step(t)
+        return self._of(self._knots, whole, t) + rest * self._of(self._rates, whole, t)
+
+    def _time_of_integral(self, integral: Tensor) -> Tensor:
+        knots = self._knots.to(device=integral.device, dtype=integral.dtype)
+        whole = (torch.searchsorted(knots, integral.contiguous(), right=True) - 1).clamp(0, self.steps - 1)
+        rest = (integral - knots[whole]) / self._of(self._rates, whole, integral)
+        return 1 - (whole + rest) / self.steps
+
+
+class VEPath(Path):
+    """Variance exploding: alpha = 1, sigma falls geometrically from sigma_max to sigma_min (Song and Ermon 2019).
+
+    At t = 0 the data is not gone but drowned: start samplers from sigma_max times a normal.
+    """
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"noise levels must satisfy 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+        self.sigma_min, self.log_ratio = sigma_min, math.log(sigma_max / sigma_min)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t * 0 + 1
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_min * ((1 - t) * self.log_ratio).exp()
+
+    def alpha_slope(self, t: Tensor) -> Tensor:
+        return t * 0
+
+    def sigma_slope(self, t: Tensor) -> Tensor:
+        return -self.log_ratio * self.sigma(t)
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return 1 - (-log_snr / 2 - math.log(self.sigma_min)) / self.log_ratio
+
+
+class ScaledNoise(Path):
+    """Another path whose noise has standard deviation `scale` (Li and He 2025, JiT: image side / 256).
+
+    eps stays standard normal; it is sigma that grows.
+    """
+
+    def __init__(self, path: Path, scale: float) -> None:
+        if scale <= 0:
+            raise ValueError(f"the noise scale must be positive, got {scale}")
+        self.path, self.scale, self.singular = path, scale, path.singular
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.path.alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.scale * self.path.sigma(t)
+
+    def alpha_slope(self, t: Tensor) -> Tensor:
+        return self.path.alpha_slope(t)
+
+    def sigma_slope(self, t: Tensor) -> Tensor:
+        return self.scale * self.path.sigma_slope(t)
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return self.path.time_of(log_snr + 2 * math.log(self.scale))
+
+
+PATHS: dict[str, Callable[..., Path]] = {
+    "linear": LinearPath,
+    "cosine": CosinePath,
+    "vp": LinearBetaPath,
+    "ddpm": DDPMPath,
+    "ve": VEPath,
+}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -126,7 +127,7 @@ def check_same_run(trainer: dict[str, Any], config: Config, tokenizer: Tokenizer
             "train": train,
         }
 
-    _refuse(differences(shape(config.model_dump(mode="json")), shape(trainer["config"])), folder)
+    _refuse(differences(shape(config.model_dump(mode="json")), shape(_settings(trainer, folder))), folder)
     if Tokenizer.load(folder / "tokenizer.json", config.model.patcher.grids) != tokenizer:
         raise ValueError(
             f"{config.data.tokenizer} is not the tokenizer of the checkpoint {folder}: its ids would mean other words. "
@@ -140,7 +141,18 @@ def check_same_model(trainer: dict[str, Any], config: Config, folder: Path) -> N
     def shape(settings: dict[str, Any]) -> dict[str, Any]:
         return {name: settings[name] for name in ("model", "objective")}
 
-    _refuse(differences(shape(config.model_dump(mode="json")), shape(trainer["config"])), folder)
+    _refuse(differences(shape(config.model_dump(mode="json")), shape(_settings(trainer, folder))), folder)
+
+
+def _settings(trainer: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings stored with a checkpoint; those that are younger than it have their defaults."""
+    try:
+        return Config.model_validate(trainer["config"]).model_dump(mode="json")
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+        raise ValueError(
+            f"the checkpoint {folder} was written with settings that this version does not know: {fields}"
+        ) from None
 
 
 def _refuse(changed: list[str], folder: Path) -> None:

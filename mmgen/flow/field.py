@@ -1,0 +1,131 @@
+"""Fields: what a network of any prediction says of velocity and clean data, and exact ones without a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmgen.flow.path import LinearPath, Path
+
+Function = Callable[[Tensor, Tensor], Tensor]
+"""(z, t) to a tensor like z; t is a scalar or has as many axes as z."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A network that outputs `prediction` on `path`, and what it implies."""
+
+    path: Path
+    network: Function
+    prediction: str = "v"
+    clip: float = 1e-3
+    """Smallest denominator of a conversion: at most a step of the sampler, or noise stays in the result."""
+    clean_range: tuple[float, float] | None = None
+    """Range to which the denoised estimate is clipped before anything is made of it."""
+
+    def __call__(self, kind: str) -> Function:
+        """The function (z, t) -> `kind`, one of `mmgen.flow.path.KINDS`."""
+
+        def estimate(z: Tensor, t: Tensor) -> Tensor:
+            output = self.network(z, t)
+            return clipped(self.path, output, z, t, kind, self.clip, self.clean_range, self.prediction)
+
+        return estimate
+
+
+def clipped(
+    path: Path,
+    value: Tensor,
+    z: Tensor,
+    t: Tensor,
+    kind: str,
+    clip: float,
+    clean_range: tuple[float, float] | None = None,
+    source: str = "v",
+) -> Tensor:
+    """An estimate of `source` as one of `kind`, by way of clean data inside `clean_range` where one is given."""
+    if clean_range is None:
+        return path.convert(source, kind, value, z, t, clip)
+    x = path.convert(source, "x", value, z, t, clip).clamp(*clean_range)
+    return path.convert("x", kind, x, z, t, clip)
+
+
+class GaussianMixture:
+    """The exact field of a mixture of isotropic Gaussians: sum_k w_k N(mean_k, std_k^2).
+
+    `means` [K, D]; `std` is a number or [K], and zero makes a finite set; `weights` [K], uniform where absent.
+    z is [R, D].
+    """
+
+    def __init__(
+        self, means: Tensor, std: float | Tensor, weights: Tensor | None = None, path: Path | None = None
+    ) -> None:
+        self.means, self.path = means, path or LinearPath()
+        self.std = torch.as_tensor(std, dtype=means.dtype, device=means.device).expand(len(means))
+        weights = torch.ones(len(means), dtype=means.dtype, device=means.device) if weights is None else weights
+        if weights.shape != (len(means),) or bool((weights < 0).any()) or bool((self.std < 0).any()):
+            raise ValueError(f"a mixture of {len(means)} components needs as many weights and stds, none negative")
+        self.log_weights = (weights / weights.sum()).log()
+
+    def _scaled(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(alpha, sigma^2, variance of z in each component), each [R or 1, K or 1]."""
+        t = t.reshape(-1, 1)
+        alpha, variance = self.path.alpha(t), self.path.sigma(t).square()
+        return alpha, variance, (alpha * self.std).square() + variance
+
+    def log_joint(self, z: Tensor, t: Tensor) -> Tensor:
+        """log(w_k N(z; alpha mean_k, .)) of each component, [R, K]."""
+        alpha, _, total = self._scaled(t)
+        # |z - alpha m|^2 by products, so that nothing of size R K D is made.
+        square = z.square().sum(1, keepdim=True) - 2 * alpha * (z @ self.means.T)
+        square = (square + alpha.square() * self.means.square().sum(1)).clamp(min=0)
+        dimension = z.shape[1]
+        return self.log_weights - square / (2 * total) - dimension / 2 * (2 * math.pi * total).log()
+
+    def log_prob(self, z: Tensor, t: Tensor) -> Tensor:
+        """log p_t(z), nats, [R]."""
+        return torch.logsumexp(self.log_joint(z, t), 1)
+
+    def responsibilities(self, z: Tensor, t: Tensor) -> Tensor:
+        """Posterior of the component, [R, K]."""
+        return torch.softmax(self.log_joint(z, t), 1)
+
+    def denoised(self, z: Tensor, t: Tensor) -> Tensor:
+        """E[x | z], the estimate that a perfect network gives."""
+        alpha, variance, total = self._scaled(t)
+        r = self.responsibilities(z, t)
+        toward_z = (r * alpha * self.std.square() / total).sum(1, keepdim=True)
+        return (r * variance / total) @ self.means + toward_z * z
+
+    def velocity(self, z: Tensor, t: Tensor) -> Tensor:
+        """E[v | z], with no division by 1 - t or t on the linear path."""
+        alpha, _, total = self._scaled(t)
+        t_R1 = t.reshape(-1, 1)
+        up, down = self.path.alpha_slope(t_R1), self.path.sigma_slope(t_R1) * self.path.sigma(t_R1)
+        r = self.responsibilities(z, t)
+        # In each component v = alpha' mean + ((alpha alpha' s^2 + sigma sigma') / var z) (z - alpha mean).
+        pull = (alpha * up * self.std.square() + down) / total
+        return (r * (up - pull * alpha)) @ self.means + (r * pull).sum(1, keepdim=True) * z
+
+    def score(self, z: Tensor, t: Tensor) -> Tensor:
+        """grad log p_t(z)."""
+        alpha, _, total = self._scaled(t)
+        r = self.responsibilities(z, t) / total
+        return alpha * (r @ self.means) - r.sum(1, keepdim=True) * z
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """`count` draws of x, [count, D]."""
+        which = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=generator)
+        n = torch.randn(count, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        return self.means[which] + self.std[which].unsqueeze(1) * n
+
+
+class FiniteSet(GaussianMixture):
+    """The exact field of a training set x_KD: the field that memorises, v = (softmax-weighted mean - z) / (1 - t)."""
+
+    def __init__(self, x_KD: Tensor, path: Path | None = None) -> None:
+        super().__init__(x_KD, 0.0, path=path)

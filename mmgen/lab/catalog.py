@@ -1,0 +1,8 @@
+"""All experiments, in the order of the list."""
+
+from __future__ import annotations
+
+from mmgen.lab import exact, images, plane
+from mmgen.lab.core import EXPERIMENTS, Experiment, execute
+
+__all__ = ["EXPERIMENTS", "Experiment", "exact", "execute", "images", "plane"]

@@ -1,0 +1,144 @@
+"""Pictures of the lab, by matplotlib without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def canvas(rows: int, columns: int, side: float = 2.6, aspect: float = 1.0) -> tuple[Figure, Any]:
+    """A figure and its axes [rows, columns]."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("the lab draws with matplotlib: pip install 'mmgen[lab]'") from None
+    figure = Figure(figsize=(columns * side * aspect, rows * side), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def lines(
+    x: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    x_label: str,
+    y_label: str,
+    log: bool = False,
+    log_y: bool = False,
+) -> Figure:
+    """Curves over one axis."""
+    figure, axes = canvas(1, 1, 3.6, 1.6)
+    (ax,) = axes[0]
+    for name, y in curves.items():
+        ax.plot(x, y, marker="o" if len(x) < 15 else None, markersize=3, label=name)
+    if log:
+        ax.set_xscale("log")
+    if log or log_y:
+        ax.set_yscale("log")
+    ax.set_xlabel(x_label)
+    ax.set_ylabel(y_label)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7)
+    return figure
+
+
+def histograms(sets: Mapping[str, Tensor], x_label: str) -> Figure:
+    """One histogram per set, side by side on one axis."""
+    figure, axes = canvas(1, len(sets))
+    low, high = min(float(x.min()) for x in sets.values()), max(float(x.max()) for x in sets.values())
+    for ax, (name, x) in zip(axes[0], sets.items(), strict=True):
+        ax.hist(x.numpy(), bins=60, range=(low, high), density=True)
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel(x_label)
+    return figure
+
+
+def bars(values: Mapping[str, float], y_label: str, log: bool = True) -> Figure:
+    """A bar per name."""
+    figure, axes = canvas(1, 1, 3.6, max(1.4, 0.2 * len(values)))
+    (ax,) = axes[0]
+    ax.bar(list(values), list(values.values()))
+    ax.set_ylabel(y_label)
+    ax.tick_params(axis="x", rotation=60, labelsize=7)
+    if log:
+        ax.set_yscale("log")
+    return figure
+
+
+def scatters(panels: Mapping[str, tuple[Tensor, Tensor]], columns: int = 4) -> Figure:
+    """Per panel the data (grey) and samples (blue), [n, 2] each, on equal axes that the data sets."""
+    rows = -(-len(panels) // columns)
+    figure, axes = canvas(rows, min(columns, len(panels)))
+    flat = axes.flatten()
+    for ax, (name, (data, made)) in zip(flat, panels.items(), strict=False):
+        limit = 1.3 * float(data.abs().max())
+        ax.scatter(*data.T, s=1, c="0.75", label="data")
+        ax.scatter(*made.T, s=1, c="C0", label="samples")
+        ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+        ax.set_title(name, fontsize=8)
+    for ax in flat[len(panels) :]:
+        ax.axis("off")
+    flat[0].legend(fontsize=6, markerscale=4, loc="upper right")
+    return figure
+
+
+def velocity_maps(
+    fields: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+    times: Sequence[float],
+    data: Tensor,
+    made: Mapping[str, Tensor],
+) -> Figure:
+    """Per field two rows, v_x and v_y on a grid at each t with zero contours, data (black) and samples (green)."""
+    limit, side = 1.3 * float(data.abs().max()), 60
+    line = torch.linspace(-limit, limit, side)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
+    figure, axes = canvas(2 * len(fields), len(times), 2.0)
+    for f, (name, field) in enumerate(fields.items()):
+        for column, t in enumerate(times):
+            v = field(grid, torch.tensor(t)).view(side, side, 2)
+            for part, label in enumerate("xy"):
+                ax, values = axes[2 * f + part, column], v[:, :, part].numpy()
+                scale = float(v.abs().quantile(0.95)) + 1e-9
+                ax.imshow(values, origin="lower", extent=(-limit, limit) * 2, cmap="RdBu", vmin=-scale, vmax=scale)
+                ax.contour(line, line, values, levels=[0.0], colors="k", linewidths=0.7)
+                ax.scatter(*data[:400].T, s=0.3, c="k")
+                ax.scatter(*made[name][:200].T, s=0.3, c="lime")
+                ax.set(xticks=[], yticks=[], xlim=(-limit, limit), ylim=(-limit, limit))
+                ax.set_title(f"{name}: v_{label}, t = {t:g}", fontsize=6)
+    return figure
+
+
+def images(rows: Tensor, labels: Sequence[str]) -> Figure:
+    """Grey images [rows, columns, H, W] in [-1, 1] with a label per row."""
+    figure, axes = canvas(len(rows), rows.shape[1], 0.9)
+    for line, label, row in zip(axes, labels, rows, strict=True):
+        for ax, image in zip(line, row, strict=True):
+            ax.imshow(image.clamp(-1, 1), cmap="gray", vmin=-1, vmax=1)
+            ax.set(xticks=[], yticks=[])
+        line[0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
+    return figure
+
+
+def animate(frames: Sequence[tuple[float, Tensor, Tensor, Tensor]], path: Path, names: Sequence[str] = ()) -> None:
+    """A GIF of particles and arrows: each frame is (t, particles [K, n, 2], grid [K, g, 2], arrows [K, g, 2])."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    pictures = []
+    for t, particles, grid, arrows in frames:
+        figure, axes = canvas(1, len(particles), 2.4)
+        for k, ax in enumerate(axes[0]):
+            ax.quiver(*grid[k].T, *arrows[k].T, color="0.6", angles="xy", scale=60, width=0.003)
+            ax.scatter(*particles[k].T, s=1, c="C0")
+            ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal")
+            ax.set_title(f"{names[k] if names else ''}  t = {t:.2f}", fontsize=8)
+        drawn = FigureCanvasAgg(figure)
+        drawn.draw()
+        pictures.append(Image.fromarray(np.asarray(drawn.buffer_rgba())[:, :, :3]).quantize(64))
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0)

@@ -1,0 +1,339 @@
+"""Experiments without a network: the toolbox against exact fields, closed forms and exact moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmgen.flow import likelihood
+from mmgen.flow.field import FiniteSet, GaussianMixture
+from mmgen.flow.guide import classifier
+from mmgen.flow.path import CosinePath, DDPMPath, LinearBetaPath, LinearPath, Path, VEPath
+from mmgen.flow.solve import SOLVERS, build_solver, runge_kutta, solve
+from mmgen.flow.time import uniform_grid
+from mmgen.lab import draw
+from mmgen.lab.core import Run, experiment
+from mmgen.lab.data import digits, near, sliced_w2, spiral
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MEANS = torch.tensor([[1.5, 0.0], [-0.8, 1.2], [-0.6, -1.4]], dtype=torch.float64)
+ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+
+
+def slopes(errors: list[float]) -> list[float]:
+    """log2 of successive ratios: the order, where each error belongs to half the step of the one before."""
+    return [math.log2(a / b) for a, b in pairwise(errors)]
+
+
+@experiment("Order of the ODE solvers on a mixture of three Gaussians", faults=["shifted_t"])
+def solver_order(run: Run) -> Figure:
+    """Error at t = 1 against steps N, truth by DOP853; the slope is the order."""
+    from scipy.integrate import solve_ivp
+
+    data = GaussianMixture(MEANS, 0.3)
+    z = torch.randn(64, 2, dtype=torch.float64, generator=run.generator)
+
+    def slope(t: float, y: Any) -> Any:
+        return data.velocity(torch.from_numpy(y).view(-1, 2), torch.tensor(t, dtype=torch.float64)).flatten().numpy()
+
+    found = solve_ivp(slope, (0, 1), z.flatten().numpy(), method="DOP853", rtol=1e-12, atol=1e-13)
+    truth = torch.from_numpy(found.y[:, -1]).view_as(z)
+    counts = [20, 40, 80, 160, 320]
+    errors: dict[str, list[float]] = {}
+    for scheme, order in ORDERS.items():
+        ends = [solve(runge_kutta(z, uniform_grid(n), scheme=scheme, end="full"), data.velocity) for n in counts]
+        errors[scheme] = [float((end - truth).abs().mean()) for end in ends]
+        for half, value in zip(("last but one", "last"), slopes(errors[scheme])[-2:], strict=True):
+            run.bound(f"slope of {scheme}, {half} halving", value, at_least=order - 0.15, at_most=order + 0.15)
+    run.note(steps=counts, errors=errors)
+    return draw.lines(counts, errors, "steps N", "mean error at t = 1", log=True)
+
+
+@experiment("Log-likelihood along the ODE, exact trace, RK4 with 100 steps", faults=["sign", "shifted_t"])
+def gaussian_likelihood(run: Run) -> Figure:
+    """N(0, 0.25): error against the closed form."""
+    data = GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), 0.5)
+    x = torch.linspace(-1.6, 1.6, 65, dtype=torch.float64).unsqueeze(1)
+    found = likelihood.log_likelihood(data.velocity, x, uniform_grid(100)).value
+    exact = -x.squeeze(1).square() / (2 * 0.25) - 0.5 * math.log(2 * math.pi * 0.25)
+    run.bound("largest error, nats", float((found - exact).abs().max()), at_most=1e-6)
+    run.note(at_0_8=float(likelihood.log_likelihood(data.velocity, x[:1] * 0 + 0.8, uniform_grid(100)).value))
+    return draw.lines(x.squeeze(1).tolist(), {"ODE": found.tolist(), "exact": exact.tolist()}, "x", "log p(x), nats")
+
+
+class Affine:
+    """Gaussian data N(mean, std^2): the state of a sampler is its mean and the weights of all noises so far.
+
+    Every sampler's step is affine in the state, so nothing is drawn and the moments at the end are exact.
+    """
+
+    def __init__(self, path: Path, mean: float, std: float) -> None:
+        self.path, self.mean, self.std, self.used = path, mean, std, 1
+
+    def noise(self, z: Tensor) -> Tensor:
+        """A new unit direction."""
+        self.used += 1
+        return torch.nn.functional.one_hot(torch.tensor(self.used), len(z)).to(z)
+
+    def field(self, kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """The exact estimate of `kind`, applied to mean and weights."""
+
+        def estimate(z: Tensor, t: Tensor) -> Tensor:
+            t = t.reshape(())
+            alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+            gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
+            x = gain * z
+            x[0] += (1 - gain * alpha) * self.mean
+            return x if kind == "x" else self.path.convert("x", kind, x, z, t, 0.0)
+
+        return estimate
+
+    def states(self, name: str, times: Tensor, **options: Any) -> list[Tensor]:
+        """The state at every question and at the end."""
+        z = torch.zeros(3 + 2 * len(times), dtype=torch.float64)
+        alpha, sigma = self.path.alpha(times[0]), self.path.sigma(times[0])
+        z[0], z[1], self.used = alpha * self.mean, (alpha**2 * self.std**2 + sigma**2).sqrt(), 1
+        ask, seen = self.field(SOLVERS[name].asks), list[Tensor]()
+
+        def noted(z: Tensor, t: Tensor) -> Tensor:
+            seen.append(z)
+            return ask(z, t)
+
+        end = solve(build_solver(name, z, times, self.path, self.noise, **options), noted)
+        return [*seen, end]
+
+    def error(self, name: str, times: Tensor, **options: Any) -> float:
+        """Larger of the errors of mean and variance at the last time."""
+        end = self.states(name, times, **options)[-1]
+        alpha, sigma = float(self.path.alpha(times[-1])), float(self.path.sigma(times[-1]))
+        variance = alpha**2 * self.std**2 + sigma**2
+        return max(abs(float(end[0]) - alpha * self.mean), abs(float(end[1:].square().sum()) - variance))
+
+
+LEVELS: dict[str, Any] = {
+    "w = 0": "ode",
+    "w = sqrt(2(1-t))": lambda path, t: (2 * (1 - t)).sqrt(),
+    "w = 2(1-t)": lambda path, t: 2 * (1 - t),
+    "w = 1": "constant",
+}
+
+
+@experiment(
+    "One family of SDEs, one set of marginals: moments propagated exactly", faults=["sign", "half", "shifted_t"]
+)
+def same_marginals(run: Run) -> Figure:
+    """Euler-Maruyama for four noise rates w(t) on N(0.7, 0.25), linear path, t from 0 to 0.9."""
+    exact, counts = Affine(LinearPath(), 0.7, 0.5), [200, 400, 800, 1600]
+    errors: dict[str, list[float]] = {}
+    for name, level in LEVELS.items():
+        errors[name] = [exact.error("euler_maruyama", 0.9 * uniform_grid(n), level=level, end="full") for n in counts]
+        run.bound(f"error at N = 1600, {name}", errors[name][-1], at_most=5e-3)
+        run.bound(f"slope, {name}", slopes(errors[name])[-1], at_least=0.9, at_most=1.1)
+    run.note(steps=counts, errors=errors)
+    return draw.lines(counts, errors, "steps N", "error of mean or variance", log=True)
+
+
+@experiment("Ancestral sampling is DDIM with eta = 1 (cosine path, N(0, 0.25))", faults=["minus_s2", "shifted_t"])
+def ancestral_is_ddim(run: Run) -> Figure:
+    """Variances at every step by exact propagation, and states from equal seeds."""
+    path = CosinePath()
+    steps = 100
+    pairs: tuple[tuple[str, dict[str, Any]], ...] = (("ancestral", {}), ("ddim", {"eta": 1.0}))
+    variances = {
+        name: [float(z[1:].square().sum()) for z in Affine(path, 0.0, 0.5).states(name, uniform_grid(steps), **options)]
+        for name, options in pairs
+    }
+    # The last step of both takes the mean, which differs by what they make of sigma(1).
+    gaps = [abs(a - b) / b for a, b in zip(variances["ancestral"][:-1], variances["ddim"][:-1], strict=True)]
+    run.bound("largest relative difference of variance", max(gaps), at_most=1e-5)
+    t = uniform_grid(steps)
+    marginal = (path.alpha(t).square() * 0.25 + path.sigma(t).square()).tolist()
+    off = [abs(a - b) / b for a, b in zip(variances["ddim"], marginal, strict=True)]
+    run.bound("largest relative distance of DDIM(1) from the path's variance", max(off), at_most=0.05)
+    data = GaussianMixture(MEANS, 0.3, path=path)
+    z = torch.randn(64, 2, dtype=torch.float64, generator=run.generator)
+    seen: list[list[Tensor]] = []
+    for name, options in pairs:
+        torch.manual_seed(run.seed)
+        states: list[Tensor] = []
+
+        def noted(z: Tensor, t: Tensor, states: list[Tensor] = states) -> Tensor:
+            states.append(z)
+            return data.denoised(z, t)
+
+        solve(build_solver(name, z, uniform_grid(steps), path, **options), noted)
+        seen.append(states)
+    worst = max(float((a - b).abs().max()) for a, b in zip(*seen, strict=True))
+    run.bound("largest difference of states from equal seeds", worst, at_most=1e-10)
+    return draw.lines(t.tolist(), {**variances, "path": marginal}, "t", "variance of z")
+
+
+@experiment("Classifier guidance on a one-dimensional mixture, exact scores", faults=["sign"])
+def guidance(run: Run) -> Figure:
+    """E p(y | x) at the samples against the weight of grad log p(y | z), from normal quantiles (nothing is drawn)."""
+    data = GaussianMixture(torch.tensor([[1.0], [-1.0]], dtype=torch.float64), 0.5)
+
+    def log_likelihood(z: Tensor, t: Tensor) -> Tensor:
+        return torch.log_softmax(data.log_joint(z, t), 1)[:, 0]
+
+    quantiles = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    z = torch.special.ndtri(quantiles).unsqueeze(1)
+    expected = {0.0: 0.50, 0.5: 0.74, 1.0: 0.93, 2.0: 0.997}
+    one = torch.ones((), dtype=torch.float64)
+    found, samples = [], {}
+    for weight in expected:
+        field = classifier(data.path, data.velocity, log_likelihood, weight)
+        times = 1e-3 + (1 - 1e-3) * uniform_grid(200)
+        samples[f"w = {weight:g}"] = solve(runge_kutta(z, times), field)
+        found.append(float(data.responsibilities(samples[f"w = {weight:g}"], one)[:, 0].mean()))
+    run.bound(
+        "smallest rise of E p(y | x) from one weight to the next",
+        min(b - a for a, b in pairwise(found)),
+        at_least=1e-3,
+    )
+    run.bound("E p(y | x) at w = 0", found[0], at_least=0.49, at_most=0.51)
+    run.note(expected_p=dict(zip(map(str, expected), found, strict=True)))
+    return draw.histograms({name: x.squeeze(1) for name, x in samples.items()}, "x")
+
+
+@experiment("The exact field solves the continuity and Fokker-Planck equations", faults=["sign", "half", "shifted_t"])
+def fokker_planck(run: Run) -> Figure:
+    """Residuals of dp/dt = -div(v p) and, with noise w: dp/dt = -div((v + w^2 s / 2) p) + w^2 / 2 lap p."""
+    times = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    names = {"linear": LinearPath(), "cosine": CosinePath()}
+    curves: dict[str, list[float]] = {}
+    for name, path in names.items():
+        data = GaussianMixture(MEANS, 0.3, path=path)
+        z = torch.randn(50, 2, dtype=torch.float64, generator=run.generator)
+        for equation, w in (("continuity", 0.0), ("Fokker-Planck", 1.0)):
+            residuals = [_residual(data, z, float(t), w) for t in times]
+            curves[f"{equation}, {name}"] = residuals
+            run.bound(f"largest relative residual, {equation}, {name}", max(residuals), at_most=1e-8)
+    return draw.lines(times.tolist(), curves, "t", "relative residual", log_y=True)
+
+
+def _residual(data: GaussianMixture, z: Tensor, t: float, w: float) -> float:
+    """Largest |dp/dt + div(drift p) - w^2 / 2 lap p| over its largest term. The score comes from the velocity."""
+    leaf = z.clone().requires_grad_()
+    time = torch.full((len(z), 1), t, dtype=z.dtype, requires_grad=True)
+    density = data.log_prob(leaf, time).exp()
+    (rate,) = torch.autograd.grad(density.sum(), time, create_graph=True)
+    velocity = data.velocity(leaf, time)
+    drift = velocity
+    if w:
+        drift = velocity + w**2 / 2 * data.path.convert("v", "score", velocity, leaf, time.detach(), 0.0)
+    flow = sum(
+        torch.autograd.grad((drift[:, i] * density).sum(), leaf, create_graph=True)[0][:, i] for i in range(z.shape[1])
+    )
+    (gradient,) = torch.autograd.grad(density.sum(), leaf, create_graph=True)
+    bend = sum(torch.autograd.grad(gradient[:, i].sum(), leaf, retain_graph=True)[0][:, i] for i in range(z.shape[1]))
+    terms = torch.stack([rate.squeeze(1), torch.as_tensor(flow), -(w**2) / 2 * torch.as_tensor(bend)])
+    return float(terms.sum(0).abs().max() / terms.abs().max())
+
+
+@experiment("The exact velocity of a finite set grows as 1 / (1 - t) off its own path, and not on it")
+def velocity_growth(run: Run) -> Figure:
+    """RMS of v* on a fixed box of two standard deviations, and on z drawn from p_t."""
+    g = run.generator
+    data = FiniteSet(spiral(2000, g).double())
+    box = (torch.rand(2000, 2, dtype=torch.float64, generator=g) - 0.5) * 4
+    x, eps = data.sample(2000, g), torch.randn(2000, 2, dtype=torch.float64, generator=g)
+    times = [0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995]
+    rms: dict[str, list[float]] = {"on a fixed box": [], "on z from p_t": []}
+    for time in times:
+        t = torch.tensor(time, dtype=torch.float64)
+        for name, z in (("on a fixed box", box), ("on z from p_t", data.path.mix(x, eps, t))):
+            rms[name].append(float(data.velocity(z, t).square().mean().sqrt()))
+    scaled = [value * (1 - time) for value, time in zip(rms["on a fixed box"], times, strict=True)][-4:]
+    run.bound("spread of (1 - t) RMS on the box, t from 0.95", max(scaled) / min(scaled), at_most=1.1)
+    run.bound("smallest RMS on the path", min(rms["on z from p_t"]), at_least=0.7)
+    run.bound("largest RMS on the path", max(rms["on z from p_t"]), at_most=1.5)
+    run.note(coefficient=scaled[-1], times=times, rms=rms)
+    return draw.lines([1 - t for t in times], rms, "1 - t", "RMS of v*", log=True)
+
+
+@experiment("Quality against steps: DDPM's ancestral sampling, DDIM and the ODE solvers, exact field")
+def ddpm_ddim_steps(run: Run) -> Figure:
+    """Sliced W2 to the data of a mixture on DDPM's table of 1,000 steps."""
+    path, count = DDPMPath(), run.pick(8000, 4000)
+    data = GaussianMixture(MEANS.float(), 0.3, path=path)
+    truth = data.sample(count, run.generator)
+    z = torch.randn(count, 2, generator=run.generator)
+    counts = [2, 5, 10, 20, 50, 100, 200]
+    samplers: dict[str, dict[str, Any]] = {"ancestral": {}, "ddim": {}, "dpmpp_2m": {}, "heun": {}}
+    curves: dict[str, list[float]] = {}
+    for name, options in samplers.items():
+        ask = data.velocity if SOLVERS[name].asks == "v" else data.denoised
+        curves[name] = [
+            sliced_w2(solve(build_solver(name, z, uniform_grid(n), path, **options), ask), truth) for n in counts
+        ]
+    floor = sliced_w2(data.sample(count, torch.Generator().manual_seed(run.seed + 1)), truth)
+    run.bound("DDIM over DDPM at 20 steps", curves["ddim"][3] / curves["ancestral"][3], at_most=0.7)
+    run.bound("DDPM at 200 steps over the floor", curves["ancestral"][-1] / floor, at_most=4.0)
+    run.note(steps=counts, sliced_w2=curves, floor=floor)
+    return draw.lines(counts, {**curves, "two sets of data": [floor] * len(counts)}, "steps", "sliced W2", log=True)
+
+
+@experiment("The exact field of a training set memorises it")
+def memorisation(run: Run) -> Figure:
+    """Distance of samples of the exact field of 600 digits to the nearest of them, against that of unseen digits."""
+    x, _ = digits()
+    order = torch.randperm(len(x), generator=run.generator)
+    train, other = x[order[:600]], x[order[600:1200]]
+    noise = torch.randn(run.pick(400, 200), 64, generator=run.generator)
+    made = solve(runge_kutta(noise, uniform_grid(100), scheme="euler"), FiniteSet(train).velocity)
+    ratio = near(made, train) / near(other, train)
+    run.bound("distance of samples to the training set, over that of unseen digits", ratio, at_most=0.02)
+    run.note(distinct=len(torch.cdist(made, train).argmin(1).unique()), samples=len(made))
+    pictures = torch.cat([made[:8], train[torch.cdist(made[:8], train).argmin(1)]])
+    return draw.images(pictures.view(2, 8, 8, 8), ["samples", "nearest in the set"])
+
+
+@experiment("Coarse to fine: the band power of a noisy digit against t")
+def band_power(run: Run) -> Figure:
+    """Share of signal in the power of each ring of frequencies, linear path: high frequencies appear last."""
+    x, _ = digits()
+    images = x.view(-1, 8, 8) - x.mean()
+    power = torch.fft.fft2(images).abs().square().mean(0) / 64
+    frequency = torch.fft.fftfreq(8) * 8
+    ring = (frequency[:, None].square() + frequency[None].square()).sqrt().round().long()
+    bands = torch.stack([power[ring == r].mean() for r in range(5)])
+    times = torch.linspace(0.02, 0.98, 49)
+    shares = {
+        f"{r} cycles": ((times**2 * bands[r]) / (times**2 * bands[r] + (1 - times) ** 2)).tolist() for r in range(5)
+    }
+    crossing = [float(1 / (1 + bands[r].sqrt())) for r in range(1, 5)]
+    run.bound(
+        "smallest step of the time at which signal passes noise, ring by ring",
+        min(b - a for a, b in pairwise(crossing)),
+        at_least=0.0,
+    )
+    run.note(crossing=crossing, power=bands.tolist())
+    return draw.lines(times.tolist(), shares, "t", "signal / (signal + noise)")
+
+
+@experiment("Paths side by side: log-SNR, weights, and where each is singular")
+def paths(run: Run) -> Figure:
+    """alpha, sigma and log-SNR of every path; equal log-SNR means equal up to a factor."""
+    shown: dict[str, Path] = {
+        "linear": LinearPath(), "cosine": CosinePath(), "vp": LinearBetaPath(), "ddpm": DDPMPath(), "ve": VEPath(),
+    }  # fmt: skip
+    t = torch.linspace(0.001, 0.999, 200, dtype=torch.float64)
+    worst = max(float((path.time_of(path.log_snr(t)) - t).abs().max()) for path in shown.values())
+    run.bound("largest error of the inverse of log-SNR", worst, at_most=1e-6)
+    gaps = []
+    for name, path in shown.items():
+        data = GaussianMixture(MEANS, 0.3, path=path)
+        start = torch.randn(200, 2, dtype=torch.float64, generator=run.generator) * path.sigma(t[0])
+        times = torch.cat([uniform_grid(400)[:-1] * 0.998 + 1e-3, torch.ones(1, dtype=torch.float64)])
+        end = solve(build_solver("ddim", start, times, path), data.denoised)
+        gaps.append(float(data.log_prob(end, torch.ones((), dtype=torch.float64)).mean()))
+        run.note(**{f"mean log-density of samples, {name}": gaps[-1]})
+    return draw.lines(t.tolist(), {name: path.log_snr(t).tolist() for name, path in shown.items()}, "t", "log-SNR")

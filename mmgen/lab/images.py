@@ -1,0 +1,299 @@
+"""Experiments on scikit-learn's 8x8 digits: attention inside an image, the diffusion head, small networks."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmgen.evaluate.metrics import frechet
+from mmgen.flow.loss import flow_loss
+from mmgen.flow.path import LinearPath
+from mmgen.flow.solve import runge_kutta, solve
+from mmgen.flow.time import uniform_grid
+from mmgen.lab import draw
+from mmgen.lab.core import Run, experiment
+from mmgen.lab.data import digits
+from mmgen.lab.nets import MLP, Recipe, TimeFeatures, UNet, sample_field, train_field
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PATH = LinearPath()
+PATCHES, LENGTH = 16, 4
+
+
+def cut(x: Tensor) -> Tensor:
+    """[R, 64] images to [R, 16, 4] patches of 2x2."""
+    return x.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, PATCHES, LENGTH)
+
+
+def join(patches: Tensor) -> Tensor:
+    """The inverse of `cut`."""
+    return patches.view(-1, 4, 4, 2, 2).transpose(2, 3).reshape(-1, 64)
+
+
+def split(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(train images, train labels, held-out images, held-out labels): 1,400 and 397 digits."""
+    x, y = digits()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    return x[order[:1400]], y[order[:1400]], x[order[1400:]], y[order[1400:]]
+
+
+class PatchTransformer(nn.Module):
+    """A small pre-norm transformer over the 16 patches of a labelled digit."""
+
+    def __init__(self, width: int = 96, depth: int = 4, causal: bool = False) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(LENGTH, width), nn.Linear(width, LENGTH)
+        self.place, self.label = nn.Embedding(PATCHES, width), nn.Embedding(10, width)
+        self.time, self.by_time = TimeFeatures(), nn.Linear(32, width)
+        self.masked = nn.Parameter(torch.zeros(width))
+        layer = nn.TransformerEncoderLayer(width, 4, 3 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.body = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        mask = torch.full((PATCHES, PATCHES), -torch.inf).triu(1) if causal else torch.zeros(PATCHES, PATCHES)
+        self.register_buffer("mask", mask)
+        nn.init.zeros_(self.leave.weight)
+
+    def hidden(self, patches: Tensor, label: Tensor, t: Tensor | None = None, hidden_N: Tensor | None = None) -> Tensor:
+        """States [R, 16, W]; `hidden_N` [R, 16] marks patches that are replaced by the mask vector."""
+        h = self.enter(patches)
+        if hidden_N is not None:
+            h = torch.where(hidden_N.unsqueeze(2), self.masked, h)
+        h = h + self.place.weight + self.label(label).unsqueeze(1)
+        if t is not None:
+            h = h + self.by_time(self.time(t.reshape(-1, 1))).unsqueeze(1)
+        out: Tensor = self.norm(self.body(h, mask=self.mask))
+        return out
+
+    def forward(self, patches: Tensor, label: Tensor, t: Tensor) -> Tensor:
+        """Velocity [R, 16, 4]."""
+        out: Tensor = self.leave(self.hidden(patches, label, t))
+        return out
+
+
+def train(parameters: list[nn.Parameter], steps: int, loss_of: object, lr: float = 2e-3) -> None:
+    """AdamW with a cosine schedule over a function that returns the loss of a new batch."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of().backward()  # type: ignore[operator]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def variance_ratio(made: Tensor, made_labels: Tensor, real: Tensor, labels: Tensor) -> float:
+    """Within-class variance of generated images over that of real ones, mean over classes and pixels."""
+    inside = [float(sum(x[y == k].var(0).mean() for k in range(10))) for x, y in ((made, made_labels), (real, labels))]
+    return inside[0] / inside[1]
+
+
+def distance(made: Tensor, real: Tensor) -> float:
+    """Frechet distance of the pixels."""
+    return float(frechet(np.asarray(made.double()), np.asarray(real.double())))
+
+
+@experiment("Attention inside an image: bidirectional against causal, Transfusion on 8x8 digits")
+def transfusion_mask(run: Run) -> Figure:
+    """Held-out v loss on fixed noise, by row of patches, and pixel Frechet distance of samples."""
+    x, y, x_test, y_test = split(run.seed)
+    g = torch.Generator().manual_seed(run.seed + 1)
+    losses, scores, shown = {}, {}, []
+    label = torch.arange(1000) % 10
+    noise = torch.randn(1000, PATCHES, LENGTH, generator=g)
+    repeats = 16
+    t = ((torch.arange(len(x_test) * repeats) + 0.5) / (len(x_test) * repeats))[
+        torch.randperm(len(x_test) * repeats, generator=g)
+    ]
+    eps = torch.randn(len(t), PATCHES, LENGTH, generator=g)
+    for name, causal in (("bidirectional", False), ("causal", True)):
+        torch.manual_seed(run.seed)
+        net = PatchTransformer(causal=causal)
+
+        def loss_of(net: PatchTransformer = net) -> Tensor:
+            chosen = torch.randint(len(x), (128,))
+            clean, time = cut(x[chosen]), torch.rand(128)
+            e = torch.randn_like(clean)
+            v = net(PATH.mix(clean, e, time.view(-1, 1, 1)), y[chosen], time)
+            loss: Tensor = (v - (clean - e)).square().mean()
+            return loss
+
+        train(list(net.parameters()), run.pick(3000, 500), loss_of)
+        with torch.no_grad():
+            clean = cut(x_test).repeat(repeats, 1, 1)
+            v = net(PATH.mix(clean, eps, t.view(-1, 1, 1)), y_test.repeat(repeats), t)
+            losses[name] = (v - (clean - eps)).square().mean((0, 2)).view(4, 4).mean(1)
+            made = solve(runge_kutta(noise, uniform_grid(25)), partial(_of_label, net, label))
+        scores[name] = distance(join(made), x_test)
+        shown.append(join(made)[:10].view(10, 8, 8))
+    gap = losses["causal"] - losses["bidirectional"]
+    mean = {name: float(rows.mean()) for name, rows in losses.items()}
+    run.bound("held-out v loss, bidirectional over causal", mean["bidirectional"] / mean["causal"], at_most=0.97)
+    run.bound(
+        "pixel Frechet distance, causal over bidirectional", scores["causal"] / scores["bidirectional"], at_least=1.5
+    )
+    run.bound("gap of the first row of patches over the last row's", float(gap[0] / gap[3].clamp(min=1e-9)), at_least=2)
+    run.note(v_loss=mean, frechet=scores, by_row={name: rows.tolist() for name, rows in losses.items()})
+    return draw.images(torch.stack(shown), list(losses))
+
+
+class DiffusionHead(nn.Module):
+    """Residual AdaLN network that gives the velocity of one patch from its hidden state (Li et al. 2024, MAR)."""
+
+    def __init__(self, width: int = 96, depth: int = 3) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(LENGTH, width), nn.Linear(width, LENGTH)
+        self.time, self.by_time = TimeFeatures(), nn.Linear(32, width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth)
+        )
+        self.shifts = nn.ModuleList(nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width)) for _ in range(depth))
+        for parameter in self.shifts.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.zeros_(self.leave.weight)
+
+    def forward(self, z: Tensor, hidden: Tensor, t: Tensor) -> Tensor:
+        """[n, 4] at times [n, 1] given hidden states [n, W]."""
+        c, h = hidden + self.by_time(self.time(t)), self.enter(z)
+        for block, shift in zip(self.blocks, self.shifts, strict=True):
+            scale, move, gate = shift(c).chunk(3, 1)
+            h = h + gate * block(self.norm(h) * (1 + scale) + move)
+        out: Tensor = self.leave(self.norm(h))
+        return out
+
+
+@experiment("The diffusion head samples and an MSE head averages: masked autoregression on 8x8 digits, 16 steps")
+def mar_head(run: Run) -> Figure:
+    """Frechet distance and within-class variance: flow with 16 steps, flow with one, and mean squared error."""
+    x, y, x_test, y_test = split(run.seed)
+    label = torch.arange(run.pick(1000, 500)) % 10
+    heads: dict[str, tuple[PatchTransformer, nn.Module]] = {}
+    for kind in ("flow", "mse"):
+        torch.manual_seed(run.seed)
+        net = PatchTransformer()
+        head: nn.Module = DiffusionHead() if kind == "flow" else nn.Linear(96, LENGTH)
+
+        def loss_of(net: PatchTransformer = net, head: nn.Module = head, kind: str = kind) -> Tensor:
+            chosen = torch.randint(len(x), (128,))
+            clean = cut(x[chosen])
+            # Every number of hidden patches occurs in generation, one patch a step.
+            order = torch.rand(128, PATCHES).argsort(1)
+            hide = order < torch.randint(1, PATCHES + 1, (128, 1))
+            target, h = clean[hide], net.hidden(clean, y[chosen], hidden_N=hide)[hide]
+            if kind == "mse":
+                loss: Tensor = (head(h) - target).square().mean()
+                return loss
+            target, h = target.repeat(4, 1), h.repeat(4, 1)  # four draws of t per patch
+            t, eps = torch.rand(len(target), 1), torch.randn_like(target)
+            v = head(PATH.mix(target, eps, t), h, t)
+            return flow_loss(PATH, v, target, eps, t.squeeze(1), "v", "v", 0.05).mean()
+
+        train([*net.parameters(), *head.parameters()], run.pick(3000, 600), loss_of)
+        heads[kind] = (net, head)
+    made = {
+        "flow, 16 steps": generate(*heads["flow"], label, 16, run.seed),
+        "flow, 1 step": generate(*heads["flow"], label, 1, run.seed),
+        "MSE": generate(*heads["mse"], label, 0, run.seed),
+    }
+    scores = {name: distance(images, x_test) for name, images in made.items()}
+    spread = {name: variance_ratio(images, label, x_test, y_test) for name, images in made.items()}
+    run.bound("Frechet distance, MSE over flow", scores["MSE"] / scores["flow, 16 steps"], at_least=5)
+    run.bound(
+        "Frechet distance, one flow step over sixteen", scores["flow, 1 step"] / scores["flow, 16 steps"], at_least=2
+    )
+    run.bound("within-class variance ratio, MSE", spread["MSE"], at_most=0.2)
+    run.note(frechet=scores, variance_ratio=spread)
+    return draw.images(torch.stack([images[:10].view(10, 8, 8) for images in made.values()]), list(made))
+
+
+def _of_label(net: nn.Module, label: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    v: Tensor = net(z, label, t.expand(len(z)))
+    return v
+
+
+def _ask(head: nn.Module, hidden: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    v: Tensor = head(z, hidden, t.expand(len(z)).reshape(-1, 1))
+    return v
+
+
+@torch.no_grad()
+def generate(net: PatchTransformer, head: nn.Module, label: Tensor, steps: int, seed: int) -> Tensor:
+    """Reveal one patch per step in random order; `steps` flow steps each, or the head's own output for 0."""
+    g = torch.Generator().manual_seed(seed)
+    patches = torch.zeros(len(label), PATCHES, LENGTH)
+    order = torch.rand(len(label), PATCHES, generator=g).argsort(1)
+    hide = torch.ones(len(label), PATCHES, dtype=torch.bool)
+    rows = torch.arange(len(label))
+    for i in range(PATCHES):
+        at = order[:, i]
+        h = net.hidden(patches, label, hidden_N=hide)[rows, at]
+        if steps:
+            noise = torch.randn(len(label), LENGTH, generator=g)
+            solver = runge_kutta(noise, uniform_grid(steps), scheme="euler")
+            patches[rows, at] = solve(solver, partial(_ask, head, h))
+        else:
+            patches[rows, at] = head(h)
+        hide[rows, at] = False
+    return join(patches)
+
+
+@experiment("Small networks on digits: MLP and U-Net, with and without time")
+def digit_networks(run: Run) -> Figure:
+    """Pixel Frechet distance of samples, and what is lost without the time or with four steps."""
+    x, _, x_test, _ = split(run.seed)
+    count = len(x_test)
+    noise = torch.randn(count, 64, generator=torch.Generator().manual_seed(run.seed + 1))
+    data = lambda n: x[torch.randint(len(x), (n,))]  # noqa: E731
+    scores, shown = {}, {}
+    makers = {
+        "MLP": lambda: MLP(64, 256, 4),
+        "U-Net": lambda: UNet(),
+        "MLP, no time": lambda: MLP(64, 256, 4, blind=True),
+    }
+    for name, make in makers.items():
+        torch.manual_seed(run.seed)
+        trained = train_field(make(), data, Recipe(run.pick(4000, 700), 256, 2e-3))
+        made = sample_field(trained, noise, 25)
+        scores[name], shown[name] = distance(made, x_test), made[:10].view(10, 8, 8)
+        if name == "MLP":
+            short = sample_field(trained, noise, 2, "euler")
+            scores["MLP, 2 steps"], shown["MLP, 2 steps"] = distance(short, x_test), short[:10].view(10, 8, 8)
+    floor = distance(x[:count], x_test)
+    run.bound(
+        "Frechet distance, 2 Euler steps over 25 Heun steps", scores["MLP, 2 steps"] / scores["MLP"], at_least=1.5
+    )
+    run.note(frechet=scores, frechet_of_real_digits=floor)
+    return draw.images(torch.stack(list(shown.values())), list(shown))
+
+
+@experiment("Memorising or generalising: two models on disjoint halves, the same noise")
+def disjoint_halves(run: Run) -> Figure:
+    """Cosine similarity of the two models' samples from equal noise, for halves of 20 and of 850 digits."""
+    x, _ = digits()
+    x = x[torch.randperm(len(x), generator=run.generator)]
+    centre = x.mean(0)
+    noise = torch.randn(300, 64, generator=torch.Generator().manual_seed(run.seed + 1))
+    alike, copies, shown = {}, {}, {}
+    for size in (20, 850):
+        made = []
+        for half in (x[:size], x[size : 2 * size]):
+            torch.manual_seed(run.seed)
+            data = lambda n, half=half: half[torch.randint(len(half), (n,))]  # noqa: E731
+            trained = train_field(MLP(64, 256, 4), data, Recipe(run.pick(5000, 900), 256, 2e-3))
+            made.append(sample_field(trained, noise, 25))
+        cosine = torch.nn.functional.cosine_similarity(made[0] - centre, made[1] - centre, dim=1)
+        alike[str(size)] = float(cosine.mean())
+        copies[str(size)] = float(torch.cdist(made[0], x[:size]).min(1).values.mean())
+        shown[f"{size}, first"], shown[f"{size}, second"] = (m[:10].view(10, 8, 8) for m in made)
+    run.bound("similarity at 850 minus that at 20 digits", alike["850"] - alike["20"], at_least=0.1)
+    run.bound("distance to the training set, 20 over 850 digits", copies["20"] / copies["850"], at_most=0.7)
+    run.note(similarity=alike, distance_to_training_set=copies, root_of_dimension=math.sqrt(64))
+    return draw.images(torch.stack(list(shown.values())), list(shown))

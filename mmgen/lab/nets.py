@@ -1,0 +1,155 @@
+"""Small networks and the one training loop of the lab."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mmgen.flow.field import Field
+from mmgen.flow.loss import flow_loss
+from mmgen.flow.path import LinearPath, Path
+from mmgen.flow.solve import runge_kutta, solve
+from mmgen.flow.time import TIMES, uniform_grid
+
+Draw = Callable[[int], Tensor]
+"""n to n draws."""
+
+
+class TimeFeatures(nn.Module):
+    """Sin-cos features of t, [R, 1] to [R, features]; constant where `blind`."""
+
+    def __init__(self, features: int = 32, blind: bool = False) -> None:
+        super().__init__()
+        self.rates = 2 * math.pi * 2.0 ** torch.linspace(-2, 4, features // 2)
+        self.blind = blind
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = (t * 0 if self.blind else t) * self.rates
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+class MLP(nn.Module):
+    """`depth` hidden layers of `width` over (z, time features); `bottleneck` narrows the way in."""
+
+    def __init__(
+        self, dimension: int, width: int = 256, depth: int = 5, bottleneck: int | None = None, blind: bool = False
+    ) -> None:
+        super().__init__()
+        self.time = TimeFeatures(blind=blind)
+        enter: list[nn.Module] = [nn.Linear(dimension, width)]
+        if bottleneck is not None:
+            enter = [nn.Linear(dimension, bottleneck, bias=False), nn.Linear(bottleneck, width)]
+        self.enter = nn.Sequential(*enter)
+        self.by_time = nn.Linear(32, width)
+        hidden = [layer for _ in range(depth - 1) for layer in (nn.Linear(width, width), nn.ReLU())]
+        self.rest = nn.Sequential(nn.ReLU(), *hidden, nn.Linear(width, dimension))
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        t = t.reshape(-1, 1).expand(len(z), 1)
+        out: Tensor = self.rest(self.enter(z) + self.by_time(self.time(t)))
+        return out
+
+
+class UNet(nn.Module):
+    """A small U-Net for 8x8 grey images given as rows of 64."""
+
+    def __init__(self, width: int = 32, blind: bool = False) -> None:
+        super().__init__()
+        self.time = TimeFeatures(blind=blind)
+        self.enter = nn.Conv2d(1, width, 3, padding=1)
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.middle = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.up = nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1)
+        self.join = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.leave = nn.Conv2d(width, 1, 3, padding=1)
+        self.by_time = nn.Linear(32, 2 * width)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        t = t.reshape(-1, 1).expand(len(z), 1)
+        high = torch.nn.functional.silu(self.enter(z.view(-1, 1, 8, 8)))
+        low = torch.nn.functional.silu(self.down(high) + self.by_time(self.time(t))[:, :, None, None])
+        low = torch.nn.functional.silu(low + self.middle(low))
+        high = torch.cat([high, torch.nn.functional.silu(self.up(low))], 1)
+        out: Tensor = self.leave(torch.nn.functional.silu(self.join(high)))
+        return out.flatten(1)
+
+
+class Preconditioned(nn.Module):
+    """An inner network made an estimate of x as Karras et al. 2022 (EDM, section 5) do, on any path.
+
+    x = c_skip z + c_out F(c_in z, t), with total^2 = alpha^2 s^2 + sigma^2, c_skip = alpha s^2 / total^2,
+    c_out = sigma s / total and c_in = 1 / total, s the standard deviation of the data.
+    """
+
+    def __init__(self, inner: nn.Module, path: Path, std: float) -> None:
+        super().__init__()
+        self.inner, self.path, self.std = inner, path, std
+
+    def out_scale(self, t: Tensor) -> Tensor:
+        """c_out."""
+        total = ((self.path.alpha(t) * self.std).square() + self.path.sigma(t).square()).sqrt()
+        return self.path.sigma(t) * self.std / total
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        t = t.reshape(-1, 1)
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        total = (alpha * self.std).square() + sigma.square()
+        out: Tensor = alpha * self.std**2 / total * z + self.out_scale(t) * self.inner(z / total.sqrt(), t)
+        return out
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a field is trained."""
+
+    steps: int
+    batch: int = 512
+    lr: float = 1e-3
+    prediction: str = "v"
+    loss_space: str = "v"
+    sampler: str = "logit_normal"
+    mu: float = 0.0
+    sigma: float = 1.0
+    clip: float = 0.05
+    path: Path = field(default_factory=LinearPath)
+    noise: Draw | None = None
+    """Source in place of a standard normal."""
+    pair: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(x, eps) to the eps that each x is paired with."""
+
+
+def train_field(net: nn.Module, data: Draw, recipe: Recipe) -> Field:
+    """Train `net` by Adam with a cosine schedule; losses are averaged over the batch."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
+    edm = isinstance(net, Preconditioned)
+    for _ in range(recipe.steps):
+        x = data(recipe.batch)
+        eps = torch.randn_like(x) if recipe.noise is None else recipe.noise(recipe.batch)
+        eps = eps if recipe.pair is None else recipe.pair(x, eps)
+        t = TIMES[recipe.sampler](torch.rand(recipe.batch), recipe.mu, recipe.sigma)
+        output = net(recipe.path.mix(x, eps, t.unsqueeze(1)), t.unsqueeze(1))
+        if isinstance(net, Preconditioned) and edm:  # the weight that makes it plain regression of the inner network
+            scale = net.out_scale(t.unsqueeze(1)).clamp(min=1e-3)
+            loss = ((output - x) / scale).square().mean()
+        else:
+            kinds = (recipe.prediction, recipe.loss_space)
+            loss = flow_loss(recipe.path, output, x, eps, t, *kinds, recipe.clip).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    net.requires_grad_(False)
+    return Field(recipe.path, net, "x" if edm else recipe.prediction)
+
+
+@torch.no_grad()
+def sample_field(trained: Field, noise: Tensor, steps: int = 50, scheme: str = "heun") -> Tensor:
+    """Solve the ODE from `noise`; conversions are clipped at one step."""
+    exact = Field(trained.path, trained.network, trained.prediction, clip=1 / steps)
+    solver = runge_kutta(noise, uniform_grid(steps), scheme=scheme, path=trained.path)
+    return solve(solver, exact("v"))

@@ -1,0 +1,349 @@
+"""Experiments with a trained network on points of a plane, alone or hidden in many dimensions."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmgen.flow.field import Field, FiniteSet, GaussianMixture
+from mmgen.flow.path import CosinePath, LinearPath
+from mmgen.flow.solve import runge_kutta, solve
+from mmgen.flow.time import uniform_grid
+from mmgen.lab import draw
+from mmgen.lab.core import Run, experiment
+from mmgen.lab.data import drawn_text, moons, near, plane, sliced_w2, spiral
+from mmgen.lab.nets import MLP, Preconditioned, Recipe, sample_field, train_field
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KINDS = ("x", "eps", "v")
+SAMPLES = 2000
+
+
+def frozen(trained: Field, t: float) -> Field:
+    """The field that a network trained at one time gives when it is asked about that time alone."""
+    at = torch.tensor(t)
+    return Field(trained.path, lambda z, _: trained.network(z, at), trained.prediction)
+
+
+def spiral_field(run: Run, mu: float, sigma: float) -> Field:
+    """A v-prediction network on the spiral; with sigma = 0 it knows one time only."""
+    torch.manual_seed(run.seed)
+    sampler = "constant" if sigma == 0 else "logit_normal"
+    net = MLP(2, width=run.pick(256, 128), depth=5)
+    recipe = Recipe(run.pick(2000, 800), sampler=sampler, mu=mu, sigma=sigma)
+    trained = train_field(net, spiral, recipe)
+    return frozen(trained, 1 / (1 + math.exp(-mu))) if sigma == 0 else trained
+
+
+@experiment("Which t to train on: logit-normal mu and sigma on a spiral, v-prediction")
+def spiral_times(run: Run) -> Figure:
+    """Distance to the curve and sliced W2 for each (mu, sigma); sigma = 0 trains a single t."""
+    data = spiral(SAMPLES, run.generator)
+    noise = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(run.seed + 1))
+    grid = [(mu, s) for mu in (-2.0, 0.0, 2.0) for s in (0.0, 0.5, 1.0, 2.0)]
+    if run.fast:
+        grid = [(0.0, 0.0), (2.0, 0.0), (0.0, 2.0), (2.0, 2.0)]
+    panels, table, fields = {}, {}, {}
+    for mu, s in grid:
+        fields[mu, s] = spiral_field(run, mu, s)
+        made = sample_field(fields[mu, s], noise)
+        table[mu, s] = {"near": near(made, data), "sliced_w2": sliced_w2(made, data)}
+        panels[f"mu {mu:g}, s {s:g}: near {table[mu, s]['near']:.3f}, SW2 {table[mu, s]['sliced_w2']:.3f}"] = (
+            data,
+            made,
+        )
+    run.bound(
+        "near(mu = 0) over near(mu = 2), both s = 0", table[0.0, 0.0]["near"] / table[2.0, 0.0]["near"], at_least=5
+    )
+    run.bound(
+        "SW2(s = 0) over SW2(s = 2), mu = 2", table[2.0, 0.0]["sliced_w2"] / table[2.0, 2.0]["sliced_w2"], at_least=2
+    )
+    run.note(
+        table={f"mu {mu:g}, s {s:g}": row for (mu, s), row in table.items()}, near_of_data=near(spiral(SAMPLES), data)
+    )
+    return draw.scatters(panels)
+
+
+@experiment("True and learned velocity on a spiral: v_x and v_y, zero contours, data (black) and samples (green)")
+def velocity_maps(run: Run) -> Figure:
+    """The exact field of 2,000 points beside a network's, at four times; and the exact field frozen at t = 0.88."""
+    data = spiral(SAMPLES, run.generator)
+    noise = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(run.seed + 1))
+    exact = FiniteSet(data)
+    trained = spiral_field(run, 0.0, 1.0)
+    at = torch.tensor(0.88)
+    held = Field(LinearPath(), lambda z, _: exact.velocity(z, at))
+    made = {"exact": sample_field(Field(LinearPath(), exact.velocity), noise), "learned": sample_field(trained, noise)}
+    stuck = sample_field(held, noise)
+    run.bound("distance to the curve, exact field frozen at t = 0.88", near(stuck, data), at_most=0.006)
+    run.note(frozen_sliced_w2=sliced_w2(stuck, data), near_of_data=near(spiral(SAMPLES), data))
+    fields = {"exact": exact.velocity, "learned": trained("v")}
+    return draw.velocity_maps(fields, (0.1, 0.5, 0.8, 0.95), data, made)
+
+
+# --- a plane in many dimensions ----------------------------------------------------------------------------
+
+
+def hidden_spiral(dimension: int, seed: int) -> tuple[Tensor, Any]:
+    """The directions [2, D] of a random plane, and a function that draws n spiral points in it, [n, D]."""
+    axes = plane(dimension, seed) if dimension > 2 else torch.eye(2)
+    return axes, lambda n: spiral(n) @ axes
+
+
+def judge(made: Tensor, axes: Tensor, data: Tensor) -> tuple[float, float]:
+    """(sliced W2 inside the plane, RMS distance from it)."""
+    inside = made @ axes.T
+    return sliced_w2(inside, data), float((made - inside @ axes).square().sum(1).mean().sqrt())
+
+
+def hidden(
+    run: Run, dimension: int, steps: int, net: torch.nn.Module | None = None, width: int = 256, **recipe: Any
+) -> tuple[float, float, Tensor]:
+    """Train on the hidden spiral and judge: (sliced W2, off-plane RMS, samples in the plane)."""
+    torch.manual_seed(run.seed)
+    axes, data = hidden_spiral(dimension, run.seed)
+    settings = {"mu": -0.8, "sigma": 0.8, "batch": run.pick(512, 256), **recipe}
+    trained = train_field(net or MLP(dimension, width), data, Recipe(steps, **settings))
+    noise = torch.randn(SAMPLES, dimension, generator=torch.Generator().manual_seed(run.seed + 1))
+    made = sample_field(trained, noise)
+    w2, off = judge(made, axes, spiral(SAMPLES, run.generator))
+    return w2, off, made @ axes.T
+
+
+@experiment("What to predict when data are a plane in 512 dimensions (JiT's toy)")
+def jit_toy(run: Run) -> Figure:
+    """x, v and eps by a 5 x 256 ReLU network, loss in v, Heun with 50 steps."""
+    steps = run.pick(4000, 700)
+    data = spiral(SAMPLES, run.generator)
+    w2, panels = {}, {}
+    for kind in ("x", "v", "eps"):
+        w2[kind], off, made = hidden(run, 512, steps, prediction=kind)
+        run.note(**{f"off_plane_rms_{kind}": off})
+        panels[f"{kind}: SW2 {w2[kind]:.3f}, off-plane {off:.2f}"] = (data, made)
+    run.bound(
+        "SW2 of x-prediction", w2["x"], at_most=0.12, why="the fast run trains a sixth of the steps" if run.fast else ""
+    )
+    run.bound("SW2 of v over x", w2["v"] / w2["x"], at_least=4)
+    run.bound("SW2 of eps over x", w2["eps"] / w2["x"], at_least=10)
+    return draw.scatters(panels, columns=3)
+
+
+@experiment(
+    "Nine pairs of prediction and loss space, and EDM's preconditioning as a tenth, in 2, 16 and 512 dimensions"
+)
+def nine_pairs(run: Run) -> Figure:
+    """Sliced W2 in the plane and RMS off it for every pair and dimension."""
+    steps, w2, off = run.pick(1500, 250), dict[str, float](), dict[str, float]()
+    for dimension in (2, 16, 512):
+        for prediction in KINDS:
+            for space in KINDS:
+                name = f"{prediction} in {space}, D = {dimension}"
+                w2[name], off[name], _ = hidden(
+                    run, dimension, steps, width=run.pick(256, 128), prediction=prediction, loss_space=space
+                )
+        std = float((spiral(10000) @ hidden_spiral(dimension, run.seed)[0]).std())
+        name = f"EDM, D = {dimension}"
+        net = Preconditioned(MLP(dimension, run.pick(256, 128)), LinearPath(), std)
+        w2[name], off[name], _ = hidden(run, dimension, steps, net=net)
+    best = {kind: min(w2[f"{kind} in {space}, D = 512"] for space in KINDS) for kind in KINDS}
+    run.bound("best v over best x at D = 512", best["v"] / best["x"], at_least=1.5)
+    run.bound("best eps over best x at D = 512", best["eps"] / best["x"], at_least=5)
+    run.note(sliced_w2=w2, off_plane_rms=off)
+    return draw.bars({name: value for name, value in w2.items() if math.isfinite(value)}, "sliced W2")
+
+
+@experiment("Bottleneck on the way in: x-prediction in 512 dimensions")
+def bottleneck(run: Run) -> Figure:
+    """Width of a linear bottleneck in front of the network, in patches of 512 numbers whose data are a plane."""
+    steps, found = run.pick(2500, 400), dict[str, float]()
+    for width in (2, 8, 32, 128):
+        torch.manual_seed(run.seed)
+        net = MLP(512, run.pick(256, 128), bottleneck=width)
+        found[f"{width}"], off, _ = hidden(run, 512, steps, net=net, prediction="x")
+        run.note(**{f"off_plane_rms_{width}": off})
+    found["none"], _, _ = hidden(run, 512, steps, width=run.pick(256, 128), prediction="x")
+    run.bound("SW2 with 32 channels over none", found["32"] / found["none"], at_most=1.5)
+    run.note(sliced_w2=found)
+    return draw.bars(found, "sliced W2", log=False)
+
+
+@experiment("A shift of t does not rescue eps or v in 512 dimensions")
+def time_shift(run: Run) -> Figure:
+    """mu of the logit-normal against prediction."""
+    steps, found = run.pick(2000, 350), dict[str, float]()
+    shifts = (-2.0, -0.8, 0.8)
+    for kind in KINDS:
+        for mu in shifts:
+            found[f"{kind}, mu {mu:g}"], _, _ = hidden(
+                run, 512, steps, width=run.pick(256, 128), prediction=kind, mu=mu
+            )
+    best = {kind: min(found[f"{kind}, mu {mu:g}"] for mu in shifts) for kind in KINDS}
+    run.bound("best v over best x", best["v"] / best["x"], at_least=2)
+    run.bound("best eps over best x", best["eps"] / best["x"], at_least=5)
+    run.note(sliced_w2=found)
+    return draw.bars(found, "sliced W2")
+
+
+# --- regression --------------------------------------------------------------------------------------------
+
+
+@experiment("The loss cannot fall below its floor: Gaussian data, every prediction, loss in v")
+def loss_floor(run: Run) -> Figure:
+    """Loss of trained networks on fresh draws against the exact minimum, (pi / 2) tr(S^1/2) / D for v.
+
+    Where a denominator is clipped, the minimum is the same integral with the clipped weight, by quadrature.
+    """
+    std = torch.tensor([0.5, 1.0, 1.5])
+    path, clip = LinearPath(), 0.05
+    t = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    spread = std.double().square()
+    posterior = {  # variance of each quantity given z, [t, D]
+        "x": spread * (1 - t[:, None]) ** 2, "eps": spread * t[:, None] ** 2, "v": spread + 0 * t[:, None],
+    }  # fmt: skip
+    total = spread * t[:, None] ** 2 + (1 - t[:, None]) ** 2
+    ratios: dict[str, float] = {}
+    for kind in KINDS:
+        gain = path.gain(kind, "v", t[:, None], clip).square()
+        floor = float((gain * posterior[kind] / total).mean())
+        torch.manual_seed(run.seed)
+        net = MLP(3, width=128, depth=3)
+        recipe = Recipe(run.pick(6000, 1500), run.pick(2048, 1024), 3e-3, kind, "v", "uniform", clip=clip)
+        trained = train_field(net, lambda n: torch.randn(n, 3) * std, recipe)
+        loss, error = _fresh_loss(trained, std, clip, run)
+        ratios[kind] = loss / floor
+        run.bound(f"loss minus floor in standard errors, {kind}", (loss - floor) / error, at_least=-3)
+        run.bound(f"loss over floor, {kind}", loss / floor, at_most=1.01)
+        if kind == "v":
+            run.note(floor=floor, closed_form=math.pi / 2 * float(std.mean()))
+    return draw.bars(ratios, "loss / floor", log=False)
+
+
+@torch.no_grad()
+def _fresh_loss(trained: Field, std: Tensor, clip: float, run: Run) -> tuple[float, float]:
+    """(mean, standard error) of the loss in v over fresh draws, t stratified."""
+    from mmgen.flow.loss import flow_loss
+
+    n, g = 200_000, torch.Generator().manual_seed(run.seed + 7)
+    t = (torch.arange(n) + torch.rand(n, generator=g)) / n
+    x, eps = torch.randn(n, 3, generator=g) * std, torch.randn(n, 3, generator=g)
+    output = trained.network(trained.path.mix(x, eps, t[:, None]), t[:, None])
+    losses = flow_loss(trained.path, output, x, eps, t, trained.prediction, "v", clip)
+    return float(losses.mean()), float(losses.std() / n**0.5)
+
+
+@experiment("Regression finds the posterior mean: E[x | z], E[eps | z] and E[v | z] of a mixture")
+def posterior_mean(run: Run) -> Figure:
+    """Relative error of trained networks against the exact posterior, at times across the path."""
+    means = torch.tensor([[1.5, 0.0], [-0.8, 1.2], [-0.6, -1.4]])
+    data = GaussianMixture(means, 0.3)
+    times = [0.1, 0.3, 0.5, 0.7, 0.9]
+    curves: dict[str, list[float]] = {}
+    for kind in KINDS:
+        torch.manual_seed(run.seed)
+        recipe = Recipe(run.pick(4000, 1200), 1024, 2e-3, kind, kind, "uniform")
+        trained = train_field(MLP(2, 128, 4), lambda n: data.sample(n), recipe)
+        curves[kind] = []
+        for time in times:
+            t = torch.tensor(time)
+            z = data.path.mix(data.sample(4000), torch.randn(4000, 2), t)
+            exact = data.path.convert("x", kind, data.denoised(z, t), z, t, 0.0)
+            wrong = (trained.network(z, t) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+            curves[kind].append(float(wrong))
+        run.bound(f"largest relative error of {kind}, t 0.3 to 0.7", max(curves[kind][1:4]), at_most=0.1)
+    run.note(times=times, relative_error=curves)
+    return draw.lines(times, curves, "t", "relative RMS error")
+
+
+# --- sources and couplings ---------------------------------------------------------------------------------
+
+
+def optimal_pairs(x: Tensor, eps: Tensor) -> Tensor:
+    """Reorder eps so that the batch is paired at least squared distance (Tong et al. 2023; scipy's assignment)."""
+    from scipy.optimize import linear_sum_assignment
+
+    _, columns = linear_sum_assignment(torch.cdist(x, eps).square().numpy())
+    return eps[torch.from_numpy(columns)]
+
+
+def ring(n: int) -> Tensor:
+    """A source that is no Gaussian: a circle of radius 1.5."""
+    angle = 2 * math.pi * torch.rand(n)
+    return 1.5 * torch.stack([angle.cos(), angle.sin()], 1)
+
+
+@experiment("Couplings and sources: independent or minibatch-optimal pairs, Gaussian or ring")
+def couplings(run: Run) -> Figure:
+    """Sliced W2 with 2 and 50 Heun steps: paired batches give straighter paths, and any source will do."""
+    data, panels, two = moons(SAMPLES, run.generator), {}, {}
+    for source, noise in (("Gaussian", lambda n: torch.randn(n, 2)), ("ring", ring)):
+        for pairs, pair in (("independent", None), ("optimal", optimal_pairs)):
+            torch.manual_seed(run.seed)
+            recipe = Recipe(run.pick(2500, 700), 256, sampler="uniform", noise=noise, pair=pair)
+            trained = train_field(MLP(2, 128, 4), moons, recipe)
+            torch.manual_seed(run.seed + 1)
+            start = noise(SAMPLES)
+            made = {n: sample_field(trained, start, n, "euler") for n in (2, 50)}
+            two[source, pairs] = sliced_w2(made[2], data)
+            fine = sliced_w2(made[50], data)
+            panels[f"{source}, {pairs}: SW2 {two[source, pairs]:.2f} / {fine:.2f}"] = (data, made[2])
+            run.bound(f"SW2 with 50 steps, {source}, {pairs}", fine, at_most=0.12)
+    for source in ("Gaussian", "ring"):
+        run.bound(
+            f"SW2 with 2 steps, optimal over independent, {source}",
+            two[source, "optimal"] / two[source, "independent"],
+            at_most=0.7,
+        )
+    return draw.scatters(panels)
+
+
+@experiment("Flows to moons, a spiral and drawn text: particles and velocity")
+def animation(run: Run) -> Figure:
+    """The exact field of 1,500 points each, as an animation (`animation.gif`) and its last frame."""
+    g = run.generator
+    sets = {"moons": moons(1500, g), "spiral": spiral(1500, g), "text": drawn_text("flow", 1500, g)}
+    line = torch.linspace(-2.4, 2.4, 17)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
+    times = uniform_grid(run.pick(60, 30)).float()
+    z = {name: torch.randn(1500, 2, generator=g) for name in sets}
+    frames = []
+    for i, t in enumerate(times[:-1]):
+        arrows = torch.stack([FiniteSet(x).velocity(grid, t) for x in sets.values()])
+        frames.append((float(t), torch.stack(list(z.values())), grid.expand(3, -1, 2), arrows))
+        for name, x in sets.items():
+            step = runge_kutta(z[name], times[i : i + 2], scheme="heun", end="full" if i < len(times) - 2 else "clean")
+            z[name] = solve(step, FiniteSet(x).velocity)
+    draw.animate(frames, run.out / "animation.gif", list(sets))
+    for name, x in sets.items():
+        run.bound(f"distance of samples to the data, {name}", near(z[name], x), at_most=0.02)
+    run.note(animation=str(run.out / "animation.gif"))
+    return draw.scatters({name: (x, z[name]) for name, x in sets.items()}, columns=3)
+
+
+@experiment("Breaking it: no time, few steps, another schedule than the trained one")
+def break_it(run: Run) -> Figure:
+    """Sliced W2 of the spiral after each mistake, over that of the run without one."""
+    data = spiral(SAMPLES, run.generator)
+    noise = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(run.seed + 1))
+    recipe = Recipe(run.pick(3000, 1000), 512)
+    torch.manual_seed(run.seed)
+    right = train_field(MLP(2, 128, 5), spiral, recipe)
+    torch.manual_seed(run.seed)
+    blind = train_field(MLP(2, 128, 5, blind=True), spiral, recipe)
+    # The network was trained on the linear path; the sampler believes that it was the cosine one.
+    mistaken = Field(CosinePath(), right.network, right.prediction)
+    made = {
+        "as trained": sample_field(right, noise),
+        "no time": sample_field(blind, noise),
+        "2 steps": sample_field(right, noise, 2, "euler"),
+        "wrong schedule": sample_field(mistaken, noise),
+    }
+    w2 = {name: sliced_w2(x, data) for name, x in made.items()}
+    for name in ("no time", "2 steps", "wrong schedule"):
+        run.bound(f"SW2 of {name} over as trained", w2[name] / w2["as trained"], at_least=1.2)
+    run.note(sliced_w2=w2)
+    return draw.scatters({f"{name}: SW2 {w2[name]:.3f}": (data, x) for name, x in made.items()})
