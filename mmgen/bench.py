@@ -22,6 +22,9 @@ from torch import Tensor
 from mmgen.config import Config, override
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
+from mmgen.flow.path import LinearPath
+from mmgen.flow.solve import SOLVERS, build_solver, solve
+from mmgen.flow.time import uniform_grid
 from mmgen.model import MMGenModel, build_model
 from mmgen.sequence import Batch
 from mmgen.tokenizer import Tokenizer
@@ -174,6 +177,42 @@ def bench_step(config: Config, rounds: int, tell: Callable[[str], None]) -> dict
         "rounds": rounds,
     }
     return result
+
+
+def bench_samplers(rounds: int) -> dict[str, Any]:
+    """What each sampler adds to its network's calls, as a share of their time: medians of interleaved rounds.
+
+    The network is two products that take a millisecond or more; the floor calls it as often, in a bare loop.
+    """
+    weight = torch.randn(512, 512) / 512**0.5
+    z, times = torch.randn(512, 512), uniform_grid(20)
+    samplers = [name for name in SOLVERS if name not in ("langevin", "annealed_langevin")]
+
+    def network(z: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(z @ weight + t) @ weight
+
+    def timed(work: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    shares: dict[str, list[float]] = {name: [] for name in samplers}
+    call_seconds: list[float] = []
+    for name in samplers:
+        calls[name] = []
+        solve(
+            build_solver(name, z, times, LinearPath()),
+            lambda z, t, seen=calls[name]: seen.append((z, t)) or network(z, t),
+        )
+    for _ in range(rounds):
+        for name in samplers:
+            floor = timed(lambda name=name: [network(*call) for call in calls[name]])
+            whole = timed(lambda name=name: solve(build_solver(name, z, times, LinearPath()), network))
+            shares[name].append(whole / floor - 1)
+            call_seconds.append(floor / len(calls[name]))
+    result: dict[str, Any] = {f"overhead_{name}": statistics.median(values) for name, values in shares.items()}
+    return result | {"network_call_seconds": statistics.median(call_seconds), "rounds": rounds}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -145,6 +145,15 @@ def step(
     return 0
 
 
+@bench.command
+def samplers(*, rounds: Annotated[int, Parameter(help="Interleaved repetitions.")] = 15, as_json: Json = False) -> int:
+    """Time what each sampler adds to the calls of a network of a millisecond or more."""
+    from mmgen.bench import bench_samplers
+
+    show(bench_samplers(rounds), as_json)
+    return 0
+
+
 @lab.command(name="list")
 def list_experiments(*, as_json: Json = False) -> int:
     """Every experiment, its title, and the faults that turn it red."""

@@ -8,8 +8,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -47,6 +49,15 @@ def test_make_targets_of_the_readme_exist() -> None:
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
+def test_python_of_the_toolbox_section_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if "mmgen.flow.solve" in block]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["samples"].shape == (1000, 2)
+    assert float(names["exact"].log_prob(names["samples"], torch.ones(())).mean()) > -3
+
+
 @pytest.mark.slow
 def test_readme_commands_run(tmp_path: Path) -> None:
     """Every command of the README but `make`, in its order, with few steps and samples appended."""
@@ -58,13 +69,15 @@ def test_readme_commands_run(tmp_path: Path) -> None:
         if command.startswith(("make ", "git ", "cd ")):
             continue
         words = shlex.split(command)
-        if words[0] == "mmgen" and "--dry-run" not in words and "bench" not in words:
+        if words[:2] == ["mmgen", "lab"]:
+            command += f" --out {tmp_path / 'lab'} --fast" if "run" in words else ""
+        elif words[0] == "mmgen" and "--dry-run" not in words and "bench" not in words:
             command += f" {SMALL[words[1]]}"
         if "bench" in words:
             command += " --rounds 2"
         done = subprocess.run(
             command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, (command, done.stderr[-2000:])
+        assert done.returncode == ("--inject" in words), (command, done.stderr[-2000:])
         ran.append(words[1])
-    assert {"train", "eval", "sample", "caption", "bench"} <= set(ran)
+    assert {"train", "eval", "sample", "caption", "bench", "lab"} <= set(ran)

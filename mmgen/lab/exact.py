@@ -144,7 +144,7 @@ def same_marginals(run: Run) -> Figure:
 def ancestral_is_ddim(run: Run) -> Figure:
     """Variances at every step by exact propagation, and states from equal seeds."""
     path = CosinePath()
-    steps = 100
+    steps = 400
     pairs: tuple[tuple[str, dict[str, Any]], ...] = (("ancestral", {}), ("ddim", {"eta": 1.0}))
     variances = {
         name: [float(z[1:].square().sum()) for z in Affine(path, 0.0, 0.5).states(name, uniform_grid(steps), **options)]
@@ -235,6 +235,7 @@ def _residual(data: GaussianMixture, z: Tensor, t: float, w: float) -> float:
     (gradient,) = torch.autograd.grad(density.sum(), leaf, create_graph=True)
     bend = sum(torch.autograd.grad(gradient[:, i].sum(), leaf, retain_graph=True)[0][:, i] for i in range(z.shape[1]))
     terms = torch.stack([rate.squeeze(1), torch.as_tensor(flow), -(w**2) / 2 * torch.as_tensor(bend)])
+    terms = terms.detach()
     return float(terms.sum(0).abs().max() / terms.abs().max())
 
 

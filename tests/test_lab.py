@@ -1,0 +1,89 @@
+"""The lab: exact experiments hold, and each fault that one answers to turns it red."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mmgen.lab.catalog import EXPERIMENTS, execute
+
+EXACT = [
+    "solver_order",
+    "gaussian_likelihood",
+    "same_marginals",
+    "ancestral_is_ddim",
+    "guidance",
+    "fokker_planck",
+    "paths",
+]
+FAULTY = [(name, fault) for name in EXPERIMENTS for fault in EXPERIMENTS[name].faults]
+
+
+def mmgen(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "mmgen.cli", *arguments], capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_experiments_hold(name: str, tmp_path: Path) -> None:
+    result = execute(name, fast=True, out=tmp_path)
+    assert result["holds"], result["bounds"]
+    assert result["bounds"]
+    assert json.loads((tmp_path / f"{name}.json").read_text())["figures"] == json.loads(json.dumps(result["figures"]))
+    with Image.open(tmp_path / f"{name}.png") as picture:
+        assert min(picture.size) > 100
+
+
+@pytest.mark.parametrize(("name", "fault"), FAULTY)
+def test_faults_turn_experiments_red(name: str, fault: str, tmp_path: Path) -> None:
+    assert not execute(name, fast=True, out=tmp_path, inject=fault)["holds"]
+
+
+def test_a_fault_leaves_no_trace(tmp_path: Path) -> None:
+    execute("same_marginals", fast=True, out=tmp_path, inject="half")
+    assert execute("same_marginals", fast=True, out=tmp_path)["holds"]
+
+
+def test_every_fault_is_answered_by_an_exact_experiment() -> None:
+    assert {fault for _, fault in FAULTY} == {"sign", "half", "minus_s2", "shifted_t"}
+
+
+def test_command(tmp_path: Path) -> None:
+    listed = mmgen("lab", "list", "--json")
+    assert listed.returncode == 0, listed.stderr
+    assert {row["name"] for row in json.loads(listed.stdout)} == set(EXPERIMENTS)
+    run = mmgen("lab", "run", "gaussian_likelihood", "--fast", "--json", "--out", str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["holds"] is True
+    red = mmgen("lab", "run", "gaussian_likelihood", "--inject", "sign", "--out", str(tmp_path))
+    assert red.returncode == 1
+    assert "FAILS  gaussian_likelihood" in red.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["solver_ordre"], "solver_order"),
+        ([], "--all"),
+        (["guidance", "--inject", "minus_s2"], "answers to no fault 'minus_s2'"),
+    ],
+)
+def test_bad_input_is_named(arguments: list[str], message: str) -> None:
+    found = mmgen("lab", "run", *arguments)
+    assert found.returncode == 2
+    assert message in found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in EXACT])
+def test_trained_experiments_run(name: str, tmp_path: Path) -> None:
+    """Small sizes: every experiment ends with figures, bounds and a picture (which bounds hold there is its report)."""
+    result = execute(name, fast=True, out=tmp_path)
+    assert result["bounds"]
+    assert Path(result["picture"]).exists()
