@@ -189,28 +189,31 @@ def bench_samplers(rounds: int) -> dict[str, Any]:
     samplers = [name for name in SOLVERS if name not in ("langevin", "annealed_langevin")]
 
     def network(z: Tensor, t: Tensor) -> Tensor:
-        return torch.tanh(z @ weight + t) @ weight
+        out: Tensor = torch.tanh(z @ weight + t) @ weight
+        return out
 
-    def timed(work: Callable[[], Any]) -> float:
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
+    def sample(name: str, field: Callable[[Tensor, Tensor], Tensor]) -> None:
+        solve(build_solver(name, z, times, LinearPath()), field)
 
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in samplers}
     shares: dict[str, list[float]] = {name: [] for name in samplers}
     call_seconds: list[float] = []
-    for name in samplers:
-        calls[name] = []
-        solve(
-            build_solver(name, z, times, LinearPath()),
-            lambda z, t, seen=calls[name]: seen.append((z, t)) or network(z, t),
-        )
+    for name, seen in calls.items():
+
+        def noted(z: Tensor, t: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:
+            seen.append((z, t))
+            return network(z, t)
+
+        sample(name, noted)
     for _ in range(rounds):
-        for name in samplers:
-            floor = timed(lambda name=name: [network(*call) for call in calls[name]])
-            whole = timed(lambda name=name: solve(build_solver(name, z, times, LinearPath()), network))
-            shares[name].append(whole / floor - 1)
-            call_seconds.append(floor / len(calls[name]))
+        for name, questions in calls.items():
+            began = time.perf_counter()
+            for question in questions:
+                network(*question)
+            middle = time.perf_counter()
+            sample(name, network)
+            shares[name].append((time.perf_counter() - middle) / (middle - began) - 1)
+            call_seconds.append((middle - began) / len(questions))
     result: dict[str, Any] = {f"overhead_{name}": statistics.median(values) for name, values in shares.items()}
     return result | {"network_call_seconds": statistics.median(call_seconds), "rounds": rounds}
 

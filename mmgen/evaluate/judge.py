@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from sklearn.svm import SVC
 
@@ -14,7 +12,6 @@ from mmgen.data.shards import Sample, open_image, read
 from mmgen.evaluate.tasks import Mark, Object, Pixels, Task
 
 Truth = frozenset[Object]
-Floats = NDArray[np.float64]
 
 
 def pixels(image: Image.Image) -> Pixels:
@@ -38,8 +35,7 @@ class Judge:
         greys = [pixels(open_image(sample.image or b"").convert("L")) for sample in samples]
         labels = [next(iter(truth(sample))).digit for sample in samples]
         self.task = task
-        shifted = half_shifts(np.stack(greys).astype(np.float64))
-        self._digits = SVC(C=10).fit(_features(list(shifted)), labels * (len(shifted) // len(greys)))
+        self._digits = SVC(C=10).fit(_features(greys), labels)
 
     def read(self, pictures: Sequence[Pixels]) -> list[Truth | None]:
         """What each picture shows, or None where it cannot be read."""
@@ -52,15 +48,5 @@ class Judge:
         ]
 
 
-def half_shifts(greys: Floats) -> Floats:
-    """[n, H, W] pictures, then the same moved by half a pixel each way (means of neighbours, black outside): [5 n, H, W].
-
-    A few hundred digits make a better judge with them: they stand for strokes that fall between two pixels.
-    """
-    padded = np.pad(greys, ((0, 0), (1, 1), (1, 1)))
-    moves = (padded[:, 1:-1, :-2], padded[:, 1:-1, 2:], padded[:, :-2, 1:-1], padded[:, 2:, 1:-1])
-    return np.concatenate([greys, *((greys + moved) / 2 for moved in moves)])
-
-
-def _features(greys: Sequence[NDArray[Any]]) -> Floats:
+def _features(greys: Sequence[Pixels]) -> np.ndarray:
     return np.stack(greys).reshape(len(greys), -1).astype(np.float64) * (16 / 255)
