@@ -181,9 +181,12 @@ def run_experiments(
     as_json: Json = False,
 ) -> int:
     """Run experiments; ends with code 1 where a bound does not hold."""
-    from mmgen.lab.catalog import EXPERIMENTS, execute
+    from mmgen.lab.catalog import EXPERIMENTS, check, execute
 
-    chosen = list(EXPERIMENTS) if everything else list(names)
+    everyone = [e.name for e in EXPERIMENTS.values() if inject is None or inject in e.faults]
+    chosen = everyone if everything else list(names)
+    for name in chosen:
+        check(name, inject)
     if not chosen:
         raise ValueError("name an experiment, or say --all (`mmgen lab list` shows them)")
     results = []
@@ -194,7 +197,8 @@ def run_experiments(
         for bound in result["bounds"]:
             limits = " ".join(f"{k.replace('_', ' ')} {bound[k]:g}" for k in ("at_least", "at_most") if k in bound)
             mark = "  " if bound["holds"] else "! "
-            tell(f"    {mark}{bound['figure']}: {bound['value']:.4g} ({limits})")
+            value = "not finite" if bound["value"] is None else f"{bound['value']:.4g}"
+            tell(f"    {mark}{bound['figure']}: {value} ({limits})")
     holds = all(result["holds"] for result in results)
     if as_json:
         print(json.dumps({"holds": holds, "seconds": sum(r["seconds"] for r in results), "experiments": results}))

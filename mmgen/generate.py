@@ -299,7 +299,9 @@ class _Schedule:
 
         def noise(like: Tensor | None = None) -> Tensor:
             drawn = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in sources])
-            return torch.from_numpy(drawn).to(self.device, self.dtype)
+            fresh = torch.from_numpy(drawn)
+            fresh = fresh.pin_memory() if self.device.type == "cuda" else fresh
+            return fresh.to(self.device, self.dtype, non_blocking=True)
 
         spec = ImageSpec(grid, noise(), self.decoder.sample, torch.stack(openings), noise)
         drawing = self.decoder.objective.generate(spec)

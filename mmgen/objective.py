@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from mmgen.config import ObjectiveConfig, PatcherConfig, SampleConfig, choose
 from mmgen.flow.field import clipped
 from mmgen.flow.guide import classifier_free
-from mmgen.flow.loss import WEIGHTS, flow_loss
+from mmgen.flow.loss import WEIGHT_SPACES, WEIGHTS, flow_loss
 from mmgen.flow.path import PATHS, Path, ScaledNoise
-from mmgen.flow.solve import SOLVERS, Noise, build_solver, normal
+from mmgen.flow.solve import SOLVERS, Noise, build_solver, denominator, normal
 from mmgen.flow.time import TIMES, shifted_grid
 from mmgen.patch import Grid, PlaceEmbedding, Places, build_projection
 from mmgen.sequence import Batch, Block
@@ -149,6 +149,12 @@ class TransfusionObjective(ImageObjective):
         self.weight = None
         if settings.weight is not None:
             self.weight = choose(WEIGHTS, settings.weight, "objective.weight")
+            space = WEIGHT_SPACES.get(settings.weight, settings.loss_space)
+            if space != settings.loss_space:
+                raise ValueError(
+                    f"objective.weight '{settings.weight}' is made for an error measured in {space}, but "
+                    f"objective.loss_space is {settings.loss_space}: set it to {space}"
+                )
         self.projection = build_projection(patcher, width)
         self.time = TimeEmbedding(width)
         self.place = PlaceEmbedding(width)
@@ -203,9 +209,10 @@ class TransfusionObjective(ImageObjective):
         place = torch.stack([column // spec.grid[1], column % spec.grid[1]], dim=1).repeat(rows, 1)
         places = Places(torch.arange(rows, device=device).repeat_interleave(n), place)
         times = shifted_grid(sample.steps, sample.time_shift)
-        # Denominators are t or 1 - t, at least one step wherever a solver asks but at t = 0: there one step, too.
-        clip = float(torch.minimum(times[1], 1 - times[-2]))
+        clip = denominator(self.path, times)
         kind = choose(SOLVERS, sample.solver, "sample.solver")
+        if not kind.from_noise:
+            raise ValueError(f"sample.solver '{sample.solver}' corrects at one time and draws nothing: choose another")
         start = spec.noise_RNP * self.path.sigma(times[0]).to(dtype)
         solver = build_solver(sample.solver, start, times, self.path, spec.noise, **sample.solver_options)
         guidance = (sample.guidance_interval, sample.guidance_rescale, sample.guidance_renorm)

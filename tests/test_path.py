@@ -130,6 +130,15 @@ def test_ddpm_tables_are_diffusers(schedule: str) -> None:
         torch.testing.assert_close(PATHS["ddpm"]().alpha(1 - k / 1000), path.alpha(1 - k / 1000), rtol=1e-5, atol=0)
 
 
+def test_a_step_of_the_table_has_its_own_rate() -> None:
+    """Whatever the rounding of 1 - k / K: the rate at step k is beta_k's, in single and in double precision."""
+    table = torch.tensor([0.1, 0.3, 0.2, 0.5] * 25, dtype=torch.float64)
+    path, k = DDPMPath(table), torch.arange(1, 101)
+    for dtype in (torch.float32, torch.float64):
+        rate = path.beta(1 - k.to(dtype) / 100)
+        torch.testing.assert_close(rate.double(), -torch.log1p(-table) * 100, rtol=1e-6, atol=0)
+
+
 def test_paths_are_azulas() -> None:
     """azula's time runs from data to noise."""
     t = times()
@@ -188,16 +197,36 @@ def test_x_prediction_with_v_loss_is_jits() -> None:
 
 @pytest.mark.parametrize("clip", [0.05, 0.2])
 @pytest.mark.parametrize(("prediction", "space"), itertools.product(KINDS, KINDS))
-def test_clipping_keeps_the_minimiser(prediction: str, space: str, clip: float) -> None:
+@pytest.mark.parametrize("path", [LinearPath(), ScaledNoise(LinearPath(), 2.0)], ids=["linear", "scaled"])
+def test_clipping_keeps_the_minimiser(path: Path, prediction: str, space: str, clip: float) -> None:
+    """The true quantity has no loss at either end, and one that is off by 1 has a finite loss above zero."""
     x, eps, _ = draws()
-    path = LinearPath()
-    for t in (0.0, 1.0):
-        time = torch.full((len(x),), t, dtype=x.dtype)
-        exact = path.target(prediction, x, eps, time.unsqueeze(1), clip)
-        loss = flow_loss(path, exact, x, eps, time, prediction, space, clip)
+    for t in (0.0, 0.01, 0.99, 1.0):
+        time = torch.full((len(x), 1), t, dtype=x.dtype)
+        exact = quantities(path, x, eps, time)
+        # A score next to the data is taught with the floor under sigma that converts it back.
+        scale = path.scale if isinstance(path, ScaledNoise) else 1.0
+        exact["score"] = -eps / (scale * max(1 - t, clip))
+        loss = flow_loss(path, exact[prediction], x, eps, time.squeeze(1), prediction, space, clip)
         assert loss.abs().max() < 1e-20
-        off = flow_loss(path, exact + 1, x, eps, time, prediction, space, clip)
+        off = flow_loss(path, exact[prediction] + 1, x, eps, time.squeeze(1), prediction, space, clip)
         assert off.isfinite().all()
+
+
+def test_a_taught_score_says_what_the_noise_was() -> None:
+    x, eps, _ = draws()
+    t, path = torch.tensor(0.98, dtype=x.dtype), LinearPath()
+    taught = path.target("score", x, eps, t, 0.05)
+    torch.testing.assert_close(path.convert("score", "eps", taught, path.mix(x, eps, t), t, 0.05), eps)
+
+
+def test_a_clip_means_the_same_at_every_noise_scale() -> None:
+    """JiT's max(1 - t, 0.05): an error of 0.3 in x at t = 0.99 costs (0.3 / 0.05)^2, whatever the noise."""
+    x, eps, _ = draws()
+    t = torch.full((len(x),), 0.99, dtype=x.dtype)
+    for path in (LinearPath(), ScaledNoise(LinearPath(), 2.0), ScaledNoise(LinearPath(), 0.125)):
+        loss = flow_loss(path, x + 0.3, x, eps, t, "x", "v", 0.05)
+        torch.testing.assert_close(loss, torch.full_like(loss, 36.0))
 
 
 def test_weights_by_their_definitions() -> None:
@@ -282,7 +311,15 @@ x_1 = torch.zeros(4, 3)
         (lambda: LinearPath().mix(x_1, x_1[:1], torch.tensor(0.5)), "shapes differ"),
         (lambda: flow_loss(LinearPath(), x_1, x_1, x_1, torch.zeros(3), "v", "v", 0.1), "one t per row"),
         (lambda: LinearBetaPath().convert("v", "x", x_1, x_1, torch.tensor(1.0), 0.1), "diverges at t = 1"),
-        (lambda: losses.snr(LinearPath(), torch.tensor([1.0])), "log_snr of LinearPath diverges"),
+        (lambda: losses.snr(LinearPath(), torch.tensor([1.0])), "score of LinearPath diverges"),
+        (lambda: LinearPath().convert("eps", "score", x_1, x_1, torch.tensor(1.0), 0.0), "zero at t = 1"),
+        (lambda: LinearPath().convert("x", "v", x_1, x_1, torch.tensor(1.0), 0.0), "zero at t = 1"),
+        (lambda: LinearPath().convert("eps", "x", x_1, x_1, torch.tensor(0.0), 0.0), "zero at t = 0"),
+        (lambda: LinearPath().drift(torch.tensor(0.0)), "drift of LinearPath diverges"),
+        (lambda: LinearBetaPath().target("v", x_1, x_1, torch.tensor(1.0)), "v of LinearBetaPath diverges"),
+        (lambda: LinearPath().mix(x_1, x_1, torch.tensor(-0.1)), r"\[0, 1\]"),
+        (lambda: LinearPath(-0.5), "sigma_min must lie"),
+        (lambda: uniform_grid(2.5), "whole number"),  # type: ignore[arg-type]
         (lambda: CosinePath(5, -5), "must be below"),
         (lambda: LinearBetaPath(3, 2), "beta_min < beta_max"),
         (lambda: DDPMPath([0.5, 1.5]), "between 0 and 1"),

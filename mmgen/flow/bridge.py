@@ -38,8 +38,20 @@ def level(scheduler: Any, index: int) -> tuple[float, float]:
     return kept**0.5, (1 - kept) ** 0.5
 
 
+SCHEDULERS = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+)
+"""Schedulers whose state is alpha x + sigma eps as `level` says; others scale it in ways of their own."""
+
+
 def prediction_type(scheduler: Any) -> str:
     """What the scheduler expects of a network."""
+    if type(scheduler).__name__ not in SCHEDULERS:
+        raise ValueError(f"{type(scheduler).__name__} is not among the known schedulers: {', '.join(SCHEDULERS)}")
     if "FlowMatch" in type(scheduler).__name__:
         return "flow_prediction"
     kind = str(scheduler.config.prediction_type)
@@ -48,29 +60,24 @@ def prediction_type(scheduler: Any) -> str:
     return kind
 
 
-def ask(field: Field, z: Tensor, alpha: float, sigma: float, kind: str) -> Tensor:
-    """The field's answer at `z` = alpha x + sigma eps, as the prediction type `kind`."""
-    path = field.path
-    log_snr = 2 * (torch.tensor(alpha, dtype=torch.float64).log() - torch.tensor(sigma, dtype=torch.float64).log())
-    t = path.time_of(log_snr).clamp(0, 1).to(z.device, z.dtype)
-    ours = z * (path.sigma(t) / sigma)
-    x = field("x")(ours, t)
-    eps = (z - alpha * x) / sigma
-    return PREDICTIONS[kind](x, eps, alpha, sigma)
-
-
 def drive(scheduler: Any, field: Field, noise: Tensor, steps: int, **step_options: Any) -> Tensor:
     """Sample with a diffusers scheduler from standard normal `noise`; options go to its `step`.
 
     Raises:
-        ValueError: steps < 1, or a scheduler whose prediction type is unknown.
+        ValueError: steps < 1, an unknown scheduler, or one whose prediction type is unknown.
     """
     if steps < 1:
         raise ValueError(f"a sampler needs at least one step, got {steps}")
-    kind = prediction_type(scheduler)
+    predict = PREDICTIONS[prediction_type(scheduler)]
     scheduler.set_timesteps(steps, device=noise.device)
-    z = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    for index, timestep in enumerate(scheduler.timesteps):
-        alpha, sigma = level(scheduler, index)
-        z = scheduler.step(ask(field, z, alpha, sigma, kind), timestep, z, **step_options).prev_sample
+    levels = [level(scheduler, index) for index in range(len(scheduler.timesteps))]
+    pairs = torch.tensor(levels, dtype=torch.float64)
+    times = field.path.time_of(2 * (pairs[:, 0].log() - pairs[:, 1].log())).clamp(0, 1)
+    factors = field.path.sigma(times) / pairs[:, 1]  # theirs to ours, at the same signal-to-noise ratio
+    times, factors = times.to(noise.device, noise.dtype), factors.to(noise.device, noise.dtype)
+    clean, z = field("x"), noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    for (alpha, sigma), t, factor, timestep in zip(levels, times, factors, scheduler.timesteps, strict=True):
+        x = clean(z * factor, t)
+        answer = predict(x, (z - alpha * x) / sigma, alpha, sigma)
+        z = scheduler.step(answer, timestep, z, **step_options).prev_sample
     return z

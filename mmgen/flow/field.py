@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmgen.flow.path import LinearPath, Path
+from mmgen.flow.path import LinearPath, Path, check_times
 
 Function = Callable[[Tensor, Tensor], Tensor]
 """(z, t) to a tensor like z; t is a scalar or has as many axes as z."""
@@ -73,6 +73,7 @@ class GaussianMixture:
 
     def _scaled(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(alpha, sigma^2, variance of z in each component), each [R or 1, K or 1]."""
+        check_times(t)
         t = t.reshape(-1, 1)
         alpha, variance = self.path.alpha(t), self.path.sigma(t).square()
         return alpha, variance, (alpha * self.std).square() + variance
@@ -80,11 +81,14 @@ class GaussianMixture:
     def log_joint(self, z: Tensor, t: Tensor) -> Tensor:
         """log(w_k N(z; alpha mean_k, .)) of each component, [R, K]."""
         alpha, _, total = self._scaled(t)
-        # |z - alpha m|^2 by products, so that nothing of size R K D is made.
-        square = z.square().sum(1, keepdim=True) - 2 * alpha * (z @ self.means.T)
-        square = (square + alpha.square() * self.means.square().sum(1)).clamp(min=0)
-        dimension = z.shape[1]
-        return self.log_weights - square / (2 * total) - dimension / 2 * (2 * math.pi * total).log()
+        # |z - alpha m|^2 by products, so that nothing of size R K D is made; in double, for near data it is a small
+        # difference of large numbers.
+        exact = torch.float64 if z.device.type != "mps" else torch.float32
+        wide, means, alpha = z.to(exact), self.means.to(exact), alpha.to(exact)
+        square = wide.square().sum(1, keepdim=True) - 2 * alpha * (wide @ means.T)
+        square = (square + alpha.square() * means.square().sum(1)).clamp(min=0)
+        joint = self.log_weights - square / (2 * total) - z.shape[1] / 2 * (2 * math.pi * total).log()
+        return joint.to(z.dtype)
 
     def log_prob(self, z: Tensor, t: Tensor) -> Tensor:
         """log p_t(z), nats, [R]."""
@@ -105,7 +109,7 @@ class GaussianMixture:
         """E[v | z], with no division by 1 - t or t on the linear path."""
         alpha, _, total = self._scaled(t)
         t_R1 = t.reshape(-1, 1)
-        up, down = self.path.alpha_slope(t_R1), self.path.sigma_slope(t_R1) * self.path.sigma(t_R1)
+        up, down = self.path.alpha_slope(t_R1), self.path.half_variance_slope(t_R1)
         r = self.responsibilities(z, t)
         # In each component v = alpha' mean + ((alpha alpha' s^2 + sigma sigma') / var z) (z - alpha mean).
         pull = (alpha * up * self.std.square() + down) / total
@@ -120,7 +124,8 @@ class GaussianMixture:
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """`count` draws of x, [count, D]."""
         which = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=generator)
-        n = torch.randn(count, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        shape, like = (count, self.means.shape[1]), self.means
+        n = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
         return self.means[which] + self.std[which].unsqueeze(1) * n
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmgen.flow.path import Path
+from mmgen.flow.path import Path, check_shapes
 
 GuidanceScale = float | Callable[[Tensor], Tensor]
 """A weight, or a weight that depends on t."""
@@ -32,13 +32,16 @@ def classifier_free(
         rescale: share in which the result takes the standard deviation of the conditional one (Lin et al. 2023, 3.4).
         renorm: shorten the result to the norm of the conditional one where it is longer (Deng et al. 2025, BAGEL).
     """
+    check_shapes(t, conditional, unconditional)
     low, high = interval
     wanted = scale(t).to(conditional.dtype) if callable(scale) else torch.full_like(t, scale, dtype=conditional.dtype)
     weight = torch.where((t >= low) & (t <= high), wanted, 1.0)
     guided = unconditional + weight * (conditional - unconditional)
     axes = tuple(range(1, conditional.ndim))
     if rescale:
-        ratio = conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True).clamp(min=1e-12)
+        ratio = conditional.std(dim=axes, keepdim=True, correction=0) / guided.std(
+            dim=axes, keepdim=True, correction=0
+        ).clamp(min=1e-12)
         guided = guided * (1 + rescale * (ratio - 1))
     if renorm:
         norms = [torch.linalg.vector_norm(v, dim=axes, keepdim=True) for v in (conditional, guided)]
@@ -51,17 +54,20 @@ def classifier(
     velocity: Callable[[Tensor, Tensor], Tensor],
     log_likelihood: Callable[[Tensor, Tensor], Tensor],
     scale: float,
+    clip: float = 1e-3,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The velocity whose score has scale * grad log p(y | z) added (Dhariwal and Nichol 2021, section 4).
 
-    `log_likelihood(z, t)` returns log p(y | z_t) of each row, [B]; gradients are taken through it.
+    `log_likelihood(z, t)` returns log p(y | z_t) of each row, [B]; gradients are taken through it. On paths that begin
+    with pure noise the velocity is infinitely sensitive to the score at t = 0, where z says nothing of y; `clip` is
+    the smallest alpha of that division.
     """
 
     def guided(z: Tensor, t: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(log_likelihood(leaf, t).sum(), leaf)
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = z.detach().clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_likelihood(leaf, t.clone()).sum(), leaf)
         # v is affine in the score at fixed z, so an addition to one is a multiple of it added to the other.
-        return velocity(z, t) + path.gain("score", "v", t, clip=0.0) * scale * gradient
+        return velocity(z, t) + path.gain("score", "v", t, clip) * scale * gradient
 
     return guided

@@ -9,18 +9,22 @@ import torch
 from torch import Tensor
 
 from mmgen.flow.field import Function
-from mmgen.flow.path import check_shapes
+from mmgen.flow.path import Path, check_shapes
 from mmgen.flow.solve import runge_kutta, solve
 
 
-def encode(velocity: Function, x: Tensor, times: Tensor, scheme: str = "heun") -> Tensor:
-    """Data to the noise that the ODE turns into it; `times` rise, as for sampling, and are run backwards."""
-    return solve(runge_kutta(x, torch.as_tensor(times).flip(0), scheme=scheme, end="full"), velocity)
+def encode(velocity: Function, x: Tensor, times: Tensor, scheme: str = "heun", path: Path | None = None) -> Tensor:
+    """Data to the noise that the ODE turns into it; `times` rise, as for sampling, and are run backwards.
+
+    Raises:
+        ValueError: `path` (by default the linear one) has no velocity at a time that is asked.
+    """
+    return solve(runge_kutta(x, torch.as_tensor(times).flip(0), scheme=scheme, path=path, end="full"), velocity)
 
 
-def decode(velocity: Function, z: Tensor, times: Tensor, scheme: str = "heun") -> Tensor:
+def decode(velocity: Function, z: Tensor, times: Tensor, scheme: str = "heun", path: Path | None = None) -> Tensor:
     """Noise to data: the inverse of `encode` up to the scheme's error."""
-    return solve(runge_kutta(z, times, scheme=scheme, end="full"), velocity)
+    return solve(runge_kutta(z, times, scheme=scheme, path=path, end="full"), velocity)
 
 
 def slerp(a: Tensor, b: Tensor, share: float | Tensor) -> Tensor:
@@ -63,6 +67,7 @@ def log_likelihood(
     trace: str = "exact",
     probes: int = 16,
     scheme: str = "rk4",
+    path: Path | None = None,
     noise_std: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> LogLikelihood:
@@ -73,6 +78,7 @@ def log_likelihood(
     Args:
         trace: `exact` differentiates every coordinate (D backward passes); `hutchinson` averages n^T (dv/dz) n over
             `probes` vectors of random signs, fixed along the path (Grathwohl et al. 2019), and estimates its error.
+        path: where given, times at which its velocity diverges are refused.
         noise_std: standard deviation of z at t = 0, for paths that do not end in a standard normal.
 
     Raises:
@@ -96,13 +102,14 @@ def log_likelihood(
             z = state[:, :dimension].detach().requires_grad_()
             v = velocity(z, t)
             products = []
-            for vector in vectors:
+            for vector in vectors if v.requires_grad else []:
                 (row,) = torch.autograd.grad(v, z, vector, retain_graph=True, allow_unused=True)
                 products.append(torch.zeros(rows).to(x) if row is None else (row * vector).sum(1))
-        return torch.cat([v.detach(), torch.stack(products, 1)], 1)
+        found = torch.stack(products, 1) if products else torch.zeros(rows, len(vectors)).to(x)
+        return torch.cat([v.detach(), found], 1)
 
     start = torch.cat([x, x.new_zeros(rows, len(vectors))], 1)
-    end = solve(runge_kutta(start, torch.as_tensor(times).flip(0), scheme=scheme, end="full"), augmented)
+    end = solve(runge_kutta(start, torch.as_tensor(times).flip(0), scheme=scheme, path=path, end="full"), augmented)
     z, minus_integrals = end[:, :dimension], end[:, dimension:]
     base = -(z / noise_std).square().sum(1) / 2 - dimension * math.log(noise_std * math.sqrt(2 * math.pi))
     if trace == "exact":

@@ -44,7 +44,7 @@ def flow_loss(
 
 def snr(path: Path, t: Tensor) -> Tensor:
     """SNR: with it the loss in x-space is the loss in eps-space (Salimans and Ho 2022, section 4)."""
-    path.require("log_snr", t)
+    path.require("score", t)
     return path.snr(t)
 
 
@@ -83,3 +83,5 @@ WEIGHTS: dict[str, Weight] = {
     "sigma_squared": sigma_squared,
 }
 """Weights with their usual constants, by name."""
+WEIGHT_SPACES = {"snr": "x", "min_snr": "x", "sigmoid": "eps", "sigma_squared": "score"}
+"""The space in which each weight's source measures the error; the others may be used in any."""

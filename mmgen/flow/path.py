@@ -57,16 +57,23 @@ class Path(ABC):
 
     def drift(self, t: Tensor) -> Tensor:
         """f of the noising SDE, per unit of noise time: d log alpha / ds."""
+        self.require("drift", t)
         return -self.alpha_slope(t) / self.alpha(t)
 
     def diffusion(self, t: Tensor) -> Tensor:
         """g of the noising SDE: g^2 = d sigma^2 / ds - 2 f sigma^2 (Kingma et al. 2021, eq. 9)."""
+        self.require("diffusion", t)
         sigma = self.sigma(t)
         return (2 * sigma * (self.alpha_slope(t) / self.alpha(t) * sigma - self.sigma_slope(t))).clamp(min=0).sqrt()
+
+    def half_variance_slope(self, t: Tensor) -> Tensor:
+        """sigma sigma', which may be finite where sigma' is not."""
+        return self.sigma(t) * self.sigma_slope(t)
 
     def mix(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The noisy mixture z; `t` is a scalar or has as many dimensions as `x`."""
         check_shapes(t, x, eps)
+        check_times(t)
         return self.alpha(t) * x + self.sigma(t) * eps
 
     def velocity(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -77,6 +84,8 @@ class Path(ABC):
         """The value of `kind` that a network is taught; the score's sigma is kept at `clip` or more."""
         if kind == "score":
             return -eps / self.sigma(t).clamp(min=clip)
+        if kind == "v":
+            self.require("v", t)
         by_x, by_eps = self._weights(kind, t)
         return by_x * x + by_eps * eps
 
@@ -84,26 +93,29 @@ class Path(ABC):
         """Turn an estimate of `source` at (z, t) into the estimate of `target` it implies.
 
         `source` and `target` are of `KINDS`; `value` and `z` have one shape, `t` is a scalar or has as many
-        dimensions. Denominators smaller than `clip` are replaced by it.
+        dimensions. Denominators (alpha or sigma) smaller than `clip` are replaced by it.
 
         Raises:
             ValueError: an unknown kind, shapes that do not fit, t outside [0, 1] or where the path is singular.
         """
         check_shapes(t, z, value)
-        by_value, by_z = self.solve(source, target, t, clip)
+        by_value, by_z = self.coefficients(source, target, t, clip)
         return by_value * value + by_z * z
 
     def gain(self, source: str, target: str, t: Tensor, clip: float) -> Tensor:
         """d target / d source at fixed z: an error of e in `source` is an error of gain * e in `target`."""
-        return self.solve(source, target, t, clip)[0]
+        return self.coefficients(source, target, t, clip)[0]
 
-    def solve(self, source: str, target: str, t: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    def coefficients(self, source: str, target: str, t: Tensor, clip: float) -> tuple[Tensor, Tensor]:
         """(p, q) such that target = p source + q z.
 
         Cramer's rule on z = alpha x + sigma eps, source = a x + b eps. The determinant alpha b - sigma a
         (-sigma for x, alpha for eps) vanishes at one end of many paths, where its magnitude is kept at `clip`;
         for v it is alpha sigma' - alpha' sigma = -alpha sigma (d log-SNR / dt) / 2 and for v_sh alpha^2 + sigma^2,
-        which vanish nowhere. The score is eps in another unit.
+        which vanish nowhere. The score is eps in another unit, -1 / sigma with the same floor under sigma.
+
+        Raises:
+            ValueError: as `convert` does; with `clip` zero also where a denominator vanishes.
         """
         for kind in (source, target):
             if kind not in KINDS:
@@ -113,23 +125,32 @@ class Path(ABC):
             return t * 0 + 1, t * 0
         if "v" in (source, target):
             self.require("v", t)
-        sigma = self.sigma(t)
+        alpha, sigma = self.alpha(t), self.sigma(t)
         if source == "score":
-            p, q = self.solve("eps", target, t, clip)
-            return -sigma * p, q
+            p, q = self.coefficients("eps", target, t, clip)
+            return -sigma.clamp(min=clip) * p, q
         if target == "score":
-            p, q = self.solve(source, "eps", t, clip)
-            scale = -1 / sigma.clamp(min=clip)
+            p, q = self.coefficients(source, "eps", t, clip)
+            scale = -1 / self._floored(sigma, clip, t)
             return p * scale, q * scale
-        alpha = self.alpha(t)
         a, b = self._weights(source, t)
         c, d = self._weights(target, t)
         determinant = alpha * b - sigma * a
         if source == "x":
-            determinant = determinant.clamp(max=-clip)
+            determinant = -self._floored(-determinant, clip, t)
         elif source == "eps":
-            determinant = determinant.clamp(min=clip)
+            determinant = self._floored(determinant, clip, t)
         return (alpha * d - sigma * c) / determinant, (c * b - d * a) / determinant
+
+    def _floored(self, value: Tensor, clip: float, t: Tensor) -> Tensor:
+        """A denominator, at least `clip`."""
+        if clip <= 0 and value.device.type == "cpu" and bool((value == 0).any()):
+            at = float(t.broadcast_to(value.shape)[value == 0][0])
+            raise ValueError(
+                f"alpha or sigma of {type(self).__name__} is zero at t = {at:g} and this conversion divides by it: "
+                "give a clip above 0, or stay inside (0, 1)"
+            )
+        return value.clamp(min=clip)
 
     def _weights(self, kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) such that the quantity `kind` equals a x + b eps."""
@@ -182,6 +203,8 @@ class LinearPath(Path):
     """Rectified flow: alpha = t, sigma = 1 - (1 - sigma_min) t (Liu et al. 2022; Lipman et al. 2022, eq. 20)."""
 
     def __init__(self, sigma_min: float = 0.0) -> None:
+        if not 0 <= sigma_min < 1:
+            raise ValueError(f"sigma_min must lie in [0, 1), got {sigma_min}")
         self.sigma_min = sigma_min
         self.singular = {"log_snr": (0.0,), "drift": (0.0,), "diffusion": (0.0,)}
         if sigma_min == 0:
@@ -275,6 +298,9 @@ class VPPath(Path):
     def sigma_slope(self, t: Tensor) -> Tensor:
         return -self.beta(t) * self.alpha(t).square() / (2 * self.sigma(t))
 
+    def half_variance_slope(self, t: Tensor) -> Tensor:
+        return -self.beta(t) * self.alpha(t).square() / 2
+
     def log_snr(self, t: Tensor) -> Tensor:
         return -torch.expm1(self.integral(t)).log()
 
@@ -304,6 +330,7 @@ class LinearBetaPath(VPPath):
         return s * (self.beta_min + s * self.growth / 2)
 
     def _time_of_integral(self, integral: Tensor) -> Tensor:
+        integral = integral.clamp(max=1e30)  # pure noise: a time below 0, not infinity over infinity
         root = (self.beta_min**2 + 2 * self.growth * integral).sqrt()
         return 1 - 2 * integral / (self.beta_min + root)
 
@@ -311,7 +338,7 @@ class LinearBetaPath(VPPath):
 class DDPMPath(VPPath):
     """A table of K steps beta_1 .. beta_K (Ho et al. 2020); step k stands at t = 1 - k / K, exactly.
 
-    Between steps the rate is constant, so the table is a variance-preserving path like any other.
+    From step k - 1 to k the rate is constant, k included, so the table is a variance-preserving path like any other.
     """
 
     def __init__(self, betas: Sequence[float] | None = None) -> None:
@@ -322,16 +349,21 @@ class DDPMPath(VPPath):
             raise ValueError("betas must be a list of numbers between 0 and 1, the first one next to the data")
         self.steps = len(table)
         self._rates = -torch.log1p(-table)
+        self._moved: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         self._knots = torch.cat([torch.zeros(1, dtype=torch.float64), self._rates.cumsum(0)])
 
     def _step(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Number of whole steps below t, and the rest of one, in the precision of t."""
         steps = (1 - t) * self.steps
-        whole = steps.floor().clamp(0, self.steps - 1)
+        # A thousandth of a step absorbs rounding, so that step k itself always belongs to the rate of step k.
+        whole = ((steps - 1e-3).ceil() - 1).clamp(0, self.steps - 1)
         return whole.long(), steps - whole
 
     def _of(self, table: Tensor, index: Tensor, t: Tensor) -> Tensor:
-        return table.to(device=t.device, dtype=t.dtype)[index]
+        key = (id(table), t.device, t.dtype)
+        if key not in self._moved:  # once per device: a copy would wait in every step
+            self._moved[key] = table.to(device=t.device, dtype=t.dtype)
+        return torch.take(self._moved[key], index)
 
     def beta(self, t: Tensor) -> Tensor:
         whole, _ = self._step(t)
@@ -400,6 +432,29 @@ class ScaledNoise(Path):
 
     def time_of(self, log_snr: Tensor) -> Tensor:
         return self.path.time_of(log_snr + 2 * math.log(self.scale))
+
+    def drift(self, t: Tensor) -> Tensor:
+        return self.path.drift(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return self.scale * self.path.diffusion(t)
+
+    def half_variance_slope(self, t: Tensor) -> Tensor:
+        return self.scale**2 * self.path.half_variance_slope(t)
+
+    def coefficients(self, source: str, target: str, t: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+        """Those of the inner path in units of its own noise, so that `clip` means the same at every scale."""
+        if "v_sh" in (source, target):
+            return super().coefficients(source, target, t, clip)
+        units = {"eps": self.scale, "score": self.scale**2}  # inner quantity = unit * ours
+        p, q = self.path.coefficients(source, target, t, clip)
+        return p * units.get(source, 1.0) / units.get(target, 1.0), q / units.get(target, 1.0)
+
+    def target(self, kind: str, x: Tensor, eps: Tensor, t: Tensor, clip: float = 0.0) -> Tensor:
+        if kind == "v_sh":
+            return super().target(kind, x, eps, t, clip)
+        unit = {"eps": self.scale, "score": self.scale**2}.get(kind, 1.0)
+        return self.path.target(kind, x, self.scale * eps, t, clip) / unit
 
 
 PATHS: dict[str, Callable[..., Path]] = {

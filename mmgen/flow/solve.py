@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmgen.flow.path import LinearPath, Path, VEPath, check_times
+from mmgen.flow.path import LinearPath, Path, ScaledNoise, VEPath, check_times
 
 Solver = Generator[tuple[Tensor, Tensor], Tensor, Tensor]
 Noise = Callable[[Tensor], Tensor]
@@ -55,22 +55,36 @@ class _Grid:
             raise ValueError("times must rise from noise (0) to data (1)" + ("" if rising else ", or fall all the way"))
         self.t = times.view(len(times), *([1] * z.ndim if times.ndim == 1 else [-1] + [1] * (z.ndim - 1)))
         self.steps, self.path, self.like, self._flat = len(times) - 1, path, z, times.ndim == 1
+        self.still = self.t[1:] == self.t[:-1]
+        """Rows that rest during a step: not yet begun, or already at their end."""
 
     def send(self, coefficient: Tensor) -> Tensor:
-        """A coefficient per step, in the precision and on the device of z."""
-        return coefficient.to(self.like.device, self.like.dtype)
+        """A coefficient per step, on the device of z; one for all rows has single precision or better."""
+        if not self._flat:
+            return coefficient.to(self.like.device, self.like.dtype)
+        return coefficient.flatten().to(self.like.device, torch.promote_types(self.like.dtype, torch.float32))
 
     def ask(self, t: Tensor) -> Tensor:
-        """Times as they are yielded: a scalar per step, or [R, 1, ...]."""
-        t = self.send(t)
+        """Times as they are yielded, [N] or [N, R, 1, ...], in single precision or better.
+
+        A row that has arrived at the data is asked about its last time before, where every field is finite.
+        """
+        before = torch.where(self.t < 1, self.t, -1.0).amax(0, keepdim=True).clamp(min=0)
+        t = torch.where(t < 1, t, before) if not self._flat else t
+        t = t.to(self.like.device, torch.promote_types(self.like.dtype, torch.float32))
         return t.flatten() if self._flat else t
 
+    def arriving(self) -> Tensor:
+        """Steps [N, ...] that bring a row to the data."""
+        return (self.t[1:] == 1) & ~self.still
+
     def to_clean(self) -> tuple[Tensor, Tensor]:
-        """(p, q) of the last evaluation: the clean estimate is p v + q z."""
+        """(p, q) [N, ...] such that p v + q z is the clean estimate where a row arrives, and z where it does not."""
         if bool((self.t[-1] != 1).any()):
             raise ValueError("end='clean' returns the clean estimate, so times must end at 1; else use end='full'")
-        p, q = self.path.solve("v", "x", self.t[-2], clip=0.0)
-        return self.send(p), self.send(q)
+        arriving = self.arriving()
+        p, q = self.path.coefficients("v", "x", torch.where(arriving, self.t[:-1], 0.5), clip=0.0)
+        return torch.where(arriving, p, 0.0), torch.where(arriving, q, 1.0)
 
 
 def _check_end(end: str) -> None:
@@ -97,30 +111,48 @@ def runge_kutta(
     """
     path = path or LinearPath()
     _check_end(end)
+    if scheme not in TABLEAUX:
+        raise ValueError(f"unknown scheme '{scheme}' (one of: {', '.join(TABLEAUX)})")
     stages, weights = TABLEAUX[scheme]
     grid = _Grid(z, times, path, rising=end == "clean")
-    nodes = [sum(row) for row in stages]
-    full = grid.steps - (end == "clean")
     gaps = grid.t.diff(dim=0)
-    # A stage at the end of a step stands at the next time itself, not at a sum that rounds to its neighbour.
+    jumps = grid.arriving() if end == "clean" else torch.zeros_like(grid.still)
+    clean = grid.to_clean() if end == "clean" else None
+    all_jump = jumps.flatten(1).all(1).tolist()
+    some_jump = jumps.flatten(1).any(1).tolist()
+    # A stage at the end of a step stands at the next time itself, not at a sum that rounds to its neighbour. Rows that
+    # jump to the clean estimate are asked once: their later stages only fill the batch.
+    nodes = [sum(row) for row in stages]
     stage_times = [grid.t[1:] if node == 1 else grid.t[:-1] + node * gaps for node in nodes]
+    stage_times = [torch.where(jumps, grid.t[:-1], asked) for asked in stage_times]
     for asked in stage_times:
-        path.require("v", asked[:full])
-    last = grid.to_clean() if end == "clean" else None
+        path.require("v", asked[~grid.still.expand_as(asked)])
+    gaps = torch.where(jumps, 0.0, gaps)
+    clean = (grid.send(clean[0]), grid.send(clean[1])) if clean is not None else None
     h, asked_times = grid.send(gaps), [grid.ask(asked) for asked in stage_times]
-    for i in range(full):
-        slopes: list[Tensor] = []
-        for row, at in zip(stages, asked_times, strict=True):
-            here = z
+    for i in range(grid.steps):
+        start, slopes = z, list[Tensor]()
+        for row, at in zip(stages[:1] if all_jump[i] else stages, asked_times, strict=False):
+            here = start
             for a, slope in zip(row, slopes, strict=True):
                 here = here + (a * h[i]) * slope if a else here
             slopes.append((yield here, at[i]))
-        for b, slope in zip(weights, slopes, strict=True):
-            z = z + (b * h[i]) * slope if b else z
-    if last is not None:
-        v = yield z, asked_times[0][full]
-        z = last[0] * v + last[1] * z
+        if clean is not None and some_jump[i]:  # rows that do not jump have p = 0 and q = 1 here
+            z = clean[0][i] * slopes[0] + clean[1][i] * start
+        if not all_jump[i]:
+            for b, slope in zip(weights, slopes, strict=True):
+                z = z + (b * h[i]) * slope if b else z
     return z
+
+
+def denominator(path: Path, times: Tensor) -> float:
+    """Half the smallest alpha or sigma above zero at which a sampler on `times` (to t = 1) may ask: a safe clip.
+
+    Only where one of them is zero (alpha at pure noise) does a conversion with this clip differ from an exact one.
+    """
+    inner = path.path if isinstance(path, ScaledNoise) else path
+    levels = torch.cat([inner.alpha(times[:-1]), inner.sigma(times[:-1])])
+    return float(levels[levels > 0].min()) / 2
 
 
 def _steps(grid: _Grid) -> tuple[Tensor, ...]:
@@ -128,11 +160,17 @@ def _steps(grid: _Grid) -> tuple[Tensor, ...]:
 
     `kept` is exp(log-SNR_k - log-SNR_j): it goes to zero where k is pure noise or j is clean.
     """
-    alpha, sigma = grid.path.alpha(grid.t), grid.path.sigma(grid.t)
-    if bool((sigma[:-1] == 0).any()):
-        raise ValueError("a step starts at t = 1, where nothing is left to denoise: only the last time may be 1")
-    kept = (alpha[:-1] * sigma[1:] / (alpha[1:] * sigma[:-1])).square()
-    return alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], kept
+    # A row that rests gets the numbers of a step that does nothing.
+    alpha = (
+        torch.where(grid.still, 1.0, grid.path.alpha(grid.t)[:-1]),
+        torch.where(grid.still, 1.0, grid.path.alpha(grid.t)[1:]),
+    )
+    sigma = (
+        torch.where(grid.still, 1.0, grid.path.sigma(grid.t)[:-1]),
+        torch.where(grid.still, 1.0, grid.path.sigma(grid.t)[1:]),
+    )
+    kept = (alpha[0] * sigma[1] / (alpha[1] * sigma[0])).square()
+    return alpha[0], sigma[0], alpha[1], sigma[1], kept
 
 
 def _ddim_step(grid: _Grid, eta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,8 +178,7 @@ def _ddim_step(grid: _Grid, eta: float) -> tuple[Tensor, Tensor, Tensor]:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral), got {eta}")
     alpha_k, sigma_k, alpha_j, sigma_j, kept = _steps(grid)
-    std = eta * (1 - kept).clamp(min=0).sqrt() * sigma_j
-    std[-1] = 0
+    std = torch.where(grid.arriving(), 0.0, eta * (1 - kept).clamp(min=0).sqrt() * sigma_j)
     by_z = (sigma_j.square() - std.square()).clamp(min=0).sqrt() / sigma_k
     return alpha_j - by_z * alpha_k, by_z, std
 
@@ -149,8 +186,8 @@ def _ddim_step(grid: _Grid, eta: float) -> tuple[Tensor, Tensor, Tensor]:
 def ddim(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Noise | None = None, eta: float = 0.0) -> Solver:
     """DDIM (Song et al. 2020, eq. 12): z_j = alpha_j x + sqrt(sigma_j^2 - s^2) eps + s n, s = eta * ancestral std.
 
-    Asks for the denoised estimate. eta = 0 is deterministic; eta = 1 samples as `ancestral` does. The last step
-    takes the mean.
+    Asks for the denoised estimate. eta = 0 is deterministic; eta = 1 samples as `ancestral` does. The step to
+    t = 1 takes the mean.
     """
     grid = _Grid(z, times, path or LinearPath())
     return (yield from _linear(z, grid, *_ddim_step(grid, eta), noise, draws=eta > 0))
@@ -160,13 +197,13 @@ def ancestral(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Nois
     """DDPM's sampler on any path and grid: a draw from q(z_j | z_k, x) at the denoised estimate (Ho et al. 2020).
 
     With c = 1 - exp(log-SNR_k - log-SNR_j): mean = alpha_j (z (1 - c) / alpha_k + c x), variance c sigma_j^2
-    (Kingma et al. 2021, appendix A.4). Asks for the denoised estimate. The last step takes the mean.
+    (Kingma et al. 2021, appendix A.4). Asks for the denoised estimate. The step to t = 1 takes
+    the mean.
     """
     grid = _Grid(z, times, path or LinearPath())
     alpha_k, sigma_k, alpha_j, sigma_j, kept = _steps(grid)
     c = (1 - kept).clamp(min=0)
-    std = c.sqrt() * sigma_j
-    std[-1] = 0
+    std = torch.where(grid.arriving(), 0.0, c.sqrt() * sigma_j)
     # (1 - c) alpha_j / alpha_k, written so that it is also right where alpha_k is zero.
     by_z = alpha_k * sigma_j.square() / (alpha_j * sigma_k.square())
     return (yield from _linear(z, grid, c * alpha_j, by_z, std, noise, draws=True))
@@ -175,13 +212,14 @@ def ancestral(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Nois
 def _linear(
     z: Tensor, grid: _Grid, by_x: Tensor, by_z: Tensor, std: Tensor, noise: Noise | None, draws: bool
 ) -> Solver:
-    """Steps z <- by_x x + by_z z + std n; no noise in the last one."""
+    """Steps z <- by_x x + by_z z + std n."""
     noise = noise or normal()
     t, p, q, s = grid.ask(grid.t), grid.send(by_x), grid.send(by_z), grid.send(std)
+    noisy = (std > 0).flatten(1).any(1).tolist()
     for i in range(grid.steps):
         x = yield z, t[i]
         z = p[i] * x + q[i] * z
-        if draws and i < grid.steps - 1:
+        if draws and noisy[i]:
             z = z + s[i] * noise(z)
     return z
 
@@ -189,14 +227,14 @@ def _linear(
 def dpmpp_2m(z: Tensor, times: Tensor, *, path: Path | None = None) -> Solver:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order in half log-SNR, one evaluation per step.
 
-    Asks for the denoised estimate. The first and the last step are of first order.
+    Asks for the denoised estimate. The first step and the one to t = 1 are of first order.
     """
     grid = _Grid(z, times, path or LinearPath())
     _, sigma_k, alpha_j, sigma_j, kept = _steps(grid)
     h = -kept.log() / 2  # of half log-SNR; infinite from pure noise and to clean data
     ratio = torch.zeros_like(h)  # 1 / (2 r), r the last gap over this one
-    ratio[1:-1] = h[1:-1] / (2 * h[:-2])
-    ratio = torch.where(ratio.isfinite(), ratio, 0.0)
+    ratio[1:] = h[1:] / (2 * h[:-1])
+    ratio = torch.where(ratio.isfinite() & ~grid.arriving(), ratio, 0.0)
     t, p, q = grid.ask(grid.t), grid.send(alpha_j * (1 - kept.sqrt())), grid.send(sigma_j / sigma_k)
     extra = grid.send(ratio)
     before: Tensor | None = None
@@ -246,38 +284,45 @@ def euler_maruyama(
         if level not in LEVELS:
             raise ValueError(f"unknown level '{level}' (one of: {', '.join(LEVELS)}; or a function of path and t)")
         level = LEVELS[level]
-    start, h = grid.t[:-1], grid.t.diff(dim=0)
-    path.require("v", start)
-    w = level(path, start)
-    by_v, by_z = path.solve("v", "score", start, clip=0.0)
+    h = grid.t.diff(dim=0)
+    start = torch.where(grid.still, 0.5, grid.t[:-1])  # the coefficients of a row that rests are multiplied by zero
+    w = torch.as_tensor(level(path, start), dtype=start.dtype)
+    by_v, by_z = path.coefficients("v", "score", start, clip=0.0)
     half = w.square() / 2
-    pull = torch.where(half > 0, half * by_v, 0.0), torch.where(half > 0, half * by_z, 0.0)
-    p, q, s = grid.send(h * (1 + pull[0])), grid.send(1 + h * pull[1]), grid.send(h.sqrt() * w)
-    t = grid.ask(grid.t)
-    last = grid.to_clean() if end == "clean" else None
-    for i in range(grid.steps - (last is not None)):
+    p, q, s = h * (1 + half * by_v), 1 + h * half * by_z, h.sqrt() * w
+    if end == "clean":
+        jumps, clean = grid.arriving(), grid.to_clean()
+        p, q, s = torch.where(jumps, clean[0], p), torch.where(jumps, clean[1], q), torch.where(jumps, 0.0, s)
+    noisy = (s > 0).flatten(1).any(1).tolist()
+    p, q, s, t = grid.send(p), grid.send(q), grid.send(s), grid.ask(grid.t)
+    for i in range(grid.steps):
         v = yield z, t[i]
-        z = p[i] * v + q[i] * z + s[i] * noise(z)
-    if last is not None:
-        v = yield z, t[grid.steps - 1]
-        z = last[0] * v + last[1] * z
+        z = p[i] * v + q[i] * z
+        if noisy[i]:
+            z = z + s[i] * noise(z)
     return z
 
 
-def _corrected(z: Tensor, x: Tensor, alpha: Tensor, spread: Tensor, snr: float, noise: Noise) -> Tensor:
-    """One Langevin step z + h score + sqrt(2 h) n at the denoised estimate x, `spread` being 2 snr sigma.
+class _Corrector:
+    """Langevin steps z + h score + sqrt(2 h) n at the denoised estimate x, at every time of a grid.
 
-    Song et al. 2021 (algorithm 5) take h = 2 (snr |n| / |score|)^2.
-    Here |score| is its size given x, |n| / sigma: then h = 2 (snr sigma)^2 needs no norm, which may vanish.
+    Song et al. 2021 (algorithm 5) take h = 2 (snr |n| / |score|)^2. Here |score| is its size given x, |n| / sigma: then
+    h = 2 (snr sigma)^2 needs no norm, which may vanish. Rows at the data stay.
     """
-    return z + 2 * snr**2 * (alpha * x - z) + spread * noise(z)
 
+    def __init__(self, grid: _Grid, noise: Noise, snr: float, corrections: int) -> None:
+        if corrections < 0:
+            raise ValueError(f"the number of Langevin corrections cannot be negative, got {corrections}")
+        if not 0 < snr < 1:
+            raise ValueError(f"the signal-to-noise ratio of Langevin steps must lie in (0, 1), got {snr}")
+        there = grid.t == 1
+        self.noise, self.alpha = noise, grid.send(grid.path.alpha(grid.t))
+        self.pull = grid.send(torch.where(there, 0.0, 2 * snr**2))
+        self.spread = grid.send(torch.where(there, 0.0, 2 * snr * grid.path.sigma(grid.t)))
 
-def _levels(grid: _Grid, snr: float) -> tuple[Tensor, Tensor]:
-    """(alpha, 2 snr sigma) at every time; refuses a step that would overshoot."""
-    if not 0 < snr < 1:
-        raise ValueError(f"the signal-to-noise ratio of Langevin steps must lie in (0, 1), got {snr}")
-    return grid.send(grid.path.alpha(grid.t)), grid.send(2 * snr * grid.path.sigma(grid.t))
+    def step(self, z: Tensor, x: Tensor, i: int) -> Tensor:
+        """One correction at time i."""
+        return z + self.pull[i] * (self.alpha[i] * x - z) + self.spread[i] * self.noise(z)
 
 
 def langevin(
@@ -288,13 +333,14 @@ def langevin(
     Leaves the marginal as it is, up to O(snr^2).
     """
     path, noise = path or LinearPath(), noise or normal()
+    if steps < 1:
+        raise ValueError(f"langevin needs at least one step, got {steps}")
     grid = _Grid(z, torch.stack([torch.as_tensor(times[0])] * 2), path)
     path.require("score", grid.t[0])
-    alpha, spread = _levels(grid, snr)
-    t = grid.ask(grid.t)
+    correct, t = _Corrector(grid, noise, snr, steps), grid.ask(grid.t)
     for _ in range(steps):
         x = yield z, t[0]
-        z = _corrected(z, x, alpha[0], spread[0], snr, noise)
+        z = correct.step(z, x, 0)
     return z
 
 
@@ -316,15 +362,16 @@ def predictor_corrector(
     grid = _Grid(z, times, path)
     by_x, by_z, std = _ddim_step(grid, eta)
     p, q, s, t = grid.send(by_x), grid.send(by_z), grid.send(std), grid.ask(grid.t)
-    alpha, spread = _levels(grid, snr)
+    correct, noisy = _Corrector(grid, noise, snr, corrections), (std > 0).flatten(1).any(1).tolist()
     for i in range(grid.steps):
         x = yield z, t[i]
         z = p[i] * x + q[i] * z
-        if i < grid.steps - 1:
+        if noisy[i]:
             z = z + s[i] * noise(z)
+        if i < grid.steps - 1:
             for _ in range(corrections):
                 x = yield z, t[i + 1]
-                z = _corrected(z, x, alpha[i + 1], spread[i + 1], snr, noise)
+                z = correct.step(z, x, i + 1)
     return z
 
 
@@ -345,12 +392,11 @@ def annealed_langevin(
     grid = _Grid(z, times, path)
     if bool((path.alpha(grid.t) != 1).any()):
         raise ValueError(f"annealed_langevin needs a path with alpha = 1 (VEPath), not {type(path).__name__}")
-    alpha, spread = _levels(grid, snr)
-    t = grid.ask(grid.t)
+    correct, t = _Corrector(grid, noise, snr, corrections), grid.ask(grid.t)
     for i in range(grid.steps):
         for _ in range(corrections):
             x = yield z, t[i]
-            z = _corrected(z, x, alpha[i], spread[i], snr, noise)
+            z = correct.step(z, x, i)
     return (yield z, t[grid.steps - 1])
 
 
@@ -362,6 +408,8 @@ class SolverKind:
     asks: str
     """What is sent to it: `v` or `x`."""
     stochastic: bool = False
+    from_noise: bool = True
+    """Goes all the way from noise to data."""
 
 
 SOLVERS: dict[str, SolverKind] = {
@@ -372,12 +420,14 @@ SOLVERS: dict[str, SolverKind] = {
     "dpmpp_2m": SolverKind(dpmpp_2m, "x"),
     "predictor_corrector": SolverKind(predictor_corrector, "x", stochastic=True),
     "annealed_langevin": SolverKind(annealed_langevin, "x", stochastic=True),
-    "langevin": SolverKind(langevin, "x", stochastic=True),
+    "langevin": SolverKind(langevin, "x", stochastic=True, from_noise=False),
 }
 
 
 def build_solver(name: str, z: Tensor, times: Tensor, path: Path, noise: Noise | None = None, **options: Any) -> Solver:
     """The sampler `name`, ready to be driven; options are those of its function.
+
+    A sampler is a generator: values that do not fit it are refused at its first question.
 
     Raises:
         ValueError: an unknown sampler or an option it does not have.
@@ -402,7 +452,10 @@ def solve(solver: Solver, field: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     try:
         z, t = next(solver)
         while True:
-            z, t = solver.send(field(z, t))
+            found = field(z, t)
+            if found.shape != z.shape:
+                raise ValueError(f"the field answered {tuple(found.shape)} to a question of {tuple(z.shape)}")
+            z, t = solver.send(found)
     except StopIteration as stop:
         result: Tensor = stop.value
         return result
@@ -425,6 +478,9 @@ def solve_adaptive(
         from torchdiffeq import odeint
     except ImportError:
         raise ImportError("adaptive steps need torchdiffeq: pip install 'mmgen[ode]'") from None
+    check_times(torch.tensor(span))
     times = torch.tensor(span, dtype=z.dtype, device=z.device)
-    end: Tensor = odeint(lambda t, y: field(y, t), z, times, rtol=rtol, atol=atol, method=method)[-1]
+    # The last step lands on the end of the span, not beyond it, where no field is defined.
+    options = {"step_t": times[1:]}
+    end: Tensor = odeint(lambda t, y: field(y, t), z, times, rtol=rtol, atol=atol, method=method, options=options)[-1]
     return end

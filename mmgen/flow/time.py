@@ -59,8 +59,8 @@ def shifted(t: Tensor, shift: float) -> Tensor:
 
 def uniform_grid(steps: int) -> Tensor:
     """i / N for i = 0..N, in double precision; never summed up."""
-    if steps < 1:
-        raise ValueError(f"a sampler needs at least one step, got {steps}")
+    if steps < 1 or steps != int(steps):
+        raise ValueError(f"a sampler needs a whole number of steps, at least one step, got {steps}")
     return torch.arange(steps + 1, dtype=torch.float64) / steps
 
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from mmgen.lab import exact, images, plane
-from mmgen.lab.core import EXPERIMENTS, Experiment, execute
+from mmgen.lab.core import EXPERIMENTS, Experiment, check, execute
 
-__all__ = ["EXPERIMENTS", "Experiment", "exact", "execute", "images", "plane"]
+__all__ = ["EXPERIMENTS", "Experiment", "check", "exact", "execute", "images", "plane"]

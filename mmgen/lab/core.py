@@ -80,19 +80,27 @@ def experiment(title: str, faults: Sequence[str] = ()) -> Callable[[Callable[[Ru
     return register
 
 
+def check(name: str, inject: str | None = None) -> Experiment:
+    """The experiment `name`; raises ValueError where it is unknown or does not answer to the fault."""
+    found: Experiment = choose(EXPERIMENTS, name, "experiment")
+    if inject is not None and inject not in found.faults:
+        has = ", ".join(found.faults) or "none"
+        raise ValueError(f"experiment '{name}' answers to no fault '{inject}' (it has: {has})")
+    return found
+
+
 def execute(
     name: str, fast: bool = False, seed: int = 0, out: Path = Path("runs/lab"), inject: str | None = None
 ) -> dict[str, Any]:
     """Run one experiment; writes `out/NAME.json` and `out/NAME.png` and returns what the JSON holds.
 
+    A fast run writes `NAME.fast.*` and one with a fault `NAME.FAULT.*`, so that neither replaces a full result.
+
     Raises:
         ValueError: an unknown experiment, or a fault that it does not answer to.
     """
-    found: Experiment = choose(EXPERIMENTS, name, "experiment")
-    if inject is not None and inject not in found.faults:
-        raise ValueError(
-            f"experiment '{name}' answers to no fault '{inject}' (it has: {', '.join(found.faults) or 'none'})"
-        )
+    found = check(name, inject)
+    stem = ".".join([name, *(["fast"] if fast else []), *([inject] if inject else [])])
     torch.manual_seed(seed)
     run = Run(fast, seed, out)
     out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +108,7 @@ def execute(
     with injected(inject):
         picture = found.run(run)
     picture.suptitle(found.title, fontsize=11)
-    picture.savefig(out / f"{name}.png", dpi=110, bbox_inches="tight")
+    picture.savefig(out / f"{stem}.png", dpi=110, bbox_inches="tight")
     result = {
         "name": name,
         "title": found.title,
@@ -111,9 +119,19 @@ def execute(
         "seed": seed,
         "inject": inject,
         "seconds": round(time.perf_counter() - began, 1),
-        "picture": str(out / f"{name}.png"),
+        "picture": str(out / f"{stem}.png"),
     }
-    part = out / f"{name}.json.part"
-    part.write_text(json.dumps(result, indent=1))
-    os.replace(part, out / f"{name}.json")
+    result = {key: finite(value) for key, value in result.items()}
+    part = out / f"{stem}.json.part"
+    part.write_text(json.dumps(result, indent=1, allow_nan=False))
+    os.replace(part, out / f"{stem}.json")
     return result
+
+
+def finite(value: Any) -> Any:
+    """The same with None in place of numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

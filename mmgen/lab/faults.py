@@ -24,7 +24,7 @@ def _sign(original: dict[str, Any]) -> dict[tuple[Any, str], Callable[..., Any]]
         return replace(found, value=2 * base - found.value)
 
     return {
-        (Path, "solve"): _scaled_score(original["solve"], -1.0),
+        (Path, "coefficients"): _scaled_score(original["coefficients"], -1.0),
         (GaussianMixture, "score"): lambda self, z, t: -original["score"](self, z, t),
         (likelihood, "log_likelihood"): flipped,
     }
@@ -33,7 +33,7 @@ def _sign(original: dict[str, Any]) -> dict[tuple[Any, str], Callable[..., Any]]
 def _half(original: dict[str, Any]) -> dict[tuple[Any, str], Callable[..., Any]]:
     """w^2 score in place of w^2 score / 2."""
     return {
-        (Path, "solve"): _scaled_score(original["solve"], 2.0),
+        (Path, "coefficients"): _scaled_score(original["coefficients"], 2.0),
         (GaussianMixture, "score"): lambda self, z, t: 2 * original["score"](self, z, t),
     }
 
@@ -84,7 +84,7 @@ def injected(fault: str | None) -> Iterator[None]:
         yield
         return
     original = {
-        "solve": Path.solve,
+        "coefficients": Path.coefficients,
         "score": GaussianMixture.score,
         "log_joint": GaussianMixture.log_joint,
         "log_likelihood": likelihood.log_likelihood,
