@@ -177,6 +177,7 @@ class Path(ABC):
 
 def check_times(t: Tensor) -> None:
     """Raise a ValueError for times outside [0, 1]; tensors on an accelerator are not looked at, which would wait."""
+    t = t.detach()
     if t.device.type == "cpu" and t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= 1):
         raise ValueError(
             f"flow time must lie in [0, 1] (0 is noise, 1 is data), got {float(t.min()):g} to {float(t.max()):g}; "
