@@ -15,7 +15,7 @@ from data_prep import digits as digits_prep
 from data_prep import scenes as scenes_prep
 from mmgen.config import PatcherConfig
 from mmgen.evaluate.metrics import frechet, nearest_distance, two_sample_accuracy, within_class_variance
-from mmgen.evaluate.score import IMITATIONS, Pictures, Real, agreement, imitate, score_pictures
+from mmgen.evaluate.score import IMITATIONS, Pictures, Real, agreement, imitate, score_pictures, seventeen_levels
 from mmgen.evaluate.tasks import COLOURS, PLACES, Digits, Object, Scenes
 from mmgen.patch import PixelPatcher
 from tests.conftest import write_tar
@@ -174,3 +174,9 @@ def test_within_class_variance() -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(5000, 3))
     assert within_class_variance({0: rows, 1: rows + 10}) == pytest.approx(3, rel=0.05)
+
+
+def test_real_digits_have_seventeen_levels() -> None:
+    """Rounding to the data's levels, which the two-sample score does, changes no real digit."""
+    for images, _ in digits_prep.split().values():
+        assert np.array_equal(seventeen_levels(images), images)
