@@ -229,9 +229,17 @@ def show(values: dict[str, Any], as_json: bool) -> None:
     table = Table(show_header=False, box=None)
     for name, value in values.items():
         for inner, number in value.items() if isinstance(value, dict) else [("", value)]:
-            text = "  ".join(f"{k} {v:.3g}" for k, v in number.items()) if isinstance(number, dict) else number
-            table.add_row(f"{name} {inner}".strip(), f"{text:.4g}" if isinstance(text, float) else str(text))
+            if isinstance(number, dict):
+                text = "  ".join(f"{k} {rounded(v, 3)}" for k, v in number.items())
+            else:
+                text = rounded(number, 4)
+            table.add_row(f"{name} {inner}".strip(), text)
     Console().print(table)
+
+
+def rounded(value: object, digits: int) -> str:
+    """A number with so many digits; anything else as it prints."""
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 @app.meta.default

@@ -87,7 +87,8 @@ class Real:
 
 def seventeen_levels(shown: Pixels) -> Pixels:
     """Levels in 0..255 rounded to multiples of 255 / 16; real digits stay as they are."""
-    return np.rint(np.rint(shown * (16 / 255)) * (255 / 16)).astype(np.uint8)
+    rounded: Pixels = np.rint(np.rint(shown * (16 / 255)) * (255 / 16)).astype(np.uint8)
+    return rounded
 
 
 def rows(pictures: Sequence[Pixels]) -> Features:
