@@ -43,6 +43,13 @@ def test_dry_run_prints_the_plan_and_touches_nothing(file: Path, config: Config,
     assert not config.run.dir.exists()
 
 
+def test_dry_run_prints_a_table_for_people(file: Path, capsys: pytest.CaptureFixture) -> None:
+    code, out, error = run(capsys, "train", "--config", file, "--dry-run")
+    assert (code, error) == (0, "")
+    assert "tokens_per_step" in out
+    assert "kind transfusion" in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
