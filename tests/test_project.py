@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 SMALL = {
-    "train": "--train.steps 3 --train.compile false --train.sample_every 0 --train.first_sample 0 --train.save_every 3",
+    "train": "--train.steps 3 --train.compile=false --train.sample_every 0 --train.first_sample 0 --train.save_every 3",
     "eval": "--eval.samples 20 --sample.steps 2",
     "sample": "--sample.steps 2",
     "caption": "",
