@@ -22,7 +22,7 @@ from torch import Tensor
 from mmgen.config import Config, override
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
-from mmgen.flow.path import LinearPath
+from mmgen.flow.schedule import LinearPath
 from mmgen.flow.solve import SOLVERS, build_solver, solve
 from mmgen.flow.time import uniform_grid
 from mmgen.model import MMGenModel, build_model

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-Prediction = Literal["x", "eps", "v", "v_sh"]
+Prediction = Literal["x", "eps", "v", "score", "v_sh"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -168,7 +168,7 @@ class ObjectiveConfig(Settings):
     noise_scale: Annotated[float, Field(gt=0)] = 1.0
     """Standard deviation of the noise; large images need more (JiT: image side / 256)."""
     weight: str | None = None
-    """Factor of the squared error: `snr`, `min_snr` (loss in x), `sigmoid` (in eps), `logit_normal`; absent: 1."""
+    """Factor of the squared error: `snr`, `min_snr` (in x), `sigmoid` (in eps), `sigma_squared` (in score), `logit_normal`."""
     lambda_image: Annotated[float, Field(ge=0)] = 5.0
     """Weight of the image loss against the text loss."""
     time: TimeConfig = TimeConfig()

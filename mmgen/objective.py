@@ -22,8 +22,9 @@ from mmgen.config import ObjectiveConfig, PatcherConfig, SampleConfig, choose
 from mmgen.flow.field import clipped
 from mmgen.flow.guide import classifier_free
 from mmgen.flow.loss import WEIGHT_SPACES, WEIGHTS, flow_loss
-from mmgen.flow.path import PATHS, Path, ScaledNoise
-from mmgen.flow.solve import SOLVERS, Noise, build_solver, denominator, normal
+from mmgen.flow.path import Path
+from mmgen.flow.schedule import PATHS, ScaledNoise
+from mmgen.flow.solve import SOLVERS, Noise, build_solver, normal
 from mmgen.flow.time import TIMES, shifted_grid
 from mmgen.patch import Grid, PlaceEmbedding, Places, build_projection
 from mmgen.sequence import Batch, Block
@@ -209,7 +210,7 @@ class TransfusionObjective(ImageObjective):
         place = torch.stack([column // spec.grid[1], column % spec.grid[1]], dim=1).repeat(rows, 1)
         places = Places(torch.arange(rows, device=device).repeat_interleave(n), place)
         times = shifted_grid(sample.steps, sample.time_shift)
-        clip = denominator(self.path, times)
+        clip = self.path.smallest_level(times)
         kind = choose(SOLVERS, sample.solver, "sample.solver")
         if not kind.from_noise:
             raise ValueError(f"sample.solver '{sample.solver}' corrects at one time and draws nothing: choose another")

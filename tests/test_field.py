@@ -14,11 +14,12 @@ from torch import Tensor
 from mmgen.flow.field import Field, FiniteSet, GaussianMixture
 from mmgen.flow.guide import classifier, classifier_free
 from mmgen.flow.likelihood import bits_per_dim, decode, encode, interpolate, log_likelihood, slerp
-from mmgen.flow.path import KINDS, PATHS, CosinePath, LinearBetaPath, LinearPath, Path
+from mmgen.flow.path import KINDS, Path
+from mmgen.flow.schedule import PATHS, CosinePath, LinearBetaPath, LinearPath
 from mmgen.flow.solve import runge_kutta, solve
 from mmgen.flow.time import uniform_grid
+from mmgen.lab.data import MEANS
 
-MEANS = torch.tensor([[1.5, 0.0], [-0.8, 1.2], [-0.6, -1.4]], dtype=torch.float64)
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 STDS = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
 each_path = pytest.mark.parametrize("path", [make() for make in PATHS.values()], ids=PATHS)

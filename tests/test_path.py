@@ -15,17 +15,8 @@ from torch import Tensor
 
 from mmgen.flow import loss as losses
 from mmgen.flow.loss import WEIGHTS, flow_loss
-from mmgen.flow.path import (
-    KINDS,
-    PATHS,
-    CosinePath,
-    DDPMPath,
-    LinearBetaPath,
-    LinearPath,
-    Path,
-    ScaledNoise,
-    VEPath,
-)
+from mmgen.flow.path import KINDS, Path
+from mmgen.flow.schedule import PATHS, CosinePath, DDPMPath, LinearBetaPath, LinearPath, ScaledNoise, VEPath
 from mmgen.flow.time import (
     TIMES,
     cosine_grid,

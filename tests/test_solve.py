@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import pairwise
 from typing import Any
 
 import azula.denoise
@@ -29,7 +27,8 @@ from mmgen.flow import solve as module
 from mmgen.flow.bridge import drive
 from mmgen.flow.field import Field, GaussianMixture
 from mmgen.flow.guide import classifier_free
-from mmgen.flow.path import CosinePath, DDPMPath, LinearBetaPath, LinearPath, Path, VEPath
+from mmgen.flow.path import Path
+from mmgen.flow.schedule import CosinePath, DDPMPath, LinearBetaPath, LinearPath, VEPath
 from mmgen.flow.solve import (
     LEVELS,
     SOLVERS,
@@ -41,8 +40,9 @@ from mmgen.flow.solve import (
     solve_adaptive,
 )
 from mmgen.flow.time import cosine_grid, uniform_grid
+from mmgen.lab.data import MEANS
+from mmgen.lab.moments import Moments, slopes
 
-MEANS = torch.tensor([[1.5, 0.0], [-0.8, 1.2], [-0.6, -1.4]], dtype=torch.float64)
 PATHS: dict[str, Path] = {
     "linear": LinearPath(),
     "cosine": CosinePath(),
@@ -66,8 +66,7 @@ def answer(name: str, data: GaussianMixture) -> Callable[[Tensor, Tensor], Tenso
 
 
 def orders(end: Callable[[int], Tensor], truth: Tensor, counts: tuple[int, ...]) -> list[float]:
-    errors = [float((end(n) - truth).abs().mean()) for n in counts]
-    return [math.log2(a / b) for a, b in pairwise(errors)]
+    return slopes([float((end(n) - truth).abs().mean()) for n in counts])
 
 
 @cache
@@ -320,59 +319,6 @@ def test_ddpm_scheduler_drives_our_field() -> None:
 # --- exact moments -----------------------------------------------------------------------------------------
 
 
-class Moments:
-    """Runs a stochastic sampler on Gaussian data without drawing anything.
-
-    The state is a vector: its first entry the mean, the others the weights of the independent standard normals
-    that have entered so far. Every step is affine, so mean and variance at the end are exact.
-    """
-
-    def __init__(self, path: Path, mean: float = 0.7, std: float = 0.5) -> None:
-        self.path, self.mean, self.std, self.used = path, mean, std, 1
-
-    def noise(self, z: Tensor) -> Tensor:
-        self.used += 1
-        one = torch.zeros_like(z)
-        one[self.used] = 1
-        return one
-
-    def field(self, kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-        def estimate(z: Tensor, t: Tensor) -> Tensor:
-            t = t.reshape(())
-            alpha, sigma = self.path.alpha(t), self.path.sigma(t)
-            gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
-            x = gain * z
-            x[0] += (1 - gain * alpha) * self.mean
-            return x if kind == "x" else self.path.convert("x", kind, x, z, t, 0.0)
-
-        return estimate
-
-    def end(self, name: str, times: Tensor, seen: list[Tensor] | None = None, **options: Any) -> tuple[float, float]:
-        """(mean, variance) of the sampler's result; the states on the way go to `seen`."""
-        corrections = options.get("corrections", options.get("steps", 1))
-        z = torch.zeros(3 + len(times) * (1 + corrections), dtype=torch.float64)
-        t = times[0]
-        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
-        z[0], z[1] = alpha * self.mean, torch.sqrt(alpha**2 * self.std**2 + sigma**2)
-        self.used = 1
-        solver = build_solver(name, z, times, self.path, self.noise, **options)
-        field, states = self.field(SOLVERS[name].asks), [] if seen is None else seen
-
-        def noted(z: Tensor, t: Tensor) -> Tensor:
-            states.append(z)
-            return field(z, t)
-
-        z = solve(solver, noted)
-        return float(z[0]), float(z[1:].square().sum())
-
-    def error(self, name: str, times: Tensor, **options: Any) -> float:
-        mean, variance = self.end(name, times, **options)
-        t = times[-1]
-        alpha, sigma = float(self.path.alpha(t)), float(self.path.sigma(t))
-        wanted = (alpha * self.mean, alpha**2 * self.std**2 + sigma**2)
-        return max(abs(mean - wanted[0]), abs(variance - wanted[1]))
-
-
 FAMILY: dict[str, Any] = {
     "none": "ode",
     "sqrt(2(1-t))": lambda path, t: (2 * (1 - t)).sqrt(),
@@ -380,10 +326,6 @@ FAMILY: dict[str, Any] = {
     "one": "constant",
     "sigma": "sigma",
 }
-
-
-def slopes(errors: list[float]) -> list[float]:
-    return [math.log2(a / b) for a, b in pairwise(errors)]
 
 
 @pytest.mark.parametrize("level", FAMILY)
@@ -437,9 +379,8 @@ def test_ancestral_is_ddim_with_eta_one() -> None:
     pairs: tuple[tuple[str, dict[str, float]], ...] = (("ancestral", {}), ("ddim", {"eta": 1.0}))
     variances = []
     for name, options in pairs:
-        states: list[Tensor] = []
-        Moments(path, 0.0, 0.5).end(name, uniform_grid(50), seen=states, **options)
-        variances.append([float(z[1:].square().sum()) for z in states])
+        states = Moments(path, 0.0, 0.5).states(name, uniform_grid(50), **options)[:-1]
+        variances.append([Moments.of(z)[1] for z in states])
     assert variances[0] == pytest.approx(variances[1], rel=1e-5)
     data, z, seen = mixture(path), start(path), []
     for name, options in pairs:

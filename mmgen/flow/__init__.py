@@ -8,17 +8,8 @@ from mmgen.flow.field import Field, FiniteSet, GaussianMixture
 from mmgen.flow.guide import classifier, classifier_free
 from mmgen.flow.likelihood import decode, encode, interpolate, log_likelihood
 from mmgen.flow.loss import WEIGHTS, flow_loss
-from mmgen.flow.path import (
-    KINDS,
-    PATHS,
-    CosinePath,
-    DDPMPath,
-    LinearBetaPath,
-    LinearPath,
-    Path,
-    ScaledNoise,
-    VEPath,
-)
+from mmgen.flow.path import KINDS, Path
+from mmgen.flow.schedule import PATHS, CosinePath, DDPMPath, LinearBetaPath, LinearPath, ScaledNoise, VEPath
 from mmgen.flow.solve import SOLVERS, build_solver, normal, solve_adaptive
 from mmgen.flow.time import TIMES, cosine_grid, log_snr_grid, shifted, shifted_grid, stratified, uniform_grid
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmgen.flow.path import LinearPath, Path, check_times
+from mmgen.flow.path import Path, check_times
+from mmgen.flow.schedule import LinearPath
 
 Function = Callable[[Tensor, Tensor], Tensor]
 """(z, t) to a tensor like z; t is a scalar or has as many axes as z."""

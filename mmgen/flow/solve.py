@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmgen.flow.path import LinearPath, Path, ScaledNoise, VEPath, check_times
+from mmgen.flow.path import Path, check_times
+from mmgen.flow.schedule import LinearPath, VEPath
 
 Solver = Generator[tuple[Tensor, Tensor], Tensor, Tensor]
 Noise = Callable[[Tensor], Tensor]
@@ -69,8 +70,9 @@ class _Grid:
 
         A row that has arrived at the data is asked about its last time before, where every field is finite.
         """
-        before = torch.where(self.t < 1, self.t, -1.0).amax(0, keepdim=True).clamp(min=0)
-        t = torch.where(t < 1, t, before) if not self._flat else t
+        if not self._flat:
+            before = torch.where(self.t < 1, self.t, -1.0).amax(0, keepdim=True).clamp(min=0)
+            t = torch.where(t < 1, t, before)
         t = t.to(self.like.device, torch.promote_types(self.like.dtype, torch.float32))
         return t.flatten() if self._flat else t
 
@@ -145,42 +147,51 @@ def runge_kutta(
     return z
 
 
-def denominator(path: Path, times: Tensor) -> float:
-    """Half the smallest alpha or sigma above zero at which a sampler on `times` (to t = 1) may ask: a safe clip.
-
-    Only where one of them is zero (alpha at pure noise) does a conversion with this clip differ from an exact one.
-    """
-    inner = path.path if isinstance(path, ScaledNoise) else path
-    levels = torch.cat([inner.alpha(times[:-1]), inner.sigma(times[:-1])])
-    return float(levels[levels > 0].min()) / 2
-
-
 def _steps(grid: _Grid) -> tuple[Tensor, ...]:
-    """(alpha_k, sigma_k, alpha_j, sigma_j, kept) of every step from noisier k to cleaner j, in double precision.
+    """(alpha_k, sigma_k, alpha_j, sigma_j, kept, std) of every step from noisier k to cleaner j, in double precision.
 
-    `kept` is exp(log-SNR_k - log-SNR_j): it goes to zero where k is pure noise or j is clean.
+    `kept` is exp(log-SNR_k - log-SNR_j): it goes to zero where k is pure noise or j is clean. `std` is that of the
+    ancestral step, sigma_j sqrt(1 - kept), and zero where a row arrives at the data, which takes the mean.
     """
+    levels = (f(grid.t) for f in (grid.path.alpha, grid.path.sigma))
     # A row that rests gets the numbers of a step that does nothing.
-    alpha = (
-        torch.where(grid.still, 1.0, grid.path.alpha(grid.t)[:-1]),
-        torch.where(grid.still, 1.0, grid.path.alpha(grid.t)[1:]),
+    (alpha_k, alpha_j), (sigma_k, sigma_j) = (
+        (torch.where(grid.still, 1.0, level[:-1]), torch.where(grid.still, 1.0, level[1:])) for level in levels
     )
-    sigma = (
-        torch.where(grid.still, 1.0, grid.path.sigma(grid.t)[:-1]),
-        torch.where(grid.still, 1.0, grid.path.sigma(grid.t)[1:]),
-    )
-    kept = (alpha[0] * sigma[1] / (alpha[1] * sigma[0])).square()
-    return alpha[0], sigma[0], alpha[1], sigma[1], kept
+    kept = (alpha_k * sigma_j / (alpha_j * sigma_k)).square()
+    std = torch.where(grid.arriving(), 0.0, (1 - kept).clamp(min=0).sqrt() * sigma_j)
+    return alpha_k, sigma_k, alpha_j, sigma_j, kept, std
 
 
 def _ddim_step(grid: _Grid, eta: float) -> tuple[Tensor, Tensor, Tensor]:
     """(by_x, by_z, std) of z_j = by_x x + by_z z + std n for every step."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral), got {eta}")
-    alpha_k, sigma_k, alpha_j, sigma_j, kept = _steps(grid)
-    std = torch.where(grid.arriving(), 0.0, eta * (1 - kept).clamp(min=0).sqrt() * sigma_j)
-    by_z = (sigma_j.square() - std.square()).clamp(min=0).sqrt() / sigma_k
-    return alpha_j - by_z * alpha_k, by_z, std
+    alpha_k, sigma_k, alpha_j, sigma_j, _, std = _steps(grid)
+    by_z = (sigma_j.square() - (eta * std).square()).clamp(min=0).sqrt() / sigma_k
+    return alpha_j - by_z * alpha_k, by_z, eta * std
+
+
+def _affine(
+    z: Tensor,
+    grid: _Grid,
+    by_answer: Tensor,
+    by_z: Tensor,
+    std: Tensor,
+    noise: Noise,
+    correct: _Corrector | None = None,
+) -> Solver:
+    """Steps z <- by_answer answer + by_z z + std n, each but the last followed by corrections where there are some."""
+    t, p, q, s = grid.ask(grid.t), grid.send(by_answer), grid.send(by_z), grid.send(std)
+    noisy = (std > 0).flatten(1).any(1).tolist()
+    for i in range(grid.steps):
+        answer = yield z, t[i]
+        z = p[i] * answer + q[i] * z
+        if noisy[i]:
+            z = z + s[i] * noise(z)
+        if correct is not None and i < grid.steps - 1:
+            z = yield from correct(z, i + 1)
+    return z
 
 
 def ddim(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Noise | None = None, eta: float = 0.0) -> Solver:
@@ -190,7 +201,7 @@ def ddim(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Noise | N
     t = 1 takes the mean.
     """
     grid = _Grid(z, times, path or LinearPath())
-    return (yield from _linear(z, grid, *_ddim_step(grid, eta), noise, draws=eta > 0))
+    return (yield from _affine(z, grid, *_ddim_step(grid, eta), noise or normal()))
 
 
 def ancestral(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Noise | None = None) -> Solver:
@@ -201,27 +212,10 @@ def ancestral(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Nois
     the mean.
     """
     grid = _Grid(z, times, path or LinearPath())
-    alpha_k, sigma_k, alpha_j, sigma_j, kept = _steps(grid)
-    c = (1 - kept).clamp(min=0)
-    std = torch.where(grid.arriving(), 0.0, c.sqrt() * sigma_j)
+    alpha_k, sigma_k, alpha_j, sigma_j, kept, std = _steps(grid)
     # (1 - c) alpha_j / alpha_k, written so that it is also right where alpha_k is zero.
     by_z = alpha_k * sigma_j.square() / (alpha_j * sigma_k.square())
-    return (yield from _linear(z, grid, c * alpha_j, by_z, std, noise, draws=True))
-
-
-def _linear(
-    z: Tensor, grid: _Grid, by_x: Tensor, by_z: Tensor, std: Tensor, noise: Noise | None, draws: bool
-) -> Solver:
-    """Steps z <- by_x x + by_z z + std n."""
-    noise = noise or normal()
-    t, p, q, s = grid.ask(grid.t), grid.send(by_x), grid.send(by_z), grid.send(std)
-    noisy = (std > 0).flatten(1).any(1).tolist()
-    for i in range(grid.steps):
-        x = yield z, t[i]
-        z = p[i] * x + q[i] * z
-        if draws and noisy[i]:
-            z = z + s[i] * noise(z)
-    return z
+    return (yield from _affine(z, grid, (1 - kept).clamp(min=0) * alpha_j, by_z, std, noise or normal()))
 
 
 def dpmpp_2m(z: Tensor, times: Tensor, *, path: Path | None = None) -> Solver:
@@ -230,7 +224,7 @@ def dpmpp_2m(z: Tensor, times: Tensor, *, path: Path | None = None) -> Solver:
     Asks for the denoised estimate. The first step and the one to t = 1 are of first order.
     """
     grid = _Grid(z, times, path or LinearPath())
-    _, sigma_k, alpha_j, sigma_j, kept = _steps(grid)
+    _, sigma_k, alpha_j, sigma_j, kept, _ = _steps(grid)
     h = -kept.log() / 2  # of half log-SNR; infinite from pure noise and to clean data
     ratio = torch.zeros_like(h)  # 1 / (2 r), r the last gap over this one
     ratio[1:] = h[1:] / (2 * h[:-1])
@@ -245,18 +239,9 @@ def dpmpp_2m(z: Tensor, times: Tensor, *, path: Path | None = None) -> Solver:
     return z
 
 
-def _no_noise(path: Path, t: Tensor) -> Tensor:
-    return torch.zeros_like(t)
-
-
-def _reverse_rate(path: Path, t: Tensor) -> Tensor:
-    path.require("diffusion", t)
-    return path.diffusion(t)
-
-
 LEVELS: dict[str, Level] = {
-    "ode": _no_noise,
-    "sde": _reverse_rate,
+    "ode": lambda path, t: torch.zeros_like(t),
+    "sde": lambda path, t: path.diffusion(t),
     "constant": lambda path, t: torch.ones_like(t),
     "sigma": lambda path, t: path.sigma(t),
 }
@@ -279,7 +264,7 @@ def euler_maruyama(
     """
     path = path or LinearPath()
     _check_end(end)
-    grid, noise = _Grid(z, times, path), noise or normal()
+    grid = _Grid(z, times, path)
     if isinstance(level, str):
         if level not in LEVELS:
             raise ValueError(f"unknown level '{level}' (one of: {', '.join(LEVELS)}; or a function of path and t)")
@@ -293,36 +278,33 @@ def euler_maruyama(
     if end == "clean":
         jumps, clean = grid.arriving(), grid.to_clean()
         p, q, s = torch.where(jumps, clean[0], p), torch.where(jumps, clean[1], q), torch.where(jumps, 0.0, s)
-    noisy = (s > 0).flatten(1).any(1).tolist()
-    p, q, s, t = grid.send(p), grid.send(q), grid.send(s), grid.ask(grid.t)
-    for i in range(grid.steps):
-        v = yield z, t[i]
-        z = p[i] * v + q[i] * z
-        if noisy[i]:
-            z = z + s[i] * noise(z)
-    return z
+    return (yield from _affine(z, grid, p, q, s, noise or normal()))
 
 
 class _Corrector:
-    """Langevin steps z + h score + sqrt(2 h) n at the denoised estimate x, at every time of a grid.
+    """Langevin steps z + h score + sqrt(2 h) n at the denoised estimate x, `count` of them at a time of a grid.
 
     Song et al. 2021 (algorithm 5) take h = 2 (snr |n| / |score|)^2. Here |score| is its size given x, |n| / sigma: then
     h = 2 (snr sigma)^2 needs no norm, which may vanish. Rows at the data stay.
     """
 
-    def __init__(self, grid: _Grid, noise: Noise, snr: float, corrections: int) -> None:
-        if corrections < 0:
-            raise ValueError(f"the number of Langevin corrections cannot be negative, got {corrections}")
+    def __init__(self, grid: _Grid, noise: Noise | None, snr: float, count: int) -> None:
+        if count < 0:
+            raise ValueError(f"the number of Langevin corrections cannot be negative, got {count}")
         if not 0 < snr < 1:
             raise ValueError(f"the signal-to-noise ratio of Langevin steps must lie in (0, 1), got {snr}")
         there = grid.t == 1
-        self.noise, self.alpha = noise, grid.send(grid.path.alpha(grid.t))
+        self.count, self.noise, self.t = count, noise or normal(), grid.ask(grid.t)
+        self.alpha = grid.send(grid.path.alpha(grid.t))
         self.pull = grid.send(torch.where(there, 0.0, 2 * snr**2))
         self.spread = grid.send(torch.where(there, 0.0, 2 * snr * grid.path.sigma(grid.t)))
 
-    def step(self, z: Tensor, x: Tensor, i: int) -> Tensor:
-        """One correction at time i."""
-        return z + self.pull[i] * (self.alpha[i] * x - z) + self.spread[i] * self.noise(z)
+    def __call__(self, z: Tensor, i: int) -> Solver:
+        """The corrections at time i."""
+        for _ in range(self.count):
+            x = yield z, self.t[i]
+            z = z + self.pull[i] * (self.alpha[i] * x - z) + self.spread[i] * self.noise(z)
+        return z
 
 
 def langevin(
@@ -332,16 +314,12 @@ def langevin(
 
     Leaves the marginal as it is, up to O(snr^2).
     """
-    path, noise = path or LinearPath(), noise or normal()
+    path = path or LinearPath()
     if steps < 1:
         raise ValueError(f"langevin needs at least one step, got {steps}")
     grid = _Grid(z, torch.stack([torch.as_tensor(times[0])] * 2), path)
     path.require("score", grid.t[0])
-    correct, t = _Corrector(grid, noise, snr, steps), grid.ask(grid.t)
-    for _ in range(steps):
-        x = yield z, t[0]
-        z = correct.step(z, x, 0)
-    return z
+    return (yield from _Corrector(grid, noise, snr, steps)(z, 0))
 
 
 def predictor_corrector(
@@ -358,21 +336,9 @@ def predictor_corrector(
 
     Asks for the denoised estimate. The last step takes the mean and gets no correction.
     """
-    path, noise = path or LinearPath(), noise or normal()
-    grid = _Grid(z, times, path)
-    by_x, by_z, std = _ddim_step(grid, eta)
-    p, q, s, t = grid.send(by_x), grid.send(by_z), grid.send(std), grid.ask(grid.t)
-    correct, noisy = _Corrector(grid, noise, snr, corrections), (std > 0).flatten(1).any(1).tolist()
-    for i in range(grid.steps):
-        x = yield z, t[i]
-        z = p[i] * x + q[i] * z
-        if noisy[i]:
-            z = z + s[i] * noise(z)
-        if i < grid.steps - 1:
-            for _ in range(corrections):
-                x = yield z, t[i + 1]
-                z = correct.step(z, x, i + 1)
-    return z
+    grid = _Grid(z, times, path or LinearPath())
+    correct = _Corrector(grid, noise, snr, corrections)
+    return (yield from _affine(z, grid, *_ddim_step(grid, eta), noise or normal(), correct))
 
 
 def annealed_langevin(
@@ -388,16 +354,14 @@ def annealed_langevin(
 
     Asks for the denoised estimate; ends on it. Needs a path whose alpha stays 1, for nothing rescales z between levels.
     """
-    path, noise = path or VEPath(), noise or normal()
+    path = path or VEPath()
     grid = _Grid(z, times, path)
     if bool((path.alpha(grid.t) != 1).any()):
         raise ValueError(f"annealed_langevin needs a path with alpha = 1 (VEPath), not {type(path).__name__}")
-    correct, t = _Corrector(grid, noise, snr, corrections), grid.ask(grid.t)
+    correct = _Corrector(grid, noise, snr, corrections)
     for i in range(grid.steps):
-        for _ in range(corrections):
-            x = yield z, t[i]
-            z = correct.step(z, x, i)
-    return (yield z, t[grid.steps - 1])
+        z = yield from correct(z, i)
+    return (yield z, correct.t[grid.steps - 1])
 
 
 @dataclass(frozen=True)

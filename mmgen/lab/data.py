@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MEANS = torch.tensor([[1.5, 0.0], [-0.8, 1.2], [-0.6, -1.4]], dtype=torch.float64)
+"""Means of the three-component mixture of the lab, [3, 2]."""
+
 
 def spiral(count: int, generator: torch.Generator | None = None) -> Tensor:
     """Points on a spiral of two turns and length 13 inside the unit disc twice as wide, [count, 2]; no thickness."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +12,19 @@ from torch import Tensor
 from mmgen.flow import likelihood
 from mmgen.flow.field import FiniteSet, GaussianMixture
 from mmgen.flow.guide import classifier
-from mmgen.flow.path import CosinePath, DDPMPath, LinearBetaPath, LinearPath, Path, VEPath
+from mmgen.flow.path import Path
+from mmgen.flow.schedule import CosinePath, DDPMPath, LinearBetaPath, LinearPath, VEPath
 from mmgen.flow.solve import SOLVERS, build_solver, runge_kutta, solve
 from mmgen.flow.time import uniform_grid
 from mmgen.lab import draw
 from mmgen.lab.core import Run, experiment
-from mmgen.lab.data import digits, near, sliced_w2, spiral
+from mmgen.lab.data import MEANS, digits, near, sliced_w2, spiral
+from mmgen.lab.moments import Moments, slopes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MEANS = torch.tensor([[1.5, 0.0], [-0.8, 1.2], [-0.6, -1.4]], dtype=torch.float64)
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
-
-
-def slopes(errors: list[float]) -> list[float]:
-    """log2 of successive ratios: the order, where each error belongs to half the step of the one before."""
-    return [math.log2(a / b) for a, b in pairwise(errors)]
 
 
 @experiment("Order of the ODE solvers on a mixture of three Gaussians", faults=["shifted_t"])
@@ -68,55 +63,6 @@ def gaussian_likelihood(run: Run) -> Figure:
     return draw.lines(x.squeeze(1).tolist(), {"ODE": found.tolist(), "exact": exact.tolist()}, "x", "log p(x), nats")
 
 
-class Affine:
-    """Gaussian data N(mean, std^2): the state of a sampler is its mean and the weights of all noises so far.
-
-    Every sampler's step is affine in the state, so nothing is drawn and the moments at the end are exact.
-    """
-
-    def __init__(self, path: Path, mean: float, std: float) -> None:
-        self.path, self.mean, self.std, self.used = path, mean, std, 1
-
-    def noise(self, z: Tensor) -> Tensor:
-        """A new unit direction."""
-        self.used += 1
-        return torch.nn.functional.one_hot(torch.tensor(self.used), len(z)).to(z)
-
-    def field(self, kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-        """The exact estimate of `kind`, applied to mean and weights."""
-
-        def estimate(z: Tensor, t: Tensor) -> Tensor:
-            t = t.reshape(())
-            alpha, sigma = self.path.alpha(t), self.path.sigma(t)
-            gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
-            x = gain * z
-            x[0] += (1 - gain * alpha) * self.mean
-            return x if kind == "x" else self.path.convert("x", kind, x, z, t, 0.0)
-
-        return estimate
-
-    def states(self, name: str, times: Tensor, **options: Any) -> list[Tensor]:
-        """The state at every question and at the end."""
-        z = torch.zeros(3 + 2 * len(times), dtype=torch.float64)
-        alpha, sigma = self.path.alpha(times[0]), self.path.sigma(times[0])
-        z[0], z[1], self.used = alpha * self.mean, (alpha**2 * self.std**2 + sigma**2).sqrt(), 1
-        ask, seen = self.field(SOLVERS[name].asks), list[Tensor]()
-
-        def noted(z: Tensor, t: Tensor) -> Tensor:
-            seen.append(z)
-            return ask(z, t)
-
-        end = solve(build_solver(name, z, times, self.path, self.noise, **options), noted)
-        return [*seen, end]
-
-    def error(self, name: str, times: Tensor, **options: Any) -> float:
-        """Larger of the errors of mean and variance at the last time."""
-        end = self.states(name, times, **options)[-1]
-        alpha, sigma = float(self.path.alpha(times[-1])), float(self.path.sigma(times[-1]))
-        variance = alpha**2 * self.std**2 + sigma**2
-        return max(abs(float(end[0]) - alpha * self.mean), abs(float(end[1:].square().sum()) - variance))
-
-
 LEVELS: dict[str, Any] = {
     "w = 0": "ode",
     "w = sqrt(2(1-t))": lambda path, t: (2 * (1 - t)).sqrt(),
@@ -130,7 +76,7 @@ LEVELS: dict[str, Any] = {
 )
 def same_marginals(run: Run) -> Figure:
     """Euler-Maruyama for four noise rates w(t) on N(0.7, 0.25), linear path, t from 0 to 0.9."""
-    exact, counts = Affine(LinearPath(), 0.7, 0.5), [200, 400, 800, 1600]
+    exact, counts = Moments(LinearPath(), 0.7, 0.5), [200, 400, 800, 1600]
     errors: dict[str, list[float]] = {}
     for name, level in LEVELS.items():
         errors[name] = [exact.error("euler_maruyama", 0.9 * uniform_grid(n), level=level, end="full") for n in counts]
@@ -147,7 +93,7 @@ def ancestral_is_ddim(run: Run) -> Figure:
     steps = 100
     pairs: tuple[tuple[str, dict[str, Any]], ...] = (("ancestral", {}), ("ddim", {"eta": 1.0}))
     variances = {
-        name: [float(z[1:].square().sum()) for z in Affine(path, 0.0, 0.5).states(name, uniform_grid(steps), **options)]
+        name: [Moments.of(z)[1] for z in Moments(path, 0.0, 0.5).states(name, uniform_grid(steps), **options)]
         for name, options in pairs
     }
     # The last step of both takes the mean, which differs by what they make of sigma(1).
@@ -155,7 +101,7 @@ def ancestral_is_ddim(run: Run) -> Figure:
     run.bound("largest relative difference of variance", max(gaps), at_most=1e-5)
     t = uniform_grid(steps)
     marginal = (path.alpha(t).square() * 0.25 + path.sigma(t).square()).tolist()
-    errors = [Affine(path, 0.0, 0.5).error("ddim", uniform_grid(n), eta=1.0) for n in (200, 400, 800)]
+    errors = [Moments(path, 0.0, 0.5).error("ddim", uniform_grid(n), eta=1.0) for n in (200, 400, 800)]
     run.bound("order at which DDIM(1) approaches the data's variance", slopes(errors)[-1], at_least=0.9, at_most=1.1)
     data = GaussianMixture(MEANS, 0.3, path=path)
     z = torch.randn(64, 2, dtype=torch.float64, generator=run.generator)

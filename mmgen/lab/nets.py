@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mmgen.flow.field import Field
 from mmgen.flow.loss import flow_loss
-from mmgen.flow.path import LinearPath, Path
+from mmgen.flow.path import Path
+from mmgen.flow.schedule import LinearPath
 from mmgen.flow.solve import runge_kutta, solve
 from mmgen.flow.time import TIMES, uniform_grid
 
@@ -122,29 +123,36 @@ class Recipe:
     """(x, eps) to the eps that each x is paired with."""
 
 
+def fit(parameters: Iterable[nn.Parameter], steps: int, lr: float, loss_of: Callable[[], Tensor]) -> None:
+    """Adam with a cosine schedule; `loss_of` draws a new batch and returns its loss."""
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of().backward()
+        optimizer.step()
+        schedule.step()
+
+
 def train_field(net: nn.Module, data: Draw, recipe: Recipe) -> Field:
-    """Train `net` by Adam with a cosine schedule; losses are averaged over the batch."""
-    optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
-    edm = isinstance(net, Preconditioned)
-    for _ in range(recipe.steps):
+    """Train `net`, which outputs x if it is `Preconditioned` and `recipe.prediction` else."""
+    path = recipe.path
+
+    def loss_of() -> Tensor:
         x = data(recipe.batch)
         eps = torch.randn_like(x) if recipe.noise is None else recipe.noise(recipe.batch)
         eps = eps if recipe.pair is None else recipe.pair(x, eps)
         t = TIMES[recipe.sampler](torch.rand(recipe.batch), recipe.mu, recipe.sigma)
-        output = net(recipe.path.mix(x, eps, t.unsqueeze(1)), t.unsqueeze(1))
-        if isinstance(net, Preconditioned) and edm:  # the weight that makes it plain regression of the inner network
+        output = net(path.mix(x, eps, t.unsqueeze(1)), t.unsqueeze(1))
+        if isinstance(net, Preconditioned):  # the weight that makes it plain regression of the inner network
             scale = net.out_scale(t.unsqueeze(1)).clamp(min=1e-3)
-            loss = ((output - x) / scale).square().mean()
-        else:
-            kinds = (recipe.prediction, recipe.loss_space)
-            loss = flow_loss(recipe.path, output, x, eps, t, *kinds, recipe.clip).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+            plain: Tensor = ((output - x) / scale).square().mean()
+            return plain
+        return flow_loss(path, output, x, eps, t, recipe.prediction, recipe.loss_space, recipe.clip).mean()
+
+    fit(net.parameters(), recipe.steps, recipe.lr, loss_of)
     net.requires_grad_(False)
-    return Field(recipe.path, net, "x" if edm else recipe.prediction)
+    return Field(path, net, "x" if isinstance(net, Preconditioned) else recipe.prediction)
 
 
 @torch.no_grad()

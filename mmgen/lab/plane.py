@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from mmgen.flow.field import Field, FiniteSet, GaussianMixture
-from mmgen.flow.path import CosinePath, LinearPath
+from mmgen.flow.schedule import CosinePath, LinearPath
 from mmgen.flow.solve import runge_kutta, solve
 from mmgen.flow.time import uniform_grid
 from mmgen.lab import draw
 from mmgen.lab.core import Run, experiment
-from mmgen.lab.data import drawn_text, moons, near, plane, sliced_w2, spiral
+from mmgen.lab.data import MEANS, drawn_text, moons, near, plane, sliced_w2, spiral
 from mmgen.lab.nets import MLP, Preconditioned, Recipe, sample_field, train_field
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KINDS = ("x", "eps", "v")
+PREDICTIONS = ("x", "eps", "v")
 SAMPLES = 2000
 
 
@@ -140,8 +140,8 @@ def nine_pairs(run: Run) -> Figure:
     """Sliced W2 in the plane and RMS off it for every pair and dimension."""
     steps, w2, off = run.pick(1500, 250), dict[str, float](), dict[str, float]()
     for dimension in (2, 16, 512):
-        for prediction in KINDS:
-            for space in KINDS:
+        for prediction in PREDICTIONS:
+            for space in PREDICTIONS:
                 name = f"{prediction} in {space}, D = {dimension}"
                 w2[name], off[name], _ = hidden(
                     run, dimension, steps, width=run.pick(256, 128), prediction=prediction, loss_space=space
@@ -150,7 +150,7 @@ def nine_pairs(run: Run) -> Figure:
         name = f"EDM, D = {dimension}"
         net = Preconditioned(MLP(dimension, run.pick(256, 128)), LinearPath(), std)
         w2[name], off[name], _ = hidden(run, dimension, steps, net=net)
-    best = {kind: min(w2[f"{kind} in {space}, D = 512"] for space in KINDS) for kind in KINDS}
+    best = {kind: min(w2[f"{kind} in {space}, D = 512"] for space in PREDICTIONS) for kind in PREDICTIONS}
     run.bound("best v over best x at D = 512", best["v"] / best["x"], at_least=1.5)
     run.bound("best eps over best x at D = 512", best["eps"] / best["x"], at_least=5)
     run.note(sliced_w2=w2, off_plane_rms=off)
@@ -177,12 +177,12 @@ def time_shift(run: Run) -> Figure:
     """mu of the logit-normal against prediction."""
     steps, found = run.pick(2000, 350), dict[str, float]()
     shifts = (-2.0, -0.8, 0.8)
-    for kind in KINDS:
+    for kind in PREDICTIONS:
         for mu in shifts:
             found[f"{kind}, mu {mu:g}"], _, _ = hidden(
                 run, 512, steps, width=run.pick(256, 128), prediction=kind, mu=mu
             )
-    best = {kind: min(found[f"{kind}, mu {mu:g}"] for mu in shifts) for kind in KINDS}
+    best = {kind: min(found[f"{kind}, mu {mu:g}"] for mu in shifts) for kind in PREDICTIONS}
     run.bound("best v over best x", best["v"] / best["x"], at_least=2)
     run.bound("best eps over best x", best["eps"] / best["x"], at_least=5)
     run.note(sliced_w2=found)
@@ -207,7 +207,7 @@ def loss_floor(run: Run) -> Figure:
     }  # fmt: skip
     total = spread * t[:, None] ** 2 + (1 - t[:, None]) ** 2
     ratios: dict[str, float] = {}
-    for kind in KINDS:
+    for kind in PREDICTIONS:
         gain = path.gain(kind, "v", t[:, None], clip).square()
         floor = float((gain * posterior[kind] / total).mean())
         torch.manual_seed(run.seed)
@@ -239,11 +239,10 @@ def _fresh_loss(trained: Field, std: Tensor, clip: float, run: Run) -> tuple[flo
 @experiment("Regression finds the posterior mean: E[x | z], E[eps | z] and E[v | z] of a mixture")
 def posterior_mean(run: Run) -> Figure:
     """Relative error of trained networks against the exact posterior, at times across the path."""
-    means = torch.tensor([[1.5, 0.0], [-0.8, 1.2], [-0.6, -1.4]])
-    data = GaussianMixture(means, 0.3)
+    data = GaussianMixture(MEANS.float(), 0.3)
     times = [0.1, 0.3, 0.5, 0.7, 0.9]
     curves: dict[str, list[float]] = {}
-    for kind in KINDS:
+    for kind in PREDICTIONS:
         torch.manual_seed(run.seed)
         recipe = Recipe(run.pick(4000, 1200), 1024, 2e-3, kind, kind, "uniform")
         trained = train_field(MLP(2, 128, 4), lambda n: data.sample(n), recipe)
