@@ -168,7 +168,7 @@ class ObjectiveConfig(Settings):
     noise_scale: Annotated[float, Field(gt=0)] = 1.0
     """Standard deviation of the noise; large images need more (JiT: image side / 256)."""
     weight: str | None = None
-    """Factor of the squared error: `snr`, `min_snr` (in x), `sigmoid` (in eps), `sigma_squared` (in score), `logit_normal`."""
+    """Factor of the squared error: `snr`, `min_snr` (x), `sigmoid` (eps), `sigma_squared` (score), `logit_normal`."""
     lambda_image: Annotated[float, Field(ge=0)] = 5.0
     """Weight of the image loss against the text loss."""
     time: TimeConfig = TimeConfig()
