@@ -24,6 +24,8 @@ bench = App(name="bench", help="Measure speed against a floor, in one interleave
 app.command(bench)
 lab = App(name="lab", help="Small experiments with known answers that prove the flow toolbox.")
 app.command(lab)
+check = App(name="check", help="Checks that a configuration's parts fit each other.")
+app.command(check)
 
 Settings = Annotated[Config, Parameter(name="*")]
 Json = Annotated[bool, Parameter(name="--json", help="Print one JSON document and nothing else.", negative="")]
@@ -152,6 +154,31 @@ def samplers(*, rounds: Annotated[int, Parameter(help="Interleaved repetitions."
 
     show(bench_samplers(rounds), as_json)
     return 0
+
+
+@check.command
+def parity(
+    file: Annotated[Path | None, Parameter(help="YAML file; the same as --config.")] = None,
+    *,
+    config: Settings = Config(),
+    inject: Annotated[str | None, Parameter(help="Break the decoder in a named way.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Compare what sampling computes with what training computes; ends with code 1 where they differ."""
+    from mmgen.parity import check_parity
+
+    results = check_parity(config if file is None else load_config(file), inject)
+    holds = all(result["holds"] for result in results)
+    if as_json:
+        print(json.dumps({"holds": holds, "variants": results}))
+        return 0 if holds else 1
+    for result in results:
+        largest = max(value for name, value in result.items() if name.startswith("largest"))
+        tell(
+            f"{'holds' if result['holds'] else 'FAILS'}  {result['variant']}: {result['positions']} positions, "
+            f"largest relative difference {largest:.1e}{'; ' + result['first'] if result['first'] else ''}"
+        )
+    return 0 if holds else 1
 
 
 @lab.command(name="list")

@@ -152,11 +152,44 @@ class TimeConfig(Settings):
     """Spread the draws of one global step evenly over the quantiles."""
 
 
+class HeadConfig(Settings):
+    """MAR's small network that draws one patch given the backbone's hidden state."""
+
+    kind: Literal["flow", "mse"] = "flow"
+    """`flow`: a denoiser. `mse`: regression on the clean patch, an ablation that collapses to the mean."""
+    depth: Positive = 3
+    """Residual blocks."""
+    width: Positive = 128
+    """Width of the blocks."""
+
+
+class MaskRatioConfig(Settings):
+    """Share of an image's patches that MAR's `masked` order hides: a normal distribution cut to [low, 1]."""
+
+    mean: float = 1.0
+    """Mean before the cut."""
+    std: Annotated[float, Field(gt=0)] = 0.25
+    """Standard deviation before the cut."""
+    low: Fraction = 0.7
+    """Smallest share."""
+
+
+ContextPolicy = Literal["noisy", "capped", "clean_copy", "clean"]
+
+
 class ObjectiveConfig(Settings):
     """How images are learned: the one line that an ablation changes."""
 
     kind: str = "transfusion"
-    """`transfusion`: the backbone denoises."""
+    """`transfusion`: the backbone denoises. `mar`: the backbone conditions a small denoiser."""
+    order: Literal["masked", "random", "raster"] = "masked"
+    """How MAR goes through an image: `masked` (bidirectional, several patches a step), or one patch after another."""
+    head: HeadConfig = HeadConfig()
+    """MAR's denoiser."""
+    draws_per_patch: Positive = 4
+    """Times at which MAR learns each patch in one step."""
+    mask_ratio: MaskRatioConfig = MaskRatioConfig()
+    """How much of an image MAR's `masked` order hides."""
     prediction: Prediction = "v"
     """What the network outputs (`v_sh` is Salimans and Ho's alpha eps - sigma x)."""
     loss_space: Prediction = "v"
@@ -173,14 +206,53 @@ class ObjectiveConfig(Settings):
     """Weight of the image loss against the text loss."""
     time: TimeConfig = TimeConfig()
     """Distribution of t."""
-    context: Literal["noisy", "capped"] = "capped"
-    """What text after an image sees of it in training: any t, or only t in [cap, 1]."""
+    context: ContextPolicy | None = None
+    """What later positions see of an image in training. Transfusion: `noisy` (any t), `capped` (t in [cap, 1] where
+    only later text describes it; the default) or `clean_copy` (a second, clean copy). MAR: `clean_copy` for the
+    order `masked`, `clean` for the others; there is no choice."""
     cap: Fraction = 0.5
     """Lower end of t for an image that only later text describes (`capped`)."""
-    bidirectional: bool = True
-    """Patches of an image see each other both ways; false is the causal ablation."""
+    bidirectional: bool | None = None
+    """Patches of an image see each other both ways: so by default, except in MAR's causal orders."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Smallest denominator in a training-time conversion between x, eps and v."""
+
+    @property
+    def causal_order(self) -> bool:
+        """MAR predicts one patch after another."""
+        return self.kind == "mar" and self.order != "masked"
+
+    @property
+    def policy(self) -> ContextPolicy:
+        """The context policy, with the objective's own where none is set."""
+        if self.kind != "mar":
+            return self.context or "capped"
+        return "clean" if self.causal_order else "clean_copy"
+
+    @property
+    def both_ways(self) -> bool:
+        """Patches of an image see each other both ways."""
+        return not self.causal_order if self.bidirectional is None else self.bidirectional
+
+    def check(self) -> None:
+        """Raise ValueError where fields do not fit each other."""
+        why = {
+            "transfusion": "a noisy image is all that its rows hold: set noisy, capped or clean_copy",
+            "masked": "its mask hides most of the image from later positions: set clean_copy",
+            "random": "its images always stand clean in a row: set clean",
+            "raster": "its images always stand clean in a row: set clean",
+        }
+        chosen = self.order if self.kind == "mar" else self.kind
+        wrong = self.context == "clean" if chosen == "transfusion" else self.policy != (self.context or self.policy)
+        if wrong and chosen in why:
+            raise ValueError(
+                f"objective.context '{self.context}' does not suit '{chosen}': {why[chosen]}, or leave it out"
+            )
+        if self.causal_order and self.bidirectional:
+            raise ValueError(
+                f"objective.bidirectional is true, but in the order '{self.order}' a patch would see itself before it "
+                "is predicted: leave it out, or set objective.order to masked"
+            )
 
 
 class TrainConfig(Settings):
@@ -247,8 +319,20 @@ class SampleConfig(Settings):
     """Shorten a guided velocity to the norm of the conditional one where it is longer."""
     clean_range: tuple[float, float] | None = None
     """Clip the clean estimate to this range at every step."""
+    noise_temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of the noise that stochastic solvers add; below 1 images vary less."""
+    unmask_steps: Positive = 16
+    """Backbone calls per image in MAR's order `masked`; each reveals some patches."""
+    guidance_ramp: Literal["linear", "constant"] = "linear"
+    """How MAR's guidance grows from 1 to `guidance_scale` with the share of patches that are drawn."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Of text; 0 is greedy."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample text among the k likeliest tokens; 0 among all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample text among the likeliest tokens that together have this probability."""
+    min_p: Fraction = 0.0
+    """Sample text among tokens at least this likely, relative to the likeliest."""
     max_new_tokens: Positive = 64
     """Text tokens generated per prompt."""
     max_images: Annotated[int, Field(ge=0)] = 1
@@ -317,6 +401,7 @@ def _validated(raw: dict[str, Any], source: str) -> Config:
     try:
         config = Config.model_validate(raw)
         config.model.patcher.check()
+        config.objective.check()
     except ValidationError as error:
         raise ValueError("\n".join(source + explain(item) for item in error.errors())) from None
     except ValueError as error:

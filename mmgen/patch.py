@@ -141,12 +141,25 @@ class OutputLinear(nn.Linear):
     """A linear map that is zero at initialisation, so that a fresh model predicts zero."""
 
 
+def _bottleneck(settings: PatcherConfig, width: int) -> nn.Module:
+    """Two linear maps through a narrow layer (Li and He 2025, JiT, section 4.3)."""
+    narrow = nn.Linear(settings.patch_length, settings.bottleneck, bias=False)
+    return nn.Sequential(narrow, nn.Linear(settings.bottleneck, width))
+
+
+ENTRIES: dict[str, Callable[[PatcherConfig, int], nn.Module]] = {
+    "linear": lambda settings, width: nn.Linear(settings.patch_length, width),
+    "bottleneck": _bottleneck,
+}
+"""Maps of single patch rows into the backbone's width, by name of the projection."""
+
+
 class LinearProjection(PatchProjection):
-    """One linear map each way."""
+    """A map of single patch rows on the way in, and one linear map on the way out."""
 
     def __init__(self, settings: PatcherConfig, width: int) -> None:
         super().__init__()
-        self.enter: nn.Module = nn.Linear(settings.patch_length, width)
+        self.enter = ENTRIES[settings.projection](settings, width)
         self.leave = OutputLinear(width, settings.patch_length)
 
     def encode(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
@@ -157,19 +170,9 @@ class LinearProjection(PatchProjection):
         return leave
 
 
-class BottleneckProjection(LinearProjection):
-    """Two linear maps on the way in, through a narrow layer (Li and He 2025, JiT, section 4.3)."""
-
-    def __init__(self, settings: PatcherConfig, width: int) -> None:
-        super().__init__(settings, width)
-        self.enter = nn.Sequential(
-            nn.Linear(settings.patch_length, settings.bottleneck, bias=False), nn.Linear(settings.bottleneck, width)
-        )
-
-
 PROJECTIONS: dict[str, Callable[[PatcherConfig, int], PatchProjection]] = {
     "linear": LinearProjection,
-    "bottleneck": BottleneckProjection,
+    "bottleneck": LinearProjection,
 }
 
 

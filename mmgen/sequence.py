@@ -36,8 +36,8 @@ class Block:
     """Patches of the block see each other both ways."""
     noised: bool = False
     """Positions outside the block never see it."""
-    loss: bool = True
-    """Its patches are learned."""
+    loss: bool | NDArray[np.bool_] = True
+    """Its patches are learned; [N] where only some are."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def collate(
 
     label = next_tokens(ids, document, block, tokenizer)
     counts = [len(x) for _, x, _, _ in placed]
-    loss = np.repeat([copy.loss for *_, copy in placed], counts).astype(bool)
+    loss = np.concatenate([np.broadcast_to(copy.loss, n) for (*_, copy), n in zip(placed, counts, strict=True)])
     at = [np.arange(at, at + n) for (at, *_), n in zip(placed, counts, strict=True)]
     return Batch(
         ids_BS=torch.from_numpy(ids),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as TextTokenizer
+from tokenizers.decoders import DecodeStream
 
 BOS, EOS, PAD, BOI, EOI = SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>", "<|boi|>", "<|eoi|>")
 Grid = tuple[int, int]
@@ -76,6 +77,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens vanish."""
         return str(self._text.decode([token for token in ids if token not in self.special]))
+
+    def speaker(self) -> Callable[[int], str]:
+        """A function that takes one id after another and returns the text that each completes, perhaps none."""
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self._text, token) or ""
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json` that `load` reads back to the same ids."""

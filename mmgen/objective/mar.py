@@ -1,0 +1,271 @@
+"""MAR: the backbone never sees noise; it conditions a small denoiser that draws each patch (Li et al. 2024).
+
+Orders: `masked` hides most patches behind a learned vector and predicts them where they stand, with attention
+both ways and several patches per step of generation; `raster` and `random` predict the next patch, causally.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mmgen.config import HeadConfig, MaskRatioConfig, ObjectiveConfig, PatcherConfig, SampleConfig, choose
+from mmgen.flow.time import TIMES
+from mmgen.objective.flow import ImageFlow
+from mmgen.objective.seam import (
+    BackboneCall,
+    Drawing,
+    Embedded,
+    Given,
+    ImageObjective,
+    ImageSite,
+    ImageSpec,
+    TimeEmbedding,
+)
+from mmgen.patch import ENTRIES, Floats, Grid, OutputLinear, PlaceEmbedding
+from mmgen.sequence import Batch, Block
+
+
+class AdaptiveBlock(nn.Module):
+    """LN - Linear - SiLU - Linear with a residual; shift, scale and gate come from the condition, zero at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = OutputLinear(width, 3 * width)
+
+    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+        """Both [..., W] and of shapes that broadcast."""
+        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+        out: Tensor = h + gate * self.mlp(self.norm(h) * (1 + scale) + shift)
+        return out
+
+
+class PatchHead(nn.Module):
+    """A residual MLP that denoises one patch given the backbone's hidden state (Li et al. 2024, section 3.4)."""
+
+    def __init__(self, patch_length: int, backbone_width: int, settings: HeadConfig) -> None:
+        super().__init__()
+        width = settings.width
+        self.enter = nn.Linear(patch_length, width)
+        self.time = TimeEmbedding(width)
+        self.state = nn.Linear(backbone_width, width)
+        self.blocks = nn.ModuleList(AdaptiveBlock(width) for _ in range(settings.depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = OutputLinear(width, 2 * width)
+        self.leave = OutputLinear(width, patch_length)
+
+    def forward(self, z: Tensor, t: Tensor, state: Tensor) -> Tensor:
+        """Noisy patches [..., P] at times [...] and `self.state` of hidden states [..., W] to outputs [..., P]."""
+        condition = nn.functional.silu(self.time(t) + state)
+        h = self.enter(z)
+        for block in self.blocks:
+            h = block(h, condition)
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        out: Tensor = self.leave(self.norm(h) * (1 + scale) + shift)
+        return out
+
+
+class MARObjective(ImageObjective):
+    """Clean or masked patches enter the backbone, and a head draws each patch from its hidden state."""
+
+    def __init__(self, settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> None:
+        super().__init__(settings, patcher, width)
+        self.flow = ImageFlow(settings)
+        self.enter = choose(ENTRIES, patcher.projection, "model.patcher.projection for objective.kind 'mar'")(
+            patcher, width
+        )
+        self.place = PlaceEmbedding(width)
+        self.head = PatchHead(patcher.patch_length, width, settings.head)
+        if settings.causal_order:
+            self.next_place = PlaceEmbedding(width)
+        else:
+            self.mask_vector = nn.Parameter(torch.randn(width) * width**-0.5)
+
+    @classmethod
+    def layout(cls, settings: ObjectiveConfig, site: ImageSite, rng: np.random.Generator) -> list[Block]:
+        n, k = site.grid[0] * site.grid[1], settings.draws_per_patch
+        time = settings.time
+        even = (rng.permutation(n * k) + rng.random()) / (n * k) if time.stratified else rng.random(n * k)
+        t = choose(TIMES, time.sampler, "objective.time.sampler")(torch.from_numpy(even), time.mu, time.sigma)
+        draws = {
+            "t": t.numpy().astype(np.float32).reshape(n, k),
+            "eps": rng.standard_normal((n, k, site.patch_length), dtype=np.float32),
+            "masked": np.zeros(n, dtype=np.float32),
+        }
+        if settings.causal_order:
+            return [Block(cls.order(settings, site.grid, rng), draws, bidirectional=False)]
+        hidden = rng.permutation(n)[: math.ceil(n * mask_ratio(site.quantile, settings.mask_ratio))]
+        draws["masked"][hidden] = 1
+        noised = Block(np.arange(n), draws, settings.both_ways, noised=True, loss=draws["masked"] > 0)
+        return [noised, cls.context(settings, site.grid, site.patch_length)]
+
+    @classmethod
+    def context(cls, settings: ObjectiveConfig, grid: Grid, patch_length: int) -> Block:
+        n, k = grid[0] * grid[1], settings.draws_per_patch
+        clean: dict[str, Floats] = {
+            "t": np.ones((n, k), dtype=np.float32),
+            "eps": np.zeros((n, k, patch_length), dtype=np.float32),
+            "masked": np.zeros(n, dtype=np.float32),
+        }
+        return Block(np.arange(n), clean, settings.both_ways, loss=False)
+
+    @classmethod
+    def order(cls, settings: ObjectiveConfig, grid: Grid, rng: np.random.Generator) -> NDArray[np.int64]:
+        n = grid[0] * grid[1]
+        return rng.permutation(n) if settings.kind == "mar" and settings.order == "random" else np.arange(n)
+
+    @classmethod
+    def copies(cls, settings: ObjectiveConfig) -> int:
+        return 1 if settings.causal_order else 2
+
+    def embed(self, batch: Batch) -> Embedded:
+        at_J = batch.at_I[batch.loss_at_J]
+        values = self.enter(batch.x_IP)
+        if not self.settings.causal_order:
+            values = self._hide(values, batch.draws["masked"] > 0) + self.place(batch.place_I2)
+            return Embedded(batch.at_I, values, at_J, batch)
+        # Each input names the place of the patch that it predicts; the last one of an image predicts none.
+        goes_on = torch.ones_like(batch.image_I, dtype=torch.bool)
+        goes_on[-1:] = False
+        goes_on[:-1] = batch.image_I[1:] == batch.image_I[:-1]
+        following = self.next_place(batch.place_I2.roll(-1, 0)) * goes_on.unsqueeze(-1).to(values.dtype)
+        at = torch.cat([batch.at_I, batch.size_at_M])
+        values = torch.cat([values + self.place(batch.place_I2) + following, self.next_place(batch.first_M2)])
+        return Embedded(at, values, at_J - 1, batch)
+
+    def _hide(self, values: Tensor, masked: Tensor) -> Tensor:
+        """The mask vector in place of masked patches: [..., D] and [...]."""
+        return torch.where(masked.unsqueeze(-1), self.mask_vector.to(values.dtype), values)
+
+    def loss(self, hidden_JD: Tensor, state: Any) -> Tensor:
+        batch: Batch = state
+        j = batch.loss_at_J
+        state_J1W = self.head.state(hidden_JD).unsqueeze(1)
+        x_JP = batch.x_IP[j]
+        if self.settings.head.kind == "mse":
+            return (self._regress(state_J1W, x_JP.unsqueeze(1)) - x_JP.unsqueeze(1)).square().mean(dim=(1, 2))
+        t_JK, eps_JKP = batch.draws["t"][j].to(x_JP.dtype), batch.draws["eps"][j].to(x_JP.dtype)
+        x_JKP = x_JP.unsqueeze(1).expand_as(eps_JKP)
+        z_JKP = self.flow.path.mix(x_JKP, eps_JKP, t_JK.unsqueeze(-1))
+        return self.flow.loss(self.head(z_JKP, t_JK, state_J1W), x_JKP, eps_JKP, t_JK).mean(dim=1)
+
+    def _regress(self, state: Tensor, like: Tensor) -> Tensor:
+        """The regressed clean patches [..., P]: the same head with nothing to denoise."""
+        out: Tensor = self.head(torch.zeros_like(like), torch.zeros_like(like[..., 0]), state)
+        return out
+
+    def generate(self, spec: ImageSpec) -> Drawing:
+        return self._next_patches(spec) if self.settings.causal_order else self._unmask(spec)
+
+    def _unmask(self, spec: ImageSpec) -> Drawing:
+        """Reveal patches in random order, more of them at each step; known ones stand from the start."""
+        rows, n, _ = spec.noise_RNP.shape
+        device = spec.noise_RNP.device
+        place_N2 = _places(spec.grid, device)
+        chance_RN = spec.noise(spec.noise_RNP[..., 0])
+        x_RNP = torch.zeros_like(spec.noise_RNP)
+        shown_RN = torch.zeros(rows, n, dtype=torch.bool, device=device)
+        done = 0
+        if spec.given is not None:
+            shown_RN = spec.given.mask_RN.clone()
+            x_RNP = torch.where(shown_RN.unsqueeze(-1), spec.given.x_RNP, x_RNP)
+            chance_RN = chance_RN.masked_fill(shown_RN, -torch.inf)
+            done = int(shown_RN[0].sum())
+        reveal_RN = chance_RN.argsort(dim=1)
+        for count in unmask_counts(n - done, spec.sample.unmask_steps):
+            values = self._hide(self.enter(x_RNP), ~shown_RN) + self.place(place_N2)
+            preview = x_RNP.clone() if spec.previews else None
+            hidden_GRND = yield BackboneCall(values, self.settings.both_ways, False, preview)
+            now_Rn = reveal_RN[:, done : done + count]
+            done += count
+            lanes = len(hidden_GRND)
+            at_GRnD = now_Rn.expand(lanes, -1, -1).unsqueeze(-1).expand(-1, -1, -1, hidden_GRND.shape[-1])
+            at_RnP = now_Rn.unsqueeze(-1).expand(-1, -1, x_RNP.shape[-1])
+            drawn = self._draw(hidden_GRND.gather(2, at_GRnD), spec.noise_RNP.gather(1, at_RnP), spec, done / n)
+            x_RNP = x_RNP.scatter(1, at_RnP, drawn)
+            shown_RN = shown_RN.scatter(1, now_Rn, True)
+        return x_RNP
+
+    def _next_patches(self, spec: ImageSpec) -> Drawing:
+        """Draw one patch after another, each from the hidden state before it; the cache keeps them."""
+        _, n, length = spec.noise_RNP.shape
+        place_N2 = _places(spec.grid, spec.noise_RNP.device)
+        hidden_GR1D = spec.opening_GRD.unsqueeze(2)
+        x_RNP = torch.zeros_like(spec.noise_RNP)
+        for i in range(n):
+            at_R1 = spec.order_RN[:, i : i + 1]
+            at_R1P = at_R1.unsqueeze(-1).expand(-1, -1, length)
+            given = None
+            if spec.given is not None:
+                given = Given(spec.given.mask_RN.gather(1, at_R1), spec.given.x_RNP.gather(1, at_R1P))
+            drawn = self._draw(hidden_GR1D, spec.noise_RNP.gather(1, at_R1P), spec, (i + 1) / n, given)
+            x_RNP = x_RNP.scatter(1, at_R1P, drawn)
+            if i + 1 < n:
+                following = self.next_place(place_N2[spec.order_RN[:, i + 1 : i + 2]])
+                values = self.enter(drawn) + self.place(place_N2[at_R1]) + following
+                hidden_GR1D = yield BackboneCall(values, False, True, x_RNP.clone() if spec.previews else None)
+        return x_RNP
+
+    def _draw(
+        self, hidden_GRnD: Tensor, eps_RnP: Tensor, spec: ImageSpec, share: float, given: Given | None = None
+    ) -> Tensor:
+        """Clean patches [R, n, P] from hidden states; `share` of the image is drawn once they are."""
+        state_GRnW = self.head.state(hidden_GRnD)
+        scale = guidance_at(share, spec.sample)
+        if self.settings.head.kind == "mse":
+            x = self._regress(state_GRnW, eps_RnP.expand(len(state_GRnW), -1, -1, -1))
+            mean = x[1] + scale * (x[0] - x[1]) if len(x) > 1 else x[0]
+            return mean if given is None else torch.where(given.mask_RN.unsqueeze(-1), given.x_RNP, mean)
+        flow = self.flow.draw(spec.sample, eps_RnP, spec.noise, scale, given)
+        try:
+            z, t, _ = next(flow)
+            while True:
+                z, t, _ = flow.send(list(self.head(z, t.to(z.dtype), state_GRnW)))
+        except StopIteration as stop:
+            clean: Tensor = stop.value
+            return clean
+
+
+def mask_ratio(quantile: float, settings: MaskRatioConfig) -> float:
+    """The share of patches that is hidden, at a uniform `quantile` of the cut normal distribution."""
+    normal = NormalDist(settings.mean, settings.std)
+    low, high = normal.cdf(settings.low), normal.cdf(1.0)
+    inside = min(max(low + quantile * (high - low), 1e-12), 1 - 1e-12)
+    return min(max(normal.inv_cdf(inside), settings.low), 1.0)
+
+
+def unmask_counts(hidden: int, steps: int) -> list[int]:
+    """How many of `hidden` patches each step reveals: floor(hidden cos(pi/2 (i+1)/T)) stay hidden after step i.
+
+    At least one is revealed per step and one is left for the last, so at most `hidden` steps are taken
+    (Chang et al. 2022, MaskGIT, section 3.2, as MAR uses it).
+    """
+    counts, left = [], hidden
+    for i in range(min(steps, hidden)):
+        stay = math.floor(hidden * math.cos(math.pi / 2 * (i + 1) / min(steps, hidden)))
+        stay = 0 if i + 1 == min(steps, hidden) else max(1, min(left - 1, stay))
+        if left > stay:
+            counts.append(left - stay)
+            left = stay
+    return counts
+
+
+def guidance_at(share: float, sample: SampleConfig) -> float:
+    """The guidance scale once `share` of the patches is drawn: 1 + (w - 1) share for a linear ramp."""
+    if sample.guidance_ramp == "constant":
+        return sample.guidance_scale
+    return 1 + (sample.guidance_scale - 1) * share
+
+
+def _places(grid: Grid, device: torch.device) -> Tensor:
+    """(row, column) of each patch of a grid, [N, 2]."""
+    column = torch.arange(grid[0] * grid[1], device=device)
+    return torch.stack([column // grid[1], column % grid[1]], dim=1)
