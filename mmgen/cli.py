@@ -133,6 +133,32 @@ def evaluate(*, config: Settings = Config(), as_json: Json = False) -> int:
     return 0
 
 
+@app.command
+def ablate(
+    file: Annotated[Path, Parameter(help="YAML file: base, out, equal, seeds, arms, grid (see mmgen/ablate.py).")],
+    *,
+    as_json: Json = False,
+) -> int:
+    """Train and score a grid of settings times seeds, and compare them; the same command goes on where it stopped."""
+    from mmgen.ablate import SCORES
+    from mmgen.ablate import ablate as run
+
+    found = run(file, tell)
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    table = Table("", *found["arms"], title=f"equal {found['equal']}, seeds {found['seeds']}: mean ± 95% interval")
+    for score in SCORES:
+        cells = [arm.get(score, {"mean": "", "half_width": None}) for arm in found["arms"].values()]
+        table.add_row(score, *(f"{rounded(c['mean'], 4)}{plus_minus(c['half_width'])}" for c in cells))
+    for place, label in ((0, "first"), (-1, "last")):
+        losses = [arm.get("val_loss_image_by_place") for arm in found["arms"].values()]
+        shown = [f"{rounded(x['mean'][place], 4)}{plus_minus(x['half_width'][place])}" if x else "" for x in losses]
+        table.add_row(f"val_loss_image, {label} place", *shown)
+    Console().print(table)
+    return 0
+
+
 @bench.command
 def step(
     *,
@@ -264,6 +290,11 @@ def show(values: dict[str, Any], as_json: bool) -> None:
     Console().print(table)
 
 
+def plus_minus(half_width: float | None) -> str:
+    """An interval's half-width behind its mean."""
+    return "" if half_width is None else f" ± {half_width:.2g}"
+
+
 def rounded(value: object, digits: int) -> str:
     """A number with so many digits; anything else as it prints."""
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
@@ -294,10 +325,10 @@ def main() -> None:
         code = complain(str(error))
     except ValidationError as error:
         code = complain("\n".join(explain(item) for item in error.errors()))
+    except (FloatingPointError, ChildProcessError) as error:
+        code = complain(str(error), 1)
     except (ValueError, OSError, ImportError) as error:
         code = complain(str(error))
-    except FloatingPointError as error:
-        code = complain(str(error), 1)
     sys.exit(code or 0)
 
 

@@ -120,6 +120,14 @@ class Decoder:
         given = [piece for piece in request.prompt if not isinstance(piece, str) or piece.strip()]
         if request.mode != "image" and not given:
             raise ValueError("the prompt is empty: give text or an image (an unconditional image needs mode 'image')")
+        written = [
+            name for name in self.tokenizer.names if any(isinstance(p, str) and name in p for p in request.prompt)
+        ]
+        if written:
+            raise ValueError(
+                f"the prompt's text holds {written[0]}: a prompt cannot open an image by its tokens or end inside one. "
+                "Give images as images, and set mode 'image' to have one drawn"
+            )
         if request.mode == "image" and self.images_of(request) < 1:
             raise ValueError("mode 'image' needs max_images (sample.max_images) of at least 1")
         if request.grid is not None and request.grid not in self.tokenizer.size:

@@ -57,6 +57,8 @@ class Losses:
     """Loss of learned patches, each averaged over its entries, summed."""
     text_count: int
     image_count: int
+    image_J: Tensor
+    """The learned patches one by one, without gradient."""
 
 
 class MMGenModel(PreTrainedModel):
@@ -135,8 +137,8 @@ class MMGenModel(PreTrainedModel):
             scores = self.logits(flat[batch.label_at_L])
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
             text = F.cross_entropy(scores, batch.label_BS.flatten()[batch.label_at_L], reduction="sum")
-            image = self.objective.loss(flat[embedded.read_at_J], embedded.state).sum()
-        return Losses(text, image, len(batch.label_at_L), len(batch.loss_at_J))
+            image_J = self.objective.loss(flat[embedded.read_at_J], embedded.state)
+        return Losses(text, image_J.sum(), len(batch.label_at_L), len(batch.loss_at_J), image_J.detach())
 
 
 def build_model(config: Config, vocabulary: int) -> MMGenModel:

@@ -9,6 +9,7 @@ import torch
 
 from mmgen.config import Config
 from mmgen.model import MMGenConfig, MMGenModel
+from mmgen.objective import objective_class
 from mmgen.tokenizer import SPECIAL, Tokenizer
 
 BYTES = 4
@@ -24,15 +25,18 @@ def plan(config: Config) -> dict[str, Any]:
     with torch.device("meta"):
         model = MMGenModel(MMGenConfig.of(config, tokens))
     parameters = sum(p.numel() for p in model.parameters())
-    rows = config.train.micro_rows or config.train.batch_rows
+    micro = config.train.micro_rows or config.train.batch_rows
     fields = model.backbone.config
-    positions = rows * config.data.row_length
+    positions = micro * config.data.row_length
     per_position = fields.num_hidden_layers * (16 * fields.hidden_size + 5 * fields.intermediate_size)
+    copies = objective_class(config.objective).copies(config.objective)
     return {
         "parameters": parameters,
         "vocabulary": tokens,
         "tokens_per_step": config.train.batch_rows * config.data.row_length,
         "tokens_total": config.train.batch_rows * config.data.row_length * config.train.steps,
+        "positions_per_image": [copies * rows * columns + 3 for rows, columns in config.model.patcher.grids],
+        "positions_added_by_copies": [(copies - 1) * rows * columns for rows, columns in config.model.patcher.grids],
         "memory_state_bytes": 5 * BYTES * parameters,
         "memory_activation_bytes": BYTES * positions * per_position,
         "config": config.model_dump(mode="json"),

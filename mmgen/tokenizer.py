@@ -33,6 +33,7 @@ class Tokenizer:
         self.bos, self.eos, self.pad, self.boi, self.eoi = (self._id(name) for name in SPECIAL)
         self.size: dict[Grid, int] = {(rows, columns): self._id(size_token((rows, columns))) for rows, columns in grids}
         self.grid = {token: grid for grid, token in self.size.items()}
+        self.names = (*SPECIAL, *(size_token(grid) for grid in grids))
         self.special = frozenset((self.bos, self.eos, self.pad, self.boi, self.eoi, *self.grid))
 
     @classmethod

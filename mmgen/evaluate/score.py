@@ -7,16 +7,19 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from mmgen import picture
 from mmgen.config import Config, EvalConfig, choose
 from mmgen.data.loader import Corpus
+from mmgen.data.order import Position
 from mmgen.data.shards import BadSample, Sample, open_image, read
 from mmgen.evaluate.judge import Judge, Truth, pixels, truth
 from mmgen.evaluate.metrics import (
@@ -196,7 +199,9 @@ def evaluate(
         return images, [truth(sample) for sample in chosen]
 
     scale = config.sample.guidance_scale
+    drawing = time.monotonic()
     images, wanted = draw(test.samples, settings.samples, scale)
+    drawing = time.monotonic() - drawing
     scores = score_pictures([pixels(image) for image in images], wanted, real, judge)
     read_back = judge.read([pixels(image) for image in images])
     tell(f"captions to images: {scores['t2i_accuracy']:.3f} right at guidance {scale}")
@@ -206,6 +211,7 @@ def evaluate(
         "t2i_n": settings.samples,
         "t2i_guidance": scale,
         "t2i_solver_steps": config.sample.steps,
+        "seconds_per_image": drawing / len(images),
         **scores,
         "t2i_accuracy_w1": agreement(judge.read([pixels(image) for image in plain]), wanted),
         "t2i_accuracy_shuffled": agreement(read_back, wanted[1:] + wanted[:1]),
@@ -222,8 +228,10 @@ def evaluate(
     )
     tell(f"images to captions: {report['i2t_accuracy']:.3f} right")
     if config.data.val:
-        losses = validate(model, Corpus(config.data.val, tokenizer, config))
+        held_out = Corpus(config.data.val, tokenizer, config)
+        losses = validate(model, held_out)
         report |= dict(zip(("val_loss_text", "val_loss_image"), losses, strict=True))
+        report["val_loss_image_by_place"] = loss_by_place(model, held_out)
     report |= {
         "bad_samples": len(bad),
         "train_seconds": round(trainer["train_seconds"], 1),
@@ -237,6 +245,25 @@ def evaluate(
     picture.save(picture.grid(images[:24], captions), config.run.dir / "samples" / "evaluation.png")
     write_report(config.run.dir, report)
     return report
+
+
+@torch.no_grad()
+def loss_by_place(model: MMGenModel, corpus: Corpus) -> list[float]:
+    """Held-out image loss at each place of the first declared patch grid, in raster order, with fixed noise."""
+    rows, columns = model.patcher.grids[0]
+    sums, counts = torch.zeros(2, rows * columns, dtype=torch.float64)
+    source = corpus.plan.epoch_rows(0)
+    model.eval()
+    while chunk := list(islice(source, corpus.config.train.batch_rows)):
+        for batch in corpus.step(0, chunk, Position()).micro:
+            image_J = model(batch.to(model.device)).image_J.double().cpu()
+            row, column = batch.place_I2[batch.loss_at_J].T
+            inside = (row < rows) & (column < columns)
+            place = (row * columns + column)[inside]
+            sums += torch.bincount(place, image_J[inside], minlength=rows * columns)
+            counts += torch.bincount(place, minlength=rows * columns)
+    means: list[float] = (sums / counts.clamp(min=1)).tolist()
+    return means
 
 
 def caption_scores(decoder: Decoder, task: Task, test: Pictures, settings: EvalConfig) -> dict[str, float]:

@@ -238,8 +238,8 @@ def mask_ratio(quantile: float, settings: MaskRatioConfig) -> float:
     """The share of patches that is hidden, at a uniform `quantile` of the cut normal distribution."""
     normal = NormalDist(settings.mean, settings.std)
     low, high = normal.cdf(settings.low), normal.cdf(1.0)
-    inside = min(max(low + quantile * (high - low), 1e-12), 1 - 1e-12)
-    return min(max(normal.inv_cdf(inside), settings.low), 1.0)
+    inside = low + quantile * (high - low)
+    return min(max(normal.inv_cdf(inside), settings.low), 1.0) if 0 < inside < 1 else settings.low
 
 
 def unmask_counts(hidden: int, steps: int) -> list[int]:

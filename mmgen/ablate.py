@@ -1,0 +1,260 @@
+"""`mmgen ablate FILE`: a grid of settings times seeds, compared at equal steps, parameters or FLOPs.
+
+FILE is YAML:
+
+    base: configs/digits.yaml        # the run that the arms change
+    out: runs/ablate/objective
+    equal: parameters                # steps, parameters or flops
+    seeds: [0, 1, 2]
+    arms:                            # name: overrides
+      transfusion: {}
+      mar: {objective.kind: mar}
+    grid:                            # optional: every arm times every combination
+      train.lr: [0.001, 0.003]
+
+Each run is a process of its own in `out/ARM/seed-N`; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmgen.config import Config, explain, load, override
+from mmgen.data.loader import Corpus
+from mmgen.data.order import Position
+from mmgen.model import MMGenConfig, MMGenModel, build_model
+from mmgen.tokenizer import Tokenizer
+
+WIDTH_STEP = 8
+"""Feed-forward widths are tried in multiples of this."""
+SCORES = (
+    "t2i_accuracy", "t2i_accuracy_w1", "i2t_accuracy", "within_class_variance_ratio", "two_sample_accuracy", "fd_pixel",
+    "val_loss_text", "val_loss_image", "seconds_per_step", "seconds_per_image", "parameters", "steps",
+)  # fmt: skip
+"""Columns of the table; `report.json` has every number that all runs of an arm report."""
+
+
+class AblationFile(BaseModel):
+    """What is compared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    base: Path
+    out: Path
+    equal: Literal["steps", "parameters", "flops"] = "steps"
+    seeds: list[int] = Field([0], min_length=1)
+    arms: dict[str, dict[str, Any]] = Field(min_length=1)
+    grid: dict[str, list[Any]] = {}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One column of settings, made equal to the first arm in the way the file asks for."""
+
+    name: str
+    config: Config
+    parameters: int
+    flops: float
+    """Of one training step, forward and backward."""
+
+
+def read(path: Path) -> tuple[AblationFile, list[Arm]]:
+    """The arms of a file, their settings checked and made equal.
+
+    Raises:
+        ValueError: the file, its base or an override is wrong, or arms cannot be made equal.
+        FileNotFoundError: the base's tokenizer or shards are missing.
+    """
+    try:
+        file = AblationFile.model_validate(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{path}: {explain(item)}" for item in error.errors())) from None
+    base = load(file.base)
+    arms: list[Arm] = []
+    for name, changes in _cells(file):
+        try:
+            config = override(base, nested(changes))
+        except ValueError as error:
+            raise ValueError(f"{path}: arm '{name}': {error}") from None
+        arms.append(_equal(name, config, file.equal, arms[0] if arms else None))
+    return file, arms
+
+
+def _cells(file: AblationFile) -> list[tuple[str, dict[str, Any]]]:
+    """Every arm times every combination of the grid, by name."""
+    cells = []
+    for name, changes in file.arms.items():
+        for values in itertools.product(*file.grid.values()):
+            extra = dict(zip(file.grid, values, strict=True))
+            label = "_".join([name, *(f"{key.split('.')[-1]}={value}" for key, value in extra.items())])
+            cells.append((label.replace("/", "-"), {**changes, **extra}))
+    return cells
+
+
+def nested(dotted: dict[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1}` as `{"a": {"b": 1}}`; values may be mappings themselves."""
+    tree: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *parents, last = key.split(".")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = {**place.get(last, {}), **value} if isinstance(value, dict) else value
+    return tree
+
+
+def _equal(name: str, config: Config, how: str, first: Arm | None) -> Arm:
+    if first is not None and how == "parameters":
+        config = same_parameters(config, first.parameters, name)
+    flops = step_flops(config)
+    if first is not None and how == "flops":
+        steps = max(1, round(first.config.train.steps * first.flops / flops))
+        config = override(config, {"train": {"steps": steps}})
+    return Arm(name, config, parameters(config), flops)
+
+
+def parameters(config: Config) -> int:
+    """Number of parameters of a configuration's model; nothing is allocated."""
+    vocabulary = len(Tokenizer.load(config.data.tokenizer, config.model.patcher.grids))
+    with torch.device("meta"):
+        return sum(p.numel() for p in MMGenModel(MMGenConfig.of(config, vocabulary)).parameters())
+
+
+def same_parameters(config: Config, wanted: int, name: str) -> Config:
+    """The configuration with the feed-forward width that brings it nearest to `wanted` parameters.
+
+    Raises:
+        ValueError: no width comes within 2%, or the backbone is a pretrained one.
+    """
+    if config.model.backbone.pretrained is not None:
+        raise ValueError(f"arm '{name}': a pretrained backbone has a fixed size; compare at equal steps or flops")
+
+    def at(width: int) -> Config:
+        return override(config, {"model": {"backbone": {"intermediate_size": width}}})
+
+    one, two = parameters(at(WIDTH_STEP)), parameters(at(2 * WIDTH_STEP))
+    width = WIDTH_STEP * max(1, 1 + round((wanted - one) / (two - one)))
+    found = parameters(at(width))
+    if abs(found - wanted) > 0.02 * wanted:
+        raise ValueError(
+            f"arm '{name}' cannot have {wanted} parameters: at its smallest feed-forward layers it has {found}; "
+            "make its head or depth smaller, or the first arm larger"
+        )
+    return at(width)
+
+
+def step_flops(config: Config) -> float:
+    """Floating-point operations of one training step, counted by torch on the run's first batch."""
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    corpus = Corpus(config.data.train, tokenizer, config)
+    source = corpus.plan.rows(Position())
+    planned = [next(source) for _ in range(config.train.batch_rows)]
+    model = build_model(config, len(tokenizer))
+    with FlopCounterMode(display=False) as counter:
+        for batch in corpus.step(1, [row for row, _ in planned], planned[-1][1]).micro:
+            losses = model(batch)
+            (losses.text + losses.image).backward()
+    return float(counter.get_total_flops())
+
+
+def ablate(path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Run what is missing, one process per run, and write `report.json` into the file's `out`.
+
+    Raises:
+        ValueError: the file is wrong, or a finished run in `out` has other settings.
+        ChildProcessError: a run failed; the message names it and its log.
+    """
+    file, arms = read(path)
+    for arm in arms:
+        tell(
+            f"{arm.name}: {arm.parameters:,} parameters, {arm.config.train.steps} steps of {arm.flops / 1e9:.2f} GFLOP"
+        )
+    reports: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
+    for seed in file.seeds:  # seeds outermost, so that a table over few seeds exists early
+        for arm in arms:
+            folder = file.out / arm.name / f"seed-{seed}"
+            config = override(arm.config, {"run": {"dir": folder, "seed": seed}})
+            reports[arm.name].append(_run(config, arm, tell))
+        summary = summarise(file, arms, reports)
+        temporary = file.out / "report.json.tmp"
+        temporary.write_text(json.dumps(summary, indent=1) + "\n")
+        os.replace(temporary, file.out / "report.json")
+    return summary
+
+
+def _run(config: Config, arm: Arm, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The report of one run, which is trained and scored unless it has been."""
+    folder = config.run.dir
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder / "ablation.yaml"
+    wanted = config.model_dump(mode="json")
+    if settings.exists() and yaml.safe_load(settings.read_text()) != wanted:
+        raise ValueError(f"{settings} is of other settings than the file now asks for: choose another `out`")
+    settings.write_text(yaml.safe_dump(wanted, sort_keys=False))
+    report = folder / "report.json"
+    if not report.exists():
+        for command in ("train", "eval"):
+            tell(f"{folder}: {command}")
+            with (folder / f"{command}.log").open("w") as log:
+                words = [sys.executable, "-m", "mmgen.cli", command, "--config", str(settings)]
+                code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
+            if code:
+                raise ChildProcessError(
+                    f"{command} of {folder} ended with code {code}: see {log.name}. The same command goes on from here"
+                )
+    found: dict[str, Any] = json.loads(report.read_text())
+    found["seconds_per_step"] = found["train_seconds"] / config.train.steps
+    return {**found, "steps": config.train.steps, "gflop_per_step": arm.flops / 1e9}
+
+
+def summarise(file: AblationFile, arms: Sequence[Arm], reports: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Mean and half-width of the 95% interval over seeds of every number, by arm."""
+    return {
+        "equal": file.equal,
+        "seeds": file.seeds[: len(reports[arms[0].name])],
+        "arms": {
+            arm.name: {
+                key: interval([report[key] for report in reports[arm.name]])
+                for key in reports[arm.name][0]
+                if all(_numeric(report.get(key)) for report in reports[arm.name])
+            }
+            for arm in arms
+        },
+    }
+
+
+def _numeric(value: object) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(_numeric(item) for item in value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def interval(values: Sequence[Any]) -> dict[str, Any]:
+    """Mean and half-width of Student's 95% interval; lists (a loss per place) are summarised place by place."""
+    if isinstance(values[0], list):
+        inner = [interval(list(column)) for column in zip(*values, strict=True)]
+        return {name: [item[name] for item in inner] for name in ("mean", "half_width")}
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return {"mean": mean, "half_width": None}
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "half_width": float(stats.t.ppf(0.975, len(values) - 1)) * spread}
