@@ -269,12 +269,17 @@ class Schedule:
         for stored, new in zip(self.sites[1:], query[1:], strict=True):
             stored[here] = new
         keys = Sites(*(stored[lanes_L, : self.cache.reach] for stored in self.sites))
-        mask = additive(dense_visible(query, keys))
-        hidden_LWD = self.model.hidden(inputs_LWD, batch.position_BS, mask, self.cache)
+        hidden_LWD = self._run(here, inputs_LWD, batch.position_BS, query, keys)
         self.cache.commit(counts)
         forgotten = torch.arange(width, device=self.device) >= counts.unsqueeze(1)
         self.sites.document[here] = torch.where(forgotten, -1, batch.document_BS)
         return dict(zip(order, hidden_LWD, strict=True))
+
+    def _run(
+        self, here: tuple[Tensor, Tensor], inputs_LWD: Tensor, position_LW: Tensor, query: Sites, keys: Sites
+    ) -> Tensor:
+        """Hidden states of new positions, whose lanes [L, 1] and slots [L, W] are `here`, over the cache."""
+        return self.model.hidden(inputs_LWD, position_LW, additive(dense_visible(query, keys)), self.cache)
 
 
 def _warpers(sample: SampleConfig) -> LogitsProcessorList:

@@ -174,6 +174,20 @@ def step(
 
 
 @bench.command
+def generation(
+    *,
+    config: Settings = Config(),
+    rounds: Annotated[int, Parameter(help="Interleaved repetitions.")] = 3,
+    as_json: Json = False,
+) -> int:
+    """Time drawing with the cache against full recomputation, for each objective, at 64 and 256 patches."""
+    from mmgen.bench_generation import bench_generation
+
+    show(bench_generation(config, rounds), as_json)
+    return 0
+
+
+@bench.command
 def samplers(*, rounds: Annotated[int, Parameter(help="Interleaved repetitions.")] = 15, as_json: Json = False) -> int:
     """Time what each sampler adds to the calls of a network of a millisecond or more."""
     from mmgen.bench import bench_samplers

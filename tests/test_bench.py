@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmgen import bench
+from mmgen import bench, bench_generation
+from mmgen.backbone import RowCache
 from mmgen.config import Config
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
@@ -44,3 +45,27 @@ def test_report(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["positions"] == 4 * 48
     assert torch.get_num_threads() == report["threads"]
     assert any("first call" in line for line in told)
+
+
+def test_recomputation_draws_the_same_images(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_generation, "SIDES", (2, 4))
+    report = bench_generation.bench_generation(config, 1)
+    assert set(report) == {f"{name}_{n}" for name in ("transfusion", "masked", "raster") for n in (4, 16)}
+    for cell in report.values():
+        assert cell["largest_difference"] < 1e-4
+        assert cell["recomputed_over_cached"] > 0
+
+
+def test_a_cache_that_forgets_is_seen(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = RowCache.update
+
+    def zeroed(self: RowCache, key: torch.Tensor, value: torch.Tensor, layer: int, *args: object, **kwargs: object):
+        keys, values = update(self, key, value, layer)
+        keys = keys.clone()
+        keys[:, :, 1] = 0
+        return keys, values
+
+    monkeypatch.setattr(RowCache, "update", zeroed)
+    monkeypatch.setattr(bench_generation, "SIDES", (2,))
+    report = bench_generation.bench_generation(config, 1)
+    assert max(cell["largest_difference"] for cell in report.values()) > 1e-4
