@@ -1,0 +1,138 @@
+"""Ablations: which runs a file means, how arms are made equal, and that nothing is run twice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmgen import ablate
+from mmgen.config import Config
+from mmgen.data.loader import Corpus
+from mmgen.data.order import Position
+from mmgen.model import build_model
+from mmgen.tokenizer import Tokenizer
+
+
+def written(tmp_path: Path, config: Config, **fields: object) -> Path:
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    file = {
+        "base": str(base), "out": str(tmp_path / "out"), "seeds": [0, 1],
+        "arms": {"transfusion": {}, "mar": {"objective.kind": "mar", "objective.head.width": 16}}, **fields,
+    }  # fmt: skip
+    path = tmp_path / "ablation.yaml"
+    path.write_text(yaml.safe_dump(file, sort_keys=False))
+    return path
+
+
+def test_arms_times_grid(tmp_path: Path, config: Config) -> None:
+    path = written(tmp_path, config, grid={"train.lr": [0.1, 0.2], "sample": [{"steps": 3}]})
+    _, arms = ablate.read(path)
+    assert [arm.name.split("_")[:2] for arm in arms] == [
+        ["transfusion", "lr=0.1"], ["transfusion", "lr=0.2"], ["mar", "lr=0.1"], ["mar", "lr=0.2"],
+    ]  # fmt: skip
+    assert [arm.config.objective.kind for arm in arms] == ["transfusion"] * 2 + ["mar"] * 2
+    assert {arm.config.sample.steps for arm in arms} == {3}
+
+
+def test_equal_parameters(tmp_path: Path, config: Config) -> None:
+    _, unequal = ablate.read(written(tmp_path, config))
+    _, arms = ablate.read(written(tmp_path, config, equal="parameters"))
+    assert unequal[0].parameters == arms[0].parameters
+    assert abs(unequal[1].parameters / unequal[0].parameters - 1) > 0.02
+    assert abs(arms[1].parameters / arms[0].parameters - 1) <= 0.02
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    for arm in arms:
+        assert sum(p.numel() for p in build_model(arm.config, len(tokenizer)).parameters()) == arm.parameters
+    large = {"transfusion": {}, "mar": {"objective.kind": "mar", "objective.head.width": 512}}
+    with pytest.raises(ValueError, match="make its head or depth smaller"):
+        ablate.read(written(tmp_path, config, equal="parameters", arms=large))
+
+
+def test_equal_flops(tmp_path: Path, config: Config) -> None:
+    _, arms = ablate.read(written(tmp_path, config, equal="flops"))
+    total = [arm.flops * arm.config.train.steps for arm in arms]
+    assert abs(total[1] / total[0] - 1) <= 0.5 * arms[1].flops / total[0] + 1e-9
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    corpus = Corpus(config.data.train, tokenizer, config)
+    source = corpus.plan.rows(Position())
+    rows = [next(source) for _ in range(config.train.batch_rows)]
+    model = build_model(config, len(tokenizer))
+    with FlopCounterMode(display=False) as counter:
+        losses = model(corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0])
+        (losses.text + losses.image).backward()
+    assert arms[0].flops == counter.get_total_flops()
+
+
+def test_intervals_are_students() -> None:
+    values = [0.9, 0.95, 0.97]
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    found = ablate.interval(values)
+    assert found["mean"] == pytest.approx((low + high) / 2)
+    assert found["half_width"] == pytest.approx((high - low) / 2)
+    assert ablate.interval([[1.0, 2.0], [3.0, 2.0]])["mean"] == [2.0, 2.0]
+    assert ablate.interval([1.0]) == {"mean": 1.0, "half_width": None}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"equal": "wishes"}, "equal"),
+        ({"arm": {}}, "arm"),
+        ({"arms": {"a": {"train.stepz": 3}}}, "arm 'a': unknown key 'train.stepz', did you mean 'train.steps'"),
+        ({"seeds": []}, "seeds"),
+    ],
+)
+def test_bad_files_are_explained(tmp_path: Path, config: Config, fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ablate.read(written(tmp_path, config, **fields))
+
+
+def test_runs_resume_and_failures_are_named(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run is one process per command; what is finished is not run again, and a failed run stops the rest."""
+    commands: list[tuple[str, str]] = []
+    broken = {"seed": 1}
+
+    def fake(words: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        settings = yaml.safe_load(Path(words[-1]).read_text())
+        commands.append((words[3], f"{settings['objective']['kind']} {settings['run']['seed']}"))
+        if settings["run"]["seed"] == broken["seed"]:
+            return subprocess.CompletedProcess(words, 1)
+        if words[3] == "eval":
+            score = 0.5 + 0.1 * settings["run"]["seed"]
+            report = {"t2i_accuracy": score, "train_seconds": 12.0, "reference_generators": {}, "val": [1.0, score]}
+            (Path(settings["run"]["dir"]) / "report.json").write_text(json.dumps(report))
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(ablate.subprocess, "run", fake)
+    path, told = written(tmp_path, config), list[str]()
+    with pytest.raises(ChildProcessError, match=r"train of .*transfusion/seed-1 ended with code 1: see .*train\.log"):
+        ablate.ablate(path, told.append)
+    assert commands[:4] == [
+        ("train", "transfusion 0"),
+        ("eval", "transfusion 0"),
+        ("train", "mar 0"),
+        ("eval", "mar 0"),
+    ]
+    partial = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert partial["seeds"] == [0]
+    commands.clear()
+    broken.clear()
+    broken["seed"] = -1
+    report = ablate.ablate(path, told.append)
+    assert [seed for _, seed in commands] == ["transfusion 1", "transfusion 1", "mar 1", "mar 1"]
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    arm = report["arms"]["mar"]
+    assert arm["t2i_accuracy"]["mean"] == pytest.approx(0.55)
+    assert arm["seconds_per_step"]["mean"] == 2.0
+    assert arm["val"]["mean"] == pytest.approx([1.0, 0.55])
+    other = written(tmp_path, config, arms={"transfusion": {"train.lr": 0.5}})
+    with pytest.raises(ValueError, match="choose another `out`"):
+        ablate.ablate(other, told.append)
