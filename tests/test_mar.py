@@ -22,6 +22,8 @@ from mmgen.objective.mar import guidance_at, mask_ratio, unmask_counts
 from mmgen.plan import plan
 from mmgen.sequence import Batch, TextSegment, Writer, collate, dense_visible
 from mmgen.tokenizer import Tokenizer
+from mmgen.train import checkpoint
+from mmgen.train.loop import train
 from tests.conftest import awake
 
 ORDERS = ("masked", "random", "raster")
@@ -313,3 +315,13 @@ def test_a_temperature_without_noise_is_refused(config: Config) -> None:
         for s in (stochastic, frozen)
     ]
     assert drawn[0] != drawn[1]
+
+
+def test_checkpoints_of_the_other_objective_are_refused(config: Config) -> None:
+    train(mar(config))
+    with pytest.raises(ValueError, match=r"objective\.kind \('transfusion' here, 'mar' there\)"):
+        train(config)
+    found = checkpoint.latest(config.run.dir)
+    assert found is not None
+    with pytest.raises(ValueError, match=r"objective\.kind \('transfusion' here, 'mar' there\)"):
+        checkpoint.check_same_model(checkpoint.read_trainer(found), config, found)
