@@ -245,34 +245,42 @@ class Schedule:
         order = sorted([*strips, *drawn])
         row_of = {lane: row for row, lane in enumerate(order)}
         width = max([len(strip) for strip in strips.values()] + [c.call.inputs_RND.shape[1] for c in canvases])
-        length = self.model.patcher.patch_length
-        nothing = self.model.objective.context(self.model.objective.settings, (0, 0), length)
-        rows = [[strips[lane]] if lane in strips else [] for lane in order]
-        batch = collate(rows, width, self.tokenizer, nothing, length).to(self.device, self.dtype)
-        inputs_LWD, _ = self.model.embed(batch)
+        shape = (len(order), width)
+        position = torch.zeros(shape, dtype=torch.long, device=self.device)
+        sites = [position - 1, position - 1, position > 0, position > 0]  # document, block, bidirectional, noised
+        if strips:
+            length = self.model.patcher.patch_length
+            nothing = self.model.objective.context(self.model.objective.settings, (0, 0), length)
+            rows = [[strips[lane]] if lane in strips else [] for lane in order]
+            batch = collate(rows, width, self.tokenizer, nothing, length).to(self.device, self.dtype)
+            inputs_LWD, _ = self.model.embed(batch)
+            position, sites = batch.position_BS, list(batch.sites[1:])
+        else:  # most calls of a long drawing
+            inputs_LWD = canvases[0].call.inputs_RND.new_zeros(*shape, canvases[0].call.inputs_RND.shape[-1])
+        document, block, bidirectional, _ = sites
         counts = torch.tensor([len(strips[lane]) if lane in strips else 0 for lane in order], device=self.device)
         for canvas in canvases:
             n = canvas.call.inputs_RND.shape[1]
             for lanes, positions in zip(canvas.lanes, canvas.positions, strict=True):
                 at = torch.tensor([row_of[lane] for lane in lanes], device=self.device)
                 inputs_LWD[at, :n] = canvas.call.inputs_RND
-                batch.position_BS[at, :n] = torch.tensor(positions, device=self.device).unsqueeze(1)
-                batch.document_BS[at, :n] = 0
-                batch.block_BS[at, :n] = DRAWN
-                batch.bidirectional_BS[at, :n] = canvas.call.bidirectional
+                position[at, :n] = torch.tensor(positions, device=self.device).unsqueeze(1)
+                document[at, :n] = 0
+                block[at, :n] = DRAWN
+                bidirectional[at, :n] = canvas.call.bidirectional
                 counts[at] = n if canvas.call.keep else 0
 
         lanes_L = torch.tensor(order, device=self.device)
         slots_LW = self.cache.begin(lanes_L, width)
         here = (lanes_L.unsqueeze(1), slots_LW)
-        query = Sites(slots_LW, *batch.sites[1:])
+        query = Sites(slots_LW, *sites)
         for stored, new in zip(self.sites[1:], query[1:], strict=True):
             stored[here] = new
         keys = Sites(*(stored[lanes_L, : self.cache.reach] for stored in self.sites))
-        hidden_LWD = self._run(here, inputs_LWD, batch.position_BS, query, keys)
+        hidden_LWD = self._run(here, inputs_LWD, position, query, keys)
         self.cache.commit(counts)
         forgotten = torch.arange(width, device=self.device) >= counts.unsqueeze(1)
-        self.sites.document[here] = torch.where(forgotten, -1, batch.document_BS)
+        self.sites.document[here] = torch.where(forgotten, -1, document)
         return dict(zip(order, hidden_LWD, strict=True))
 
     def _run(
