@@ -278,8 +278,34 @@ class TrainConfig(Settings):
     """Largest global gradient norm."""
     ema_decay: Fraction = 0.999
     """Decay of the averaged weights that sampling and evaluation use."""
-    zero_stage: Annotated[int, Field(ge=0, le=0)] = 0
-    """DeepSpeed ZeRO stage; this version trains in one process, stage 0."""
+    ema_more: tuple[Fraction, ...] = ()
+    """Decays of further averages, kept as `ema_DECAY`."""
+    ema_power: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
+    """Relative widths of power-function averages (EDM2's sigma_rel), kept as `power_WIDTH`."""
+    snapshot_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between kept copies of the power-function averages, to make any width from later; 0 keeps none."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO stage: what processes share of optimiser state (1), gradients (2) and weights (3)."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimiser state lives between steps (stages 1 to 3; `nvme` needs stage 3 and a GPU)."""
+    offload_weights: Literal["none", "cpu", "nvme"] = "none"
+    """Where sharded weights live between uses (stage 3; `nvme` needs a GPU)."""
+    nvme_path: Path | None = None
+    """Folder on a local NVMe disk for `nvme`."""
+    deepspeed: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
+    """Any further field of DeepSpeed's own configuration, merged over ours last."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    timeout: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds after which a phase of a step, or a message between processes, counts as hung."""
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """At a loss or gradient that is not finite: stop, leave the step out, or go back a checkpoint and leave it out."""
+    max_skips: Annotated[int, Field(ge=0)] = 10
+    """Steps that a run may leave out before it stops."""
+    spike_factor: Annotated[float, Field(gt=1)] = 2.0
+    """A loss above this multiple of its recent median is written to spikes.jsonl with the data range of the step."""
+    init_from: Path | None = None
+    """Checkpoint whose weights a new run starts from; parameters of other shape or name start fresh."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast type; auto takes bf16 on CUDA and on processors with AMX."""
     compile: bool = False
@@ -288,18 +314,31 @@ class TrainConfig(Settings):
     """Steps between lines of metrics.jsonl."""
     save_every: Positive = 500
     """Steps between checkpoints."""
+    save_async: bool = True
+    """Write checkpoints while training goes on; needs one more copy of this process's share of the state in memory."""
     keep_last: Positive = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints at multiples of so many steps are kept for good; 0 keeps none."""
+    val_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between validations; 0 validates only at the end."""
     sample_every: Annotated[int, Field(ge=0)] = 500
     """Steps between sample grids; 0 draws none."""
     first_sample: Annotated[int, Field(ge=0)] = 0
     """Step of one early sample grid; 0 draws none."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Further places for metrics; each needs its package."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Peak arithmetic of one device for MFU; absent: measured at start."""
 
 
 class SampleConfig(Settings):
     """How images and text are generated."""
+
+    weights: str = "ema"
+    """Which weights of a checkpoint: `ema`, `weight` (not averaged), or a further average such as `ema_0.9999`."""
 
     steps: Positive = 50
     """Solver steps per image."""

@@ -125,7 +125,8 @@ class MMGenModel(PreTrainedModel):
 
     def _varying_shapes(self) -> AbstractContextManager[Any]:
         """Autocast off on a CPU, where bf16 products are compiled anew for every shape: patch and label counts vary."""
-        return torch.autocast("cpu", enabled=False) if self.device.type == "cpu" else nullcontext()
+        whole = self.device.type == "cpu" and self.get_input_embeddings().weight.dtype == torch.float32
+        return torch.autocast("cpu", enabled=False) if whole else nullcontext()
 
     def forward(self, batch: Batch) -> Losses:
         """Loss sums of a batch. Every parameter takes part, also where the batch holds no image or no text."""

@@ -1,99 +1,79 @@
-"""Checkpoints: written under a temporary name, hashed, renamed; state as named fragments in safetensors.
+"""Reading checkpoints: which one to continue from, whether it is whole and fits, and its model.
 
-A checkpoint folder holds config.json (the model), tokenizer.json, trainer.json (step, data position, settings),
-state-00000.safetensors with keys `kind|parameter|start` (weight, exp_avg, exp_avg_sq, ema; flat slices from element
-`start` on), and manifest.json with the SHA-256 of each file.
+A checkpoint folder holds config.json (the model), tokenizer.json, trainer.json (step, data position, settings), one
+state-RANK.safetensors per process with named fragments (`fragments.py`), and manifest.json with the SHA-256 of each
+file. `saver.py` writes it. Nothing in it is unpickled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from mmgen.config import Config, differences
 from mmgen.data.order import Position
 from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.tokenizer import Tokenizer
+from mmgen.train.engine import Engine
+from mmgen.train.fragments import Store
 from mmgen.train.optimizer import EMA
-
-MOMENTS = ("exp_avg", "exp_avg_sq", EMA)
-STATE = "state-00000.safetensors"
-
-
-def save(
-    folder: Path,
-    step: int,
-    model: MMGenModel,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: Tokenizer,
-    config: Config,
-    trainer: dict[str, Any],
-) -> Path:
-    """Write `folder/step-N`, point `latest` at it and drop old ones; returns the new folder.
-
-    A crash at any moment leaves the previous checkpoint and `latest` as they were.
-    """
-    final, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    fragments: dict[str, Tensor] = {}
-    for name, p in model.named_parameters():
-        fragments[f"weight|{name}|0"] = p.detach().float().flatten()
-        state = optimizer.state.get(p, {})
-        for kind in MOMENTS:
-            if kind in state:
-                fragments[f"{kind}|{name}|0"] = state[kind].flatten()
-    save_file({key: value.contiguous().cpu() for key, value in fragments.items()}, temporary / STATE)
-    model.config.save_pretrained(temporary)
-    tokenizer.save(temporary / "tokenizer.json")
-    record = {"step": step, "config": config.model_dump(mode="json"), **trainer}
-    (temporary / "trainer.json").write_text(json.dumps(record, indent=1))
-    manifest = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    link = folder / ".latest.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, folder / "latest")
-    _sync(folder)
-    for old in sorted(folder.glob("step-*"), key=_number)[: -config.train.keep_last]:
-        if old != final:
-            shutil.rmtree(old)
-    return final
+from mmgen.train.ranks import Ranks
+from mmgen.train.saver import sha256
 
 
 def latest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, or None where there is none.
+    """The checkpoint that `latest` names, else the newest one of a run folder; None where there is none."""
+    found = candidates(run)
+    return found[0] if found else None
+
+
+def candidates(run: Path) -> list[Path]:
+    """All checkpoints of a run, in the order in which they should be tried: `latest`, then from new to old."""
+    link = run / "checkpoints" / "latest"
+    steps = sorted(link.parent.glob("step-*"), key=_number, reverse=True)
+    first = [link.resolve()] if link.exists() else []
+    return first + [path for path in steps if path.resolve() not in first]
+
+
+def newest_good(run: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
+    """The first candidate that is whole, with its trainer record; every rank checks a share of the files.
 
     Raises:
-        ValueError: steps are there but `latest` does not lead to one; starting anew would overwrite the run.
+        ValueError: there are checkpoints, and all are damaged; starting anew would overwrite the run.
     """
-    link = run / "checkpoints" / "latest"
-    if link.exists():
-        return link.resolve()
-    others = sorted(link.parent.glob("step-*"), key=_number)
-    if others or link.is_symlink():
-        fix = f"point it at {others[-1].name}" if others else f"delete {link} to start anew"
-        raise ValueError(f"{link} does not lead to a checkpoint: {fix}, or choose another run.dir")
+    found = ranks.gather_objects(candidates(run))[0]
+    problems = []
+    for folder in found:
+        try:
+            trainer, problem = read_trainer(folder, ranks.rank, ranks.world), ""
+        except ValueError as error:
+            trainer, problem = {}, str(error)
+        told = [text for text in ranks.gather_objects(problem) if text]
+        if not told:
+            return folder, trainer
+        problems.append(told[0])
+        ranks.say(f"{told[0]}; trying an older one")
+    if problems:
+        raise ValueError(f"no checkpoint of {run} is whole: {problems[0]}. Choose another run.dir to start anew")
     return None
 
 
-def read_trainer(folder: Path) -> dict[str, Any]:
-    """Verify every file against the manifest and return trainer.json.
+def clean(run: Path) -> None:
+    """Remove what a killed save left behind."""
+    for path in (run / "checkpoints").glob(".*.tmp"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def read_trainer(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """Verify files against the manifest (the share of `rank`) and return trainer.json.
 
     Raises:
         ValueError: a file is missing or damaged; the message names it.
@@ -102,13 +82,13 @@ def read_trainer(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a checkpoint of mmgen ({error})") from None
-    for name, digest in manifest.items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
-            raise ValueError(
-                f"checkpoint file {folder / name} is missing or damaged: delete {folder} and point "
-                f"{folder.parent / 'latest'} at an older step, or train again"
-            )
-    trainer: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
+    for name, digest in sorted(manifest.items())[rank::world]:
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise ValueError(f"checkpoint file {folder / name} is missing or damaged")
+    try:
+        trainer: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'trainer.json'} cannot be read ({error})") from None
     return trainer
 
 
@@ -163,29 +143,77 @@ def _refuse(changed: list[str], folder: Path) -> None:
         )
 
 
-def restore(folder: Path, model: MMGenModel, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights, moments and averages into a model and its optimiser."""
-    with safe_open(folder / STATE, framework="pt") as state:
-        keys = set(state.keys())
-        steps = json.loads((folder / "trainer.json").read_text())["optimizer_steps"]
-        for name, p in model.named_parameters():
-            p.data.copy_(state.get_tensor(f"weight|{name}|0").view_as(p))
-            for kind in MOMENTS:
-                if f"{kind}|{name}|0" in keys:
-                    tensor = state.get_tensor(f"{kind}|{name}|0").view(p.shape).to(p.device)
-                    optimizer.state[p][kind] = tensor
-                    optimizer.state[p].setdefault("step", torch.tensor(float(steps), device=p.device))
+def restore(folder: Path, engine: Engine, trainer: dict[str, Any]) -> None:
+    """Load weights, moments, averages, buffers and, at equal world size, random state into an engine.
+
+    Each rank reads what overlaps its own fragments; who wrote them, and under which stage, does not matter.
+
+    Raises:
+        ValueError: the checkpoint lacks some of the weights.
+    """
+    store = Store(folder)
+    kinds = store.kinds()
+    if "exp_avg" in kinds:
+        engine.create_state(trainer["optimizer_steps"])
+    states = engine.optimizer.state
+    with torch.no_grad():
+        for fragment in engine.fragments:
+            held = {kind: t for kind, t in states.get(fragment.flat, {}).items() if kind in kinds}
+            for kind, tensor in {**held, "weight": fragment.flat}.items():
+                if kind == "weight" or store.numel(kind, fragment.name):
+                    read = store.read(kind, fragment.name, fragment.start, fragment.numel)
+                    fragment.of(tensor).copy_(read)
+        for name, buffer in engine.model.named_buffers():
+            if name in store.names("buffer"):
+                buffer.copy_(store.whole("buffer", name))
+    engine.refresh()
+    if len(store.names("rng")) == engine.ranks.world:
+        torch.set_rng_state(store.whole("rng", str(engine.ranks.rank)))
+        if torch.cuda.is_available() and store.names("rng_cuda"):
+            torch.cuda.set_rng_state(store.whole("rng_cuda", str(engine.ranks.rank)))
+    else:  # another number of processes cannot go on with theirs: new streams, fixed by the step
+        torch.manual_seed(hash((trainer["step"], engine.ranks.rank)) % 2**63)
 
 
-def load_model(folder: Path, averaged: bool = True) -> tuple[MMGenModel, Tokenizer]:
-    """The model and tokenizer of a checkpoint, by default with averaged weights."""
+def start_from(folder: Path, engine: Engine) -> list[str]:
+    """Weights of another run's checkpoint (its averaged ones) into a new run; returns the parameters that stay fresh.
+
+    Raises:
+        ValueError: it is no checkpoint, is damaged, or has no parameter of this model.
+    """
     read_trainer(folder)
+    store = Store(folder)
+    kind = EMA if EMA in store.kinds() else "weight"
+    sizes = {name: max(store.numel(kind, name), store.numel("weight", name)) for name in store.names("weight")}
+    fresh = []
+    for name, p in engine.model.named_parameters():
+        if sizes.get(name) != getattr(p, "ds_numel", p.numel()):
+            fresh.append(name)
+    if len(fresh) == len(list(engine.model.parameters())):
+        raise ValueError(f"train.init_from {folder} has no parameter of this model's names and sizes")
+    with torch.no_grad():
+        for fragment in engine.fragments:
+            if fragment.name not in fresh:
+                chosen = kind if store.numel(kind, fragment.name) else "weight"
+                fragment.of(fragment.flat).copy_(store.read(chosen, fragment.name, fragment.start, fragment.numel))
+    engine.refresh()
+    return fresh
+
+
+def load_model(folder: Path, weights: bool | str = True) -> tuple[MMGenModel, Tokenizer]:
+    """The model and tokenizer of a checkpoint, by default with averaged weights; or with those of another name.
+
+    Raises:
+        ValueError: a file is damaged, or there are no weights of that name.
+    """
+    read_trainer(folder)
+    store = Store(folder)
+    kind = weights if isinstance(weights, str) else EMA if weights else "weight"
+    if kind not in store.kinds() and kind != EMA:
+        known = ", ".join(sorted(k for k in store.kinds() if k.startswith((EMA, "power", "weight"))))
+        raise ValueError(f"checkpoint {folder} has no weights '{kind}' (sample.weights); it has {known}")
     model = MMGenModel(MMGenConfig.from_pretrained(folder))
-    with safe_open(folder / STATE, framework="pt") as state:
-        keys = set(state.keys())
-        for name, p in model.named_parameters():
-            key = f"{EMA}|{name}|0" if averaged and f"{EMA}|{name}|0" in keys else f"weight|{name}|0"
-            p.data.copy_(state.get_tensor(key).view_as(p))
+    store.fill(model, kind)
     return model.eval(), Tokenizer.load(folder / "tokenizer.json", model.patcher.grids)
 
 
@@ -196,16 +224,3 @@ def position_of(trainer: dict[str, Any]) -> Position:
 
 def _number(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,38 +1,31 @@
-"""The training loop, in one process on a CPU, a CUDA or an MPS device."""
+"""The training loop: the same code for one process and for many."""
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
-from PIL import Image
+from torch import Tensor
 
-from mmgen import picture
 from mmgen.config import Config
 from mmgen.data.loader import Corpus, Step, steps
 from mmgen.data.order import Position
-from mmgen.data.shards import read
-from mmgen.generate import Decoder, Request
-from mmgen.model import MMGenModel, build_model
 from mmgen.tokenizer import Tokenizer
-from mmgen.train import checkpoint
+from mmgen.train import checkpoint, meter
+from mmgen.train.engine import Engine, can_compile, uses_bf16
+from mmgen.train.guard import INTERRUPTED, Spikes, Watchdog, check_space, interruptible
 from mmgen.train.log import Log
-from mmgen.train.optimizer import averaged_weights, build_optimizer, learning_rate
+from mmgen.train.optimizer import learning_rate
+from mmgen.train.probe import draw_samples, sample_prompts, validate, validation
+from mmgen.train.ranks import Ranks, finish, shard, start
+from mmgen.train.saver import IDLE, Saver
 
-INTERRUPTED = 75
-"""Exit code after SIGINT or SIGTERM: a checkpoint was written and the same command continues (EX_TEMPFAIL)."""
-SAMPLES = 12
+__all__ = ["INTERRUPTED", "can_compile", "train", "uses_bf16", "validate"]
 
 
 def train(config: Config) -> int:
@@ -41,175 +34,280 @@ def train(config: Config) -> int:
     Raises:
         ValueError, FileNotFoundError: settings, shards, tokenizer or checkpoint do not fit; nothing is changed.
         FloatingPointError: the loss or the gradient stopped being finite; no checkpoint is written.
+        OSError: the last checkpoint of the run, or that of an interruption, could not be written.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if uses_bf16(config) else "no")
-    world = max(accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1")))
-    rank, device = accelerator.process_index, accelerator.device
-    if world != 1:
-        raise ValueError(f"this version trains in one process, but {world} were started")
-    settings, run = config.train, config.run.dir
+    ranks = start(config)
     torch.manual_seed(config.run.seed)
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
-    model = build_model(config, len(tokenizer))
-    found = checkpoint.latest(run)
-    trainer: dict[str, Any] = {"step": 0, "train_seconds": 0.0, "position": Position().as_dict()}
+    found = checkpoint.newest_good(config.run.dir, ranks)
     if found:
-        trainer = checkpoint.read_trainer(found)
-        checkpoint.check_same_run(trainer, config, tokenizer, found)
-        if trainer["step"] >= settings.steps:
-            print(f"{run} is trained: {trainer['step']} of {settings.steps} steps (raise train.steps to go on)")
+        folder, trainer = found
+        checkpoint.check_same_run(trainer, config, tokenizer, folder)
+        if trainer["step"] >= config.train.steps:
+            done = f"{trainer['step']} of {config.train.steps} steps"
+            ranks.say(f"{config.run.dir} is trained: {done} (raise train.steps to go on)")
+            finish()
             return 0
-    corpus = Corpus(config.data.train, tokenizer, config)
-    optimizer = build_optimizer(model, settings)
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
-    if found:
-        checkpoint.restore(found, model, optimizer)
-    compiled = settings.compile and can_compile(device)
-    if compiled:
-        model.compile_backbone()
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    first, seconds = trainer["step"], trainer["train_seconds"]
-    log = Log(run, first, settings.steps, settings.tensorboard)
-    known_bad = log.quarantine(corpus.bad)
-    log.say(
-        f"{run}: steps {first + 1} to {settings.steps} on {device}, {len(corpus.samples)} samples, "
-        f"{'bf16 autocast' if accelerator.mixed_precision == 'bf16' else 'fp32'}{', compiled' if compiled else ''}"
-    )
-    prompts = sample_prompts(config)
-    began = time.monotonic()
-    position = checkpoint.position_of(trainer)
+    watchdog = Watchdog(config.train.timeout, ranks.rank)
+    try:
+        run = Run(config, ranks, tokenizer, watchdog)
+        if found:
+            run.restore(*found)
+        elif config.train.init_from is not None:
+            run.start_from(config.train.init_from)
+        code = run.go()
+        run.engine.close()
+    finally:
+        watchdog.close()
+    finish()
+    return code
 
-    def save(step: int) -> None:
-        record = {
-            "position": position.as_dict(),
-            "train_seconds": seconds + time.monotonic() - began,
-            "optimizer_steps": step,
-        }
-        checkpoint.save(run / "checkpoints", step, model, optimizer, tokenizer, config, record)
 
-    stream = steps(corpus, first, settings.steps, position, rank, world)
-    prepared.train()
-    with interruptible() as interrupted:
-        for step in range(first + 1, settings.steps + 1):
-            started = time.monotonic()
-            data = next(stream)
-            waited = time.monotonic() - started
-            known_bad = log.quarantine(data.bad) if data.bad else known_bad
-            refuse_bad_data(known_bad, corpus, config)
+def build_engine(config: Config, vocabulary: int, ranks: Ranks) -> Engine:
+    """The machinery that the settings and the number of processes ask for."""
+    if not shard(config):
+        return Engine(config, vocabulary, ranks)
+    from mmgen.train.zero import ZeroEngine
 
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step)
-            counts = accelerator.reduce(count(data, device), reduction="sum").clamp(min=1)
-            sums = torch.zeros(2, device=device)
-            for batch in data.micro:
-                losses = prepared(batch.to(device))
-                parts = torch.stack([losses.text, losses.image]) / counts
-                accelerator.backward((parts[0] + config.objective.lambda_image * parts[1]) * world)
-                sums += parts.detach()
-            norm = accelerator.clip_grad_norm_(prepared.parameters(), settings.clip_norm)
-            text, image = accelerator.reduce(sums, reduction="sum").tolist()
-            loss = text + config.objective.lambda_image * image
-            refuse_non_finite(step, loss=loss, text=text, image=image, grad_norm=float(norm))
-            prepared_optimizer.step()
-            prepared_optimizer.zero_grad()
-            position = data.after
+    return ZeroEngine(config, vocabulary, ranks)
 
-            log.advance(step)
-            if step % settings.log_every == 0 or step in (1, settings.steps):
+
+class Run:
+    """A run in memory: engine, data, logs, and where it stands."""
+
+    def __init__(self, config: Config, ranks: Ranks, tokenizer: Tokenizer, watchdog: Watchdog) -> None:
+        self.config, self.ranks, self.tokenizer, self.watchdog = config, ranks, tokenizer, watchdog
+        self.corpus = Corpus(config.data.train, tokenizer, config)
+        self.engine = build_engine(config, len(tokenizer), ranks)
+        self.model, self.device = self.engine.model, self.engine.device
+        self.saver = Saver(config.run.dir / "checkpoints", self.engine, ranks, tokenizer)
+        self.spikes = Spikes(config.train.spike_factor)
+        self.step, self.skipped, self.position = 0, 0, Position()
+        self.left_out: set[int] = set()
+        """Steps that a rollback decided to leave out."""
+        self.seconds = self.productive = 0.0
+        self.born, self.began = time.time(), time.monotonic()
+
+    def restore(self, folder: Path, trainer: dict[str, Any]) -> None:
+        """Stand where a checkpoint stands."""
+        checkpoint.restore(folder, self.engine, trainer)
+        self.step, self.position = trainer["step"], checkpoint.position_of(trainer)
+        self.skipped = trainer["step"] - trainer["optimizer_steps"]
+        self.left_out |= set(trainer.get("left_out", []))
+        self.seconds, self.began = trainer["train_seconds"], time.monotonic()
+        self.productive, self.born = trainer.get("productive_seconds", 0.0), trainer.get("born", self.born)
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of another run's checkpoint."""
+        fresh = checkpoint.start_from(folder, self.engine)
+        self.ranks.say(f"weights from {folder}" + (f"; these start fresh: {', '.join(fresh)}" if fresh else ""))
+
+    def go(self) -> int:
+        """Train to the end, or to a signal."""
+        config, settings, ranks, engine = self.config, self.config.train, self.ranks, self.engine
+        self._open()
+        stream, busy = self._stream(), 0.0
+        self.model.train()
+        with interruptible() as signals:
+            while self.step < settings.steps:
+                step = self.step + 1
+                self.watchdog.phase("data", step)
+                started, worked = time.monotonic(), time.thread_time()
+                data = next(stream)
+                waited = time.monotonic() - started
+                mine = [*count(data), data.positions, data.images, len(data.bad), len(signals), busy, self.saver.status]
+                told = ranks.gather([float(value) for value in mine])
+                counts = told[:, :2].sum(0).clamp(min=1).to(self.device, torch.float32)
+                logged = step % settings.log_every == 0 or step in (1, settings.steps)
+
+                engine.watched = logged
+                for group in engine.optimizer.param_groups:
+                    group["lr"] = learning_rate(settings, step)
+                sums, times = torch.zeros(2, device=self.device), torch.zeros(2, meter.BUCKETS, device=self.device)
+                for i, batch in enumerate(data.micro):
+                    self.watchdog.phase("forward", step)
+                    batch = batch.to(self.device)
+                    losses = engine.forward(batch)
+                    parts = torch.stack([losses.text, losses.image]) / counts
+                    self.watchdog.phase("backward", step)
+                    loss = (parts[0] + config.objective.lambda_image * parts[1]) * ranks.world
+                    engine.backward(loss, last=i + 1 == len(data.micro))
+                    sums += parts.detach()
+                    if logged:
+                        times += meter.by_time(batch, losses)
+                text, image = ranks.total(sums).tolist()
+                total = text + config.objective.lambda_image * image
+                self.watchdog.phase("step", step)
+                norm, taken = engine.step(allow=math.isfinite(total) and step not in self.left_out)
+                values = {"loss": total, "loss/text": text, "loss/image": image, "grad_norm": norm}
+                if not taken and self._goes_back(step, values):
+                    stream = self._stream()
+                    continue
+                self.skipped += not taken
+                before, self.position, self.step = self.position, data.after, step
                 spent = time.monotonic() - started
-                log.record(step, {
-                    "loss": loss, "loss/text": text, "loss/image": image, "lr": learning_rate(settings, step),
-                    "grad_norm": float(norm), "tokens_per_s": data.positions / spent,
-                    "images_per_s": data.images / spent, "data_wait": waited / spent,
-                })  # fmt: skip
-            if interrupted:
-                save(step)
-                log.say(f"interrupted: step {step} is saved, the same command continues from it")
-                log.close()
-                return INTERRUPTED
-            if step % settings.save_every == 0 or step == settings.steps:
-                save(step)
-            if prompts and (
-                step == settings.first_sample or (settings.sample_every and step % settings.sample_every == 0)
-            ):
-                with averaged_weights(optimizer):
-                    drawn = draw(Decoder(model, tokenizer, config.sample), prompts)
-                path = run / "samples" / f"step-{step}.png"
-                picture.save(drawn, path)
-                log.say(f"samples: {path}")
-    if config.data.val:
-        with averaged_weights(optimizer):
-            text, image = validate(model, Corpus(config.data.val, tokenizer, config))
-        log.record(settings.steps, {"val_loss/text": text, "val_loss/image": image})
-    log.close()
-    return 0
+                busy = waited + time.thread_time() - worked
+                self.productive += spent if taken else 0.0
 
+                self._tell(data, told, values, before)
+                if logged:
+                    self._record(data, told, values, times, spent, waited)
+                if told[:, 5].any():
+                    self._save(must=True)
+                    self.log.say(f"interrupted: step {step} is saved, the same command continues from it")
+                    self.log.close()
+                    return INTERRUPTED
+                if step % settings.save_every == 0 or step == settings.steps:
+                    self._save(must=step == settings.steps)
+                self._probe()
+        self.log.close()
+        return 0
 
-def count(step: Step, device: torch.device) -> torch.Tensor:
-    """[text targets, learned patches] of this process's micro-batches."""
-    text = sum(len(batch.label_at_L) for batch in step.micro)
-    image = sum(len(batch.loss_at_J) for batch in step.micro)
-    return torch.tensor([text, image], dtype=torch.float32, device=device)
+    def _stream(self) -> Iterator[Step]:
+        return steps(self.corpus, self.step, self.config.train.steps, self.position, self.ranks.rank, self.ranks.world)
 
-
-@torch.no_grad()
-def validate(model: MMGenModel, corpus: Corpus) -> tuple[float, float]:
-    """(cross-entropy per text target in nats, image loss per entry) over one epoch of a corpus, with fixed noise."""
-    device, training = model.device, model.training
-    model.eval()
-    sums = torch.zeros(2)
-    counts = torch.zeros(2)
-    rows = corpus.plan.epoch_rows(0)
-    number = 0
-    while chunk := list(islice(rows, corpus.config.train.batch_rows)):
-        step = corpus.step(number, chunk, Position())
-        for batch in step.micro:
-            losses = model(batch.to(device))
-            sums += torch.stack([losses.text, losses.image]).cpu()
-        counts += count(step, torch.device("cpu"))
-        number += 1
-    model.train(training)
-    text, image = (sums / counts.clamp(min=1)).tolist()
-    return text, image
-
-
-def sample_prompts(config: Config) -> list[str]:
-    """The first captions of the validation shards: the fixed prompts of a run's sample grids."""
-    if not config.data.val:
-        return []
-    return [sample.caption for sample in islice(read(config.data.val, bad=[]), SAMPLES) if sample.caption]
-
-
-def draw(decoder: Decoder, captions: list[str]) -> Image.Image:
-    """One image per caption, seeds 0, 1, ..., as a grid."""
-    results = decoder.generate([Request([caption], "image", seed) for seed, caption in enumerate(captions)])
-    return picture.grid([result.images[0] for result in results], captions)
-
-
-def uses_bf16(config: Config) -> bool:
-    """Whether autocast runs in bf16: as set, or where the hardware multiplies it natively."""
-    if config.train.precision == "auto":
-        if torch.cuda.is_available():
-            return bool(torch.cuda.is_bf16_supported())
-        return not torch.backends.mps.is_available() and bool(torch.cpu._is_amx_tile_supported())
-    return config.train.precision == "bf16"
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` can work here; on a CPU it needs a C++ compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    return device.type != "cpu" or compiler is not None
-
-
-def refuse_non_finite(step: int, **values: float) -> None:
-    """Stop the run at a value that is not finite, naming it."""
-    wrong = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
-    if wrong:
-        raise FloatingPointError(
-            f"step {step}: {', '.join(wrong)}. The last checkpoint is as it was; lower train.lr or train.clip_norm, "
-            "or look at the data of this step"
+    def _open(self) -> None:
+        """What a start checks and tells."""
+        config, run, settings = self.config, self.config.run.dir, self.config.train
+        state = 4 * sum(f.numel for f in self.engine.fragments if f.owned) * (3 + len(self.engine.optimizer.averages))
+        rows = -(-settings.batch_rows // self.ranks.world)
+        positions = rows * config.data.row_length
+        check_space(
+            config,
+            int(self.ranks.gather([float(state)]).sum()),
+            positions * (60 + 8 * config.model.patcher.patch_length),
         )
+        if self.ranks.rank == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            checkpoint.clean(run)
+            (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        self.log = Log(config, self.step, self.ranks.rank == 0)
+        self.known_bad = self.log.quarantine(self.corpus.bad)
+        self.log.say(
+            f"{run}: steps {self.step + 1} to {settings.steps} on {self.device}, {len(self.corpus.samples)} samples, "
+            f"{'bf16' if self.engine.bf16 else 'fp32'}{', compiled' if self.model._compiled else ''}"
+            + (f", {self.ranks.world} processes, ZeRO stage {settings.zero_stage}" if shard(config) else "")
+        )
+        given = settings.peak_tflops
+        self.peak = given * 1e12 if given else meter.measured_peak(self.device, self.engine.bf16)
+        self.arithmetic = meter.Arithmetic(self.model)
+        self.prompts = sample_prompts(config)
+        self.line = (self.step, time.monotonic())
+
+    def _goes_back(self, step: int, values: dict[str, float]) -> bool:
+        """Act on a step that was not taken, as `train.non_finite` says; whether the run went back."""
+        if step in self.left_out:
+            return False
+        settings = self.config.train
+        wrong = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
+        told = f"step {step}: {wrong}"
+        left_out = self.skipped if settings.non_finite == "skip" else len(self.left_out)
+        if settings.non_finite == "stop" or left_out >= settings.max_skips:
+            limit = "" if settings.non_finite == "stop" else f" (train.max_skips {settings.max_skips} is reached)"
+            raise FloatingPointError(
+                f"{told}{limit}. The last checkpoint is as it was; lower train.lr or train.clip_norm, "
+                "or look at the data of this step"
+            )
+        event = {"step": step, "policy": settings.non_finite, "position": self.position.as_dict()}
+        self.log.event("skipped.jsonl", {**event, **{name: str(value) for name, value in values.items()}})
+        if settings.non_finite == "skip":
+            self.log.say(f"{told}: left out")
+            return False
+        self._finish_save(must=False)
+        found = checkpoint.newest_good(self.config.run.dir, self.ranks)
+        if found is None:
+            raise FloatingPointError(f"{told}, and there is no checkpoint to go back to")
+        self.left_out.add(step)
+        self.restore(*found)
+        self.log.rewind(self.step)
+        self.log.say(f"{told}: back to step {self.step}, and step {step} will be left out")
+        return True
+
+    def _tell(self, data: Step, told: Tensor, values: dict[str, float], before: Position) -> None:
+        """What every step may have to say: a finished save, bad samples, a spike, a slow rank."""
+        if self.saver.status != IDLE:
+            self._say_save(self.saver.poll(told[:, -1].int().tolist()))
+        if told[:, 4].any():
+            for bad in self.ranks.gather_objects(data.bad):
+                self.known_bad = max(self.known_bad, self.log.quarantine(bad))
+            refuse_bad_data(int(self.ranks.gather([float(self.known_bad)])[0, 0]), self.corpus, self.config)
+        median = self.spikes.seen(values["loss"]) if math.isfinite(values["loss"]) else None
+        if median is not None:
+            where = {"from": before.as_dict(), "to": data.after.as_dict()}
+            self.log.event("spikes.jsonl", {"step": self.step, "loss": values["loss"], "median": median, **where})
+            self.log.say(f"step {self.step}: loss {values['loss']:.4g} over a median of {median:.4g} (spikes.jsonl)")
+        self.log.advance(self.step)
+
+    def _record(
+        self, data: Step, told: Tensor, values: dict[str, float], times: Tensor, spent: float, waited: float
+    ) -> None:
+        """One line of metrics; every rank takes part."""
+        step, ranks = self.step, self.ranks
+        flops, held, wait = ranks.gather(
+            [meter.step_flops(self.arithmetic, data), float(meter.memory(self.device)), waited]
+        ).T
+        share = self.peak * ranks.world
+        last, then = self.line
+        self.line = (step, time.monotonic())
+        _, _, positions, images = told[:, :4].sum(0).tolist()
+        rank, over = meter.slowest(told[:, 6].tolist())
+        slow = {"slowest_rank": float(rank), "slowest_over_median": over} if ranks.world > 1 else {}
+        self.log.record(step, {
+            **values, "lr": learning_rate(self.config.train, step), **self.engine.norms(values["grad_norm"]),
+            **meter.time_losses(ranks.total(times)),
+            "tokens_per_s": positions / spent, "images_per_s": images / spent, "data_wait": float(wait.max()) / spent,
+            "mfu": float(flops.sum()) / (spent - float(wait.max())) / share,
+            "mfu_wall": float(flops.sum()) * (step - last) / (self.line[1] - then) / share,
+            "memory_bytes": float(held.max()), "goodput": self.productive / max(time.time() - self.born, 1e-9),
+            "skipped": float(self.skipped), **slow,
+        })  # fmt: skip
+
+    def _save(self, must: bool) -> None:
+        settings = self.config.train
+        self.watchdog.phase("save", self.step)
+        self._finish_save(must=False)
+        record = {
+            "step": self.step,
+            "config": self.config.model_dump(mode="json"),
+            "position": self.position.as_dict(),
+            "optimizer_steps": self.step - self.skipped,
+            "left_out": sorted(self.left_out),
+            "train_seconds": self.seconds + time.monotonic() - self.began,
+            "productive_seconds": self.productive,
+            "born": self.born,
+            "world": self.ranks.world,
+        }
+        self.saver.begin(self.step, record, settings.keep_last, settings.keep_every)
+        if must or not settings.save_async:
+            self._finish_save(must)
+
+    def _finish_save(self, must: bool) -> None:
+        self._say_save(self.saver.finish(), must)
+
+    def _say_save(self, problem: str | None, must: bool = False) -> None:
+        if problem and must:
+            raise OSError(problem)
+        if problem:
+            self.log.say(problem)
+
+    def _probe(self) -> None:
+        """Sample grids and validation, where they are due."""
+        step, settings = self.step, self.config.train
+        self.watchdog.phase("sample", step)
+        due = step == settings.first_sample or (settings.sample_every and step % settings.sample_every == 0)
+        if self.prompts and due:
+            path = draw_samples(self.engine, self.tokenizer, self.config, self.prompts, step)
+            self.log.say(f"samples: {path}")
+        due = step == settings.steps or (settings.val_every and step % settings.val_every == 0)
+        if self.config.data.val and due:
+            corpus = Corpus(self.config.data.val, self.tokenizer, self.config)
+            with self.engine.averaged(self.config.sample.weights):
+                self.log.record(step, validation(self.model, corpus, self.ranks))
+
+
+def count(step: Step) -> tuple[int, int]:
+    """(text targets, learned patches) of this process's micro-batches."""
+    return sum(len(batch.label_at_L) for batch in step.micro), sum(len(batch.loss_at_J) for batch in step.micro)
 
 
 def refuse_bad_data(bad: int, corpus: Corpus, config: Config) -> None:
@@ -220,20 +318,3 @@ def refuse_bad_data(bad: int, corpus: Corpus, config: Config) -> None:
             f"{bad} of {total} samples cannot be read, more than data.max_bad_fraction {config.data.max_bad_fraction}: "
             f"see {config.run.dir / 'quarantine.jsonl'}"
         )
-
-
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """A list that receives SIGINT or SIGTERM; a second SIGINT acts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,80 @@
+"""What a run shows of itself on the way: validation losses and sample grids."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from mmgen import picture
+from mmgen.config import Config
+from mmgen.data.loader import Corpus
+from mmgen.data.order import Position
+from mmgen.data.shards import read
+from mmgen.generate import Decoder, Request
+from mmgen.model import MMGenModel
+from mmgen.tokenizer import Tokenizer
+from mmgen.train import meter
+from mmgen.train.engine import Engine
+from mmgen.train.ranks import Ranks
+
+SAMPLES = 12
+
+
+@torch.no_grad()
+def validation(model: MMGenModel, corpus: Corpus, ranks: Ranks) -> dict[str, float]:
+    """Losses over one epoch of a corpus with fixed noise, each rank taking a share of every step.
+
+    `val_loss/text` in nats per text target, `val_loss/image` per entry, and that per range of t.
+    """
+    device, training = model.device, model.training
+    model.eval()
+    sums = torch.zeros(4, device=device)
+    times = torch.zeros(2, meter.BUCKETS, device=device)
+    rows = corpus.plan.epoch_rows(0)
+    number = 0
+    while chunk := list(islice(rows, corpus.config.train.batch_rows)):
+        step = corpus.step(number, chunk, Position(), ranks.rank, ranks.world)
+        for batch in step.micro:
+            batch = batch.to(device)
+            losses = model(batch)
+            counts = [losses.text.new_tensor(float(n)) for n in (losses.text_count, losses.image_count)]
+            sums += torch.stack([losses.text, losses.image, *counts])
+            times += meter.by_time(batch, losses)
+        number += 1
+    model.train(training)
+    text, image, texts, images = ranks.total(sums).tolist()
+    found = {"val_loss/text": text / max(texts, 1), "val_loss/image": image / max(images, 1)}
+    return found | meter.time_losses(ranks.total(times), "val_loss")
+
+
+def validate(model: MMGenModel, corpus: Corpus) -> tuple[float, float]:
+    """(cross-entropy per text target in nats, image loss per entry) over one epoch of a corpus, with fixed noise."""
+    found = validation(model, corpus, Ranks())
+    return found["val_loss/text"], found["val_loss/image"]
+
+
+def sample_prompts(config: Config) -> list[str]:
+    """The first captions of the validation shards: the fixed prompts of a run's sample grids."""
+    if not config.data.val:
+        return []
+    return [sample.caption for sample in islice(read(config.data.val, bad=[]), SAMPLES) if sample.caption]
+
+
+def draw(decoder: Decoder, captions: list[str]) -> Image.Image:
+    """One image per caption, seeds 0, 1, ..., as a grid."""
+    results = decoder.generate([Request([caption], "image", seed) for seed, caption in enumerate(captions)])
+    return picture.grid([result.images[0] for result in results], captions)
+
+
+def draw_samples(engine: Engine, tokenizer: Tokenizer, config: Config, prompts: list[str], step: int) -> Path:
+    """Draw the sample grid of a step with averaged weights; under stage 3 all ranks must call the model alike."""
+    path = config.run.dir / "samples" / f"step-{step}.png"
+    with engine.averaged(config.sample.weights):
+        if engine.ranks.rank == 0 or config.train.zero_stage == 3:
+            drawn = draw(Decoder(engine.model, tokenizer, config.sample), prompts)
+            if engine.ranks.rank == 0:
+                picture.save(drawn, path)
+    return path

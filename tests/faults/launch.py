@@ -1,0 +1,85 @@
+"""Starts the processes of a run by forking one that has imported everything, so that a start costs no seconds.
+
+The forking process itself must never compute with torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mmgen.config import Config, override
+from mmgen.train import zero  # noqa: F401 - imported before the fork
+from tests.conftest import pairs, tiny, write_tar
+
+torch.set_num_threads(1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def small(folder: Path, **changes: dict) -> Config:
+    """A tiny run whose rows hold pairs, pictures without text and text without pictures, in uneven order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    members: dict[str, bytes] = {}
+    for name, data in pairs(24).items():
+        number = int(name.split(".")[0])
+        if name.endswith(".png") and number % 4 == 1:
+            continue  # text only
+        if name.endswith(".json") and number % 4 == 2:
+            continue  # picture only
+        members[name] = data
+    shard = str(write_tar(folder / "train-000.tar", members))
+    config = tiny(folder, data={"train": [shard], "val": []})
+    return override(config, changes) if changes else config
+
+
+def run_ranks(world: int, function: Callable[[int], int], timeout: float = 120, grace: float = 5) -> list[int]:
+    """Exit code of every rank (negative: the signal that killed it). When one fails, the others get `grace` seconds."""
+    port, children = str(free_port()), {}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+            os.environ |= {name: str(value) for name, value in names.items()}
+            code = 1
+            try:
+                code = function(rank)
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        children[child] = rank
+    codes = [0] * world
+    until = time.monotonic() + timeout
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child in children:
+            rank = children.pop(child)
+            codes[rank] = os.waitstatus_to_exitcode(status)
+            if codes[rank]:
+                until = min(until, time.monotonic() + grace)
+        elif time.monotonic() > until:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            until = time.monotonic() + timeout
+        else:
+            time.sleep(0.01)
+    return codes

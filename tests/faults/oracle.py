@@ -1,0 +1,225 @@
+"""Training under every cut against a plain loop that shares no code with the trainer.
+
+`python -m tests.faults.oracle [--cells N] [--inject doubled|no_sync] [--json]`; ends with code 1 where a cell is off.
+The plain loop is torch's AdamW and clipping in one process. Compared are losses and gradient norms of every step, the
+first gradient, and parameters and averages after the last step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmgen.config import Config
+from mmgen.data.loader import Corpus, steps
+from mmgen.data.order import Position
+from mmgen.model import build_model
+from mmgen.tokenizer import Tokenizer
+from mmgen.train.engine import Engine
+from mmgen.train.fragments import Store
+from mmgen.train.loop import train
+from mmgen.train.zero import ZeroEngine
+from tests.faults.launch import run_ranks, small
+
+STEPS, ROWS = 20, 7
+LIMITS = {
+    "fp32": {"gradient": 1e-5, "losses": 1e-5, "norms": 1e-5, "parameters": 1e-4, "averages": 1e-4},
+    "bf16": {"gradient": 3e-2, "losses": 5e-3, "norms": 3e-2, "parameters": 2e-2, "averages": 2e-2},
+}
+FAULTS = ("doubled", "no_sync")
+Cell = tuple[int, int, int, str]
+
+
+def cells() -> list[Cell]:
+    """(stage, world, accumulation, precision): every pair of two settings occurs, and every stage in every world."""
+    found = [
+        (stage, world, 1 + (stage + i) % 2, ("fp32", "bf16")[(stage // 2 + i) % 2])
+        for stage in (1, 2, 3, 0)
+        for i, world in enumerate((2, 4, 1))
+    ]
+    found += [(1, 4, 1, "fp32"), (2, 4, 2, "fp32"), (3, 4, 2, "fp32"), (0, 2, 2, "bf16")]
+    values = [(0, 1, 2, 3), (1, 2, 4), (1, 2), ("fp32", "bf16")]
+    for a, b in itertools.combinations(range(4), 2):
+        seen = {(cell[a], cell[b]) for cell in found}
+        assert seen == set(itertools.product(values[a], values[b])), (a, b)
+    return found
+
+
+def configure(folder: Path, stage: int = 0, world: int = 1, accumulation: int = 1, precision: str = "fp32") -> Config:
+    share = -(-ROWS // world)
+    train_settings = {
+        "steps": STEPS, "batch_rows": ROWS, "micro_rows": -(-share // accumulation), "zero_stage": stage,
+        "precision": precision, "save_every": 100, "ema_decay": 0.9, "ema_more": [0.5], "timeout": 60,
+        "lr": 3e-3, "clip_norm": 2.0,
+    }  # fmt: skip
+    # Rows so short that most hold one document: ranks see text alone, pictures alone, or nothing.
+    return small(folder, data={"row_length": 24}, train=train_settings)
+
+
+def plain(config: Config, out: Path, rank: int) -> int:
+    """The reference: one process, torch's own optimiser, the whole batch at once."""
+    torch.manual_seed(config.run.seed)
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    model = build_model(config, len(tokenizer))
+    settings = config.train
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=1.0,
+        betas=settings.betas,
+    )
+    result: dict[str, Any] = {"losses": [], "norms": [], "gradient": {}}
+    average = {}
+    for n, step in enumerate(steps(Corpus(config.data.train, tokenizer, config), 0, STEPS, Position()), 1):
+        rate = min(n / settings.warmup_steps, 1)
+        if n > settings.warmup_steps:
+            angle = torch.pi * (n - settings.warmup_steps) / (STEPS - settings.warmup_steps)
+            low = settings.min_lr_ratio
+            rate = low + (1 - low) * (1 + torch.cos(torch.tensor(angle, dtype=torch.float64)).item()) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * rate
+        (batch,) = step.micro
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+            found = model(batch)
+        loss = found.text / found.text_count + config.objective.lambda_image * found.image / found.image_count
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        for p in model.parameters():
+            p.grad.mul_(min(1.0, settings.clip_norm / (float(norm) + 1e-6)))
+        if n == 1:
+            result["gradient"] = {name: p.grad.flatten().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, p in model.named_parameters():
+            keep = min(settings.ema_decay, (1 + n) / (10 + n))
+            now = p.detach().double().flatten()
+            average[name] = now if n == 1 else keep * average[name] + (1 - keep) * now
+        result["losses"].append(loss.item())
+        result["norms"].append(norm.item())
+    result["parameters"] = {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
+    result["averages"] = average
+    torch.save(result, out)
+    return 0
+
+
+def ours(config: Config, fault: str | None, rank: int) -> int:
+    """The trainer itself; the first gradient is noted as the optimiser is given it."""
+    folder = config.run.dir
+    for kind in (Engine, ZeroEngine):
+        allow = kind._allow
+
+        def noting(self: Engine, stepped: list[Tensor], allow: Any = allow) -> bool:
+            answer = allow(self, stepped)
+            for flat in stepped:
+                for f in self._at[id(flat)]:
+                    path = folder / f"gradient-{rank}-{f.name}-{f.start}.pt"
+                    if f.owned and not path.exists():
+                        folder.mkdir(exist_ok=True)
+                        torch.save((f.name, f.start, f.of(flat.grad).clone()), path)
+            return answer
+
+        kind._allow = noting
+    backward = ZeroEngine.backward
+    if fault == "doubled":
+        ZeroEngine.backward = lambda self, loss, last: backward(self, 2 * loss, last)
+    elif fault == "no_sync":
+        names = ("all_reduce", "reduce", "reduce_scatter_tensor")
+        real = {name: getattr(torch.distributed, name) for name in names}
+
+        def alone(self: ZeroEngine, loss: Tensor, last: bool) -> None:
+            for name in names:
+                setattr(torch.distributed, name, lambda *_, **__: None)
+            backward(self, loss, last)
+            for name in names:
+                setattr(torch.distributed, name, real[name])
+
+        ZeroEngine.backward = alone
+    return train(config)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Relative L2 distance."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12))
+
+
+def compare(config: Config, reference: Path, out: Path, rank: int) -> int:
+    """Write how far a run is from the reference."""
+    expected = torch.load(reference)
+    store = Store(config.run.dir / "checkpoints" / "latest")
+    lines = [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
+    gradient = {name: torch.full_like(value, float("nan")) for name, value in expected["gradient"].items()}
+    for path in config.run.dir.glob("gradient-*.pt"):
+        name, start, value = torch.load(path)
+        gradient[name][start : start + len(value)] = value
+
+    def whole(found: dict[str, Tensor]) -> Tensor:
+        return torch.cat([found[name].double() for name in sorted(found)])
+
+    def worst(a: list[float], b: list[float]) -> float:
+        return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+    far = {
+        "gradient": distance(whole(gradient), whole(expected["gradient"])),
+        "losses": worst([line["loss"] for line in lines], expected["losses"]),
+        "norms": worst([line["grad_norm"] for line in lines], expected["norms"]),
+        "parameters": max(
+            distance(store.whole("weight", name), value) for name, value in expected["parameters"].items()
+        ),
+        "averages": max(distance(store.whole("ema", name), value) for name, value in expected["averages"].items()),
+    }
+    out.write_text(json.dumps(far))
+    return 0
+
+
+def check(chosen: list[Cell], fault: str | None, folder: Path) -> list[dict[str, Any]]:
+    """Run every cell and compare it."""
+    results = []
+    for stage, world, accumulation, precision in chosen:
+        reference = folder / f"plain-{precision}.pt"
+        if not reference.exists():
+            config = configure(folder / f"plain-{precision}", precision=precision)
+            assert run_ranks(1, partial(plain, config, reference)) == [0]
+        name = f"stage{stage}-world{world}-accumulation{accumulation}-{precision}"
+        config = configure(folder / name, stage, world, accumulation, precision)
+        codes = run_ranks(world, partial(ours, config, fault))
+        far: dict[str, float] = {}
+        if not any(codes):
+            assert run_ranks(1, partial(compare, config, reference, folder / f"{name}.json")) == [0]
+            far = json.loads((folder / f"{name}.json").read_text())
+        holds = bool(far) and all(far[k] <= limit for k, limit in LIMITS[precision].items())
+        results.append({"cell": name, "holds": holds, "codes": codes, **far})
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cells", type=int, default=16)
+    parser.add_argument("--inject", choices=FAULTS)
+    parser.add_argument("--json", action="store_true")
+    words = parser.parse_args()
+    chosen = [c for c in cells() if words.inject is None or (c[0] and c[1] > 1)][: words.cells]
+    with tempfile.TemporaryDirectory() as folder:
+        results = check(chosen, words.inject, Path(folder))
+    holds = all(result["holds"] for result in results)
+    if words.json:
+        print(json.dumps({"holds": holds, "cells": results}))
+    else:
+        for result in results:
+            figures = "  ".join(f"{k} {v:.1e}" for k, v in result.items() if isinstance(v, float))
+            print("holds" if result["holds"] else "FAILS", result["cell"], figures)
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
