@@ -159,6 +159,22 @@ def ablate(
     return 0
 
 
+@app.command
+def export(
+    *,
+    config: Settings = Config(),
+    out: Annotated[Path, Parameter(help="Folder to write.")] = Path("export"),
+    as_json: Json = False,
+) -> int:
+    """Write a trained run as a Hugging Face folder, with the weights that `sample.weights` names."""
+    from mmgen.train.export import export as write
+
+    found, trainer = newest(config)
+    write(config.run.dir, found, out, config.sample.weights)
+    show({"folder": str(out), "step": trainer["step"], "weights": config.sample.weights}, as_json)
+    return 0
+
+
 @bench.command
 def step(
     *,
@@ -278,14 +294,21 @@ def load(config: Config) -> Any:
 
     from mmgen.train import checkpoint
 
-    found = checkpoint.latest(config.run.dir)
-    if found is None:
-        raise FileNotFoundError(f"{config.run.dir} holds no checkpoint: train it first with `mmgen train --config ...`")
-    trainer = checkpoint.read_trainer(found)
-    checkpoint.check_same_model(trainer, config, found)
-    model, tokenizer = checkpoint.load_model(found)
+    found, trainer = newest(config)
+    model, tokenizer = checkpoint.load_model(found, config.sample.weights)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device), tokenizer, trainer
+
+
+def newest(config: Config) -> tuple[Path, dict[str, Any]]:
+    """The newest whole checkpoint of a run and its record; its model must be the one of the settings."""
+    from mmgen.train import checkpoint
+
+    found = checkpoint.newest_good(config.run.dir, tell)
+    if found is None:
+        raise FileNotFoundError(f"{config.run.dir} holds no checkpoint: train it first with `mmgen train --config ...`")
+    checkpoint.check_same_model(found[1], config, found[0])
+    return found
 
 
 def show(values: dict[str, Any], as_json: bool) -> None:

@@ -282,8 +282,6 @@ class TrainConfig(Settings):
     """Decays of further averages, kept as `ema_DECAY`."""
     ema_power: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
     """Relative widths of power-function averages (EDM2's sigma_rel), kept as `power_WIDTH`."""
-    snapshot_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between kept copies of the power-function averages, to make any width from later; 0 keeps none."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage: what processes share of optimiser state (1), gradients (2) and weights (3)."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
@@ -319,7 +317,7 @@ class TrainConfig(Settings):
     keep_last: Positive = 2
     """Newest checkpoints kept."""
     keep_every: Annotated[int, Field(ge=0)] = 0
-    """Checkpoints at multiples of so many steps are kept for good; 0 keeps none."""
+    """Checkpoints at multiples of so many steps are kept for good (and make any `power:WIDTH` later); 0 keeps none."""
     val_every: Annotated[int, Field(ge=0)] = 0
     """Steps between validations; 0 validates only at the end."""
     sample_every: Annotated[int, Field(ge=0)] = 500

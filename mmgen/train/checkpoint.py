@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,15 @@ def candidates(run: Path) -> list[Path]:
     return first + [path for path in steps if path.resolve() not in first]
 
 
-def newest_good(run: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
+def newest_good(
+    run: Path, say: Callable[[str], None] | None = None, ranks: Ranks | None = None
+) -> tuple[Path, dict[str, Any]] | None:
     """The first candidate that is whole, with its trainer record; every rank checks a share of the files.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged; starting anew would overwrite the run.
     """
+    ranks = ranks or Ranks()
     found = ranks.gather_objects(candidates(run))[0]
     problems = []
     for folder in found:
@@ -57,7 +61,7 @@ def newest_good(run: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
         if not told:
             return folder, trainer
         problems.append(told[0])
-        ranks.say(f"{told[0]}; trying an older one")
+        (say or ranks.say)(f"{told[0]}; trying an older one")
     if problems:
         raise ValueError(f"no checkpoint of {run} is whole: {problems[0]}. Choose another run.dir to start anew")
     return None
@@ -144,7 +148,7 @@ def _refuse(changed: list[str], folder: Path) -> None:
 
 
 def restore(folder: Path, engine: Engine, trainer: dict[str, Any]) -> None:
-    """Load weights, moments, averages, buffers and, at equal world size, random state into an engine.
+    """Load weights, moments, averages and buffers into an engine.
 
     Each rank reads what overlaps its own fragments; who wrote them, and under which stage, does not matter.
 
@@ -167,12 +171,17 @@ def restore(folder: Path, engine: Engine, trainer: dict[str, Any]) -> None:
             if name in store.names("buffer"):
                 buffer.copy_(store.whole("buffer", name))
     engine.refresh()
-    if len(store.names("rng")) == engine.ranks.world:
-        torch.set_rng_state(store.whole("rng", str(engine.ranks.rank)))
+
+
+def restore_random(folder: Path, ranks: Ranks, step: int) -> None:
+    """Let this rank's random numbers go on; another number of ranks than before gets new ones, fixed by the step."""
+    store = Store(folder)
+    if len(store.names("rng")) == ranks.world:
+        torch.set_rng_state(store.whole("rng", str(ranks.rank)))
         if torch.cuda.is_available() and store.names("rng_cuda"):
-            torch.cuda.set_rng_state(store.whole("rng_cuda", str(engine.ranks.rank)))
-    else:  # another number of processes cannot go on with theirs: new streams, fixed by the step
-        torch.manual_seed(hash((trainer["step"], engine.ranks.rank)) % 2**63)
+            torch.cuda.set_rng_state(store.whole("rng_cuda", str(ranks.rank)))
+    else:
+        torch.manual_seed(hash((step, ranks.rank)) % 2**63)
 
 
 def start_from(folder: Path, engine: Engine) -> list[str]:

@@ -39,7 +39,7 @@ def train(config: Config) -> int:
     ranks = start(config)
     torch.manual_seed(config.run.seed)
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
-    found = checkpoint.newest_good(config.run.dir, ranks)
+    found = checkpoint.newest_good(config.run.dir, ranks=ranks)
     if found:
         folder, trainer = found
         checkpoint.check_same_run(trainer, config, tokenizer, folder)
@@ -83,6 +83,7 @@ class Run:
         self.saver = Saver(config.run.dir / "checkpoints", self.engine, ranks, tokenizer)
         self.spikes = Spikes(config.train.spike_factor)
         self.step, self.skipped, self.position = 0, 0, Position()
+        self.resumed: Path | None = None
         self.left_out: set[int] = set()
         """Steps that a rollback decided to leave out."""
         self.seconds = self.productive = 0.0
@@ -91,6 +92,7 @@ class Run:
     def restore(self, folder: Path, trainer: dict[str, Any]) -> None:
         """Stand where a checkpoint stands."""
         checkpoint.restore(folder, self.engine, trainer)
+        self.resumed = folder
         self.step, self.position = trainer["step"], checkpoint.position_of(trainer)
         self.skipped = trainer["step"] - trainer["optimizer_steps"]
         self.left_out |= set(trainer.get("left_out", []))
@@ -115,6 +117,9 @@ class Run:
                 started, worked = time.monotonic(), time.thread_time()
                 data = next(stream)
                 waited = time.monotonic() - started
+                if self.resumed is not None:  # not earlier: what starts a run draws random numbers too
+                    checkpoint.restore_random(self.resumed, ranks, self.step)
+                    self.resumed = None
                 mine = [*count(data), data.positions, data.images, len(data.bad), len(signals), busy, self.saver.status]
                 told = ranks.gather([float(value) for value in mine])
                 counts = told[:, :2].sum(0).clamp(min=1).to(self.device, torch.float32)
@@ -214,7 +219,7 @@ class Run:
             self.log.say(f"{told}: left out")
             return False
         self._finish_save(must=False)
-        found = checkpoint.newest_good(self.config.run.dir, self.ranks)
+        found = checkpoint.newest_good(self.config.run.dir, self.log.say, self.ranks)
         if found is None:
             raise FloatingPointError(f"{told}, and there is no checkpoint to go back to")
         self.left_out.add(step)

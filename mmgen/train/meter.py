@@ -64,13 +64,13 @@ class Arithmetic:
         table = getattr(embedding, "ds_numel", embedding.numel())
         vocabulary, width = getattr(embedding, "ds_shape", embedding.shape)
         self.width, self.head = int(width), int(vocabulary * width)
-        self.body = sum(size for name, size in sizes.items() if name.startswith("backbone.")) - table
-        self.image = sum(sizes.values()) - self.body - table
+        self.body: int = sum(size for name, size in sizes.items() if name.startswith("backbone.")) - table
+        self.image: int = sum(sizes.values()) - self.body - table
         self.layers: int = model.backbone.config.num_hidden_layers
 
     def flops(self, positions: int, pairs: int, labels: int, patches: int) -> float:
         """Forward and backward: backbone at every position, head at labels, image projections at patches."""
-        attention = 12.0 * self.layers * self.width * pairs
+        attention: float = 12.0 * self.layers * self.width * pairs
         return 6.0 * (self.body * positions + self.head * labels + self.image * patches) + attention
 
 

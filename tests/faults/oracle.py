@@ -33,7 +33,7 @@ from tests.faults.launch import run_ranks, small
 STEPS, ROWS = 20, 7
 LIMITS = {
     "fp32": {"gradient": 1e-5, "losses": 1e-5, "norms": 1e-5, "parameters": 1e-4, "averages": 1e-4},
-    "bf16": {"gradient": 3e-2, "losses": 5e-3, "norms": 3e-2, "parameters": 2e-2, "averages": 2e-2},
+    "bf16": {"gradient": 2e-2, "losses": 2e-3, "norms": 2e-2, "parameters": 5e-2, "averages": 5e-2},
 }
 FAULTS = ("doubled", "no_sync")
 Cell = tuple[int, int, int, str]
@@ -43,10 +43,10 @@ def cells() -> list[Cell]:
     """(stage, world, accumulation, precision): every pair of two settings occurs, and every stage in every world."""
     found = [
         (stage, world, 1 + (stage + i) % 2, ("fp32", "bf16")[(stage // 2 + i) % 2])
-        for stage in (1, 2, 3, 0)
         for i, world in enumerate((2, 4, 1))
+        for stage in (1, 2, 3, 0)
     ]
-    found += [(1, 4, 1, "fp32"), (2, 4, 2, "fp32"), (3, 4, 2, "fp32"), (0, 2, 2, "bf16")]
+    found += [(1, 4, 1, "fp32"), (2, 2, 2, "fp32"), (3, 4, 2, "fp32"), (0, 2, 2, "bf16")]
     values = [(0, 1, 2, 3), (1, 2, 4), (1, 2), ("fp32", "bf16")]
     for a, b in itertools.combinations(range(4), 2):
         seen = {(cell[a], cell[b]) for cell in found}

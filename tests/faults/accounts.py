@@ -1,0 +1,166 @@
+"""Bytes of state per rank and bytes sent per step, counted from the tensors, beside ZeRO's theory.
+
+`python -m tests.faults.accounts [--json]`; ends with code 1 where a count is off by more than padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmgen.config import Config
+from mmgen.data.loader import Corpus, steps
+from mmgen.data.order import Position
+from mmgen.tokenizer import Tokenizer
+from mmgen.train.loop import build_engine
+from mmgen.train.memory import theory, traffic
+from mmgen.train.ranks import start
+from tests.faults.launch import run_ranks, small
+
+CELLS = [(stage, world, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3) for world in (1, 2, 4)]
+SENT = {
+    "all_reduce": 2.0,
+    "all_gather_into_tensor": 1.0,
+    "reduce_scatter_tensor": 1.0,
+    "all_gather": 1.0,
+    "reduce": 2.0,
+}
+MICRO = 2
+
+
+def configure(folder: Path, stage: int, world: int, precision: str) -> Config:
+    # No small weights that stay whole in stage 3, and no gathers saved because a layer is still there.
+    exact = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    settings = {
+        "batch_rows": 2 * world, "micro_rows": 1, "zero_stage": stage, "precision": precision, "ema_more": [0.5],
+        "timeout": 60, "deepspeed": {"zero_optimization": exact if stage == 3 else {}},
+    }  # fmt: skip
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    return small(folder, train=settings, model={"backbone": sizes})
+
+
+def unique(tensors: Any) -> int:
+    """Bytes of distinct storages."""
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None and t.numel()
+    }
+    return sum(held.values())
+
+
+def count(config: Config, out: Path, rank: int) -> int:
+    ranks = start(config)
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    torch.manual_seed(0)
+    engine: Any = build_engine(config, len(tokenizer), ranks)
+    stage = config.train.zero_stage
+    stream = steps(Corpus(config.data.train, tokenizer, config), 0, 2, Position(), ranks.rank, ranks.world)
+    sent = [0.0]
+    for number, step in enumerate(stream):
+        sent[0] = 0.0
+        if number == 1:
+            spy(sent, ranks.world)
+        for i, batch in enumerate(step.micro):
+            losses = engine.forward(batch)
+            engine.backward(losses.text + losses.image, last=i + 1 == len(step.micro))
+        grads = unique(gradients(engine, stage))
+        engine.step(allow=True)
+    flats = list({id(f.flat): f.flat for f in engine.fragments}.values())
+    weights = [p.ds_tensor if stage == 3 else p for p in engine.model.parameters()]
+    states = [engine.optimizer.state[flat] for flat in flats]
+    low = unique(weights)
+    found = {
+        "weights": low,
+        "gradients": grads,
+        "master": unique([*weights, *flats]) - low,
+        "moments": unique([s[k] for s in states for k in ("exp_avg", "exp_avg_sq")]),
+        "averages": unique([s[k] for s in states for k in engine.optimizer.averages]),
+    }
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
+    if ranks.rank == 0:
+        bf16 = config.train.precision == "bf16"
+        expected = theory(parameters, stage, ranks.world, bf16, len(engine.optimizer.averages))
+        says = {"found": found, "theory": expected, "parameters": parameters, "sent": sent[0]}
+        says["sent_theory"] = traffic(parameters, stage, ranks.world, bf16, MICRO)
+        out.write_text(json.dumps(says))
+    return 0
+
+
+def gradients(engine: Any, stage: int) -> list[Tensor]:
+    """What holds gradients just before a step."""
+    held = [p.grad for p in engine.model.parameters()]
+    zero = getattr(engine, "_zero", None)
+    held += getattr(zero, "fp32_groups_gradients_flat", [])
+    if stage in (1, 2) and hasattr(zero, "averaged_gradients"):
+        held += [g for grads in zero.averaged_gradients.values() for g in grads or [] if g is not None]
+    if stage == 3:
+        held.append(zero.grad_partitions_flat_buffer)
+    return [tensor for tensor in held if tensor is not None]
+
+
+def spy(sent: list[float], world: int) -> None:
+    """Count the bytes that a ring would send for every collective from now on."""
+    ring = (world - 1) / world
+
+    def wrap(name: str, real: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            tensors = [v for v in (*arguments, *named.values()) if torch.is_tensor(v)]
+            numel = max((t.numel() * t.element_size() for t in tensors), default=0)
+            if numel > 64:  # not the norm of the gradient
+                sent[0] += SENT[name] * numel * ring
+            return real(*arguments, **named)
+
+        return counted
+
+    for name in SENT:
+        setattr(dist, name, wrap(name, getattr(dist, name)))
+
+
+def check(folder: Path) -> list[dict[str, Any]]:
+    results = []
+    for stage, world, precision in CELLS:
+        name = f"stage{stage}-world{world}-{precision}"
+        config = configure(folder / name, stage, world, precision)
+        out = folder / f"{name}.json"
+        codes = run_ranks(world, partial(count, config, out))
+        if any(codes):
+            results.append({"cell": name, "holds": False, "codes": codes})
+            continue
+        told = json.loads(out.read_text())
+        # Flat shards are padded to a multiple of the world, stage 3 pads every tensor.
+        far = {
+            kind: told["found"][kind] / size - 1 if size else float(told["found"][kind])
+            for kind, size in told["theory"].items()
+        }
+        sent = told["sent"] / told["sent_theory"] - 1 if told["sent_theory"] else told["sent"]
+        holds = all(abs(value) < 0.01 for value in far.values())
+        results.append({"cell": name, "holds": holds, **told, "far": far, "sent_far": sent})
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    words = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = check(Path(folder))
+    holds = all(result["holds"] for result in results)
+    if words.json:
+        print(json.dumps({"holds": holds, "cells": results}))
+    else:
+        for r in results:
+            far = "  ".join(f"{kind} {value:+.2%}" for kind, value in r.get("far", {}).items())
+            print("holds" if r["holds"] else "FAILS", r["cell"], far, f"sent {r.get('sent_far', float('nan')):+.2%}")
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

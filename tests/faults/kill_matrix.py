@@ -1,0 +1,213 @@
+"""SIGKILL at every phase of a step and of a save, in one rank or all; then the same run again.
+
+`python -m tests.faults.kill_matrix [--points 40] [--json]`. Each point kills a run of two processes, checks that the
+checkpoint that `latest` names is whole, starts the run again, and compares losses of all steps, and weights, moments
+and averages of the last one, with a run that was never killed, bit for bit. Stages 0 to 3 take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmgen.config import Config, override
+from mmgen.train import checkpoint, saver
+from mmgen.train.fragments import Store
+from mmgen.train.guard import Watchdog
+from mmgen.train.loop import train
+from tests.faults.launch import run_ranks, small
+
+STEP_PHASES = ("data", "forward", "backward", "step", "sample")
+SAVE_PHASES = (
+    "save",
+    "copied",
+    "writing",
+    "written",
+    "publish",
+    "rename",
+    "renamed",
+    "link",
+    "linked",
+    "prune",
+    "pruned",
+)
+OF_EVERY_RANK = ("save", "copied", "writing", "written")
+KILLED_STEP, KILLED_SAVE = 8, 6
+ALL = -1
+Point = tuple[str, int]
+
+
+def points() -> list[Point]:
+    """(phase, rank to kill), one rank, the other, and both together; only rank 0 publishes a save."""
+    step = [(phase, rank) for phase in STEP_PHASES for rank in (0, 1, ALL)]
+    save = [(phase, rank) for phase in SAVE_PHASES for rank in (0, ALL)]
+    return [*step, *save, *((phase, 1) for phase in OF_EVERY_RANK)]
+
+
+def configure(folder: Path, stage: int) -> Config:
+    settings = {"steps": 10, "save_every": 3, "keep_last": 1, "zero_stage": stage, "timeout": 20, "micro_rows": 1}
+    return small(folder, train=settings)
+
+
+def victim(config: Config, point: Point, rank: int) -> int:
+    """The trainer, which kills itself at the point."""
+    phase, who = point
+
+    def reach(name: str, here: bool = True) -> None:
+        publishing = name in SAVE_PHASES and name not in OF_EVERY_RANK
+        if name == phase and here and (who in (ALL, rank) or publishing):
+            if who == ALL and publishing:
+                os.kill(int((config.run.dir / "pid-1").read_text()), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(name: str, here: Any = lambda *a: True) -> Any:
+        def wrap(function: Any) -> Any:
+            def wrapped(*arguments: Any, **named: Any) -> Any:
+                reach(name, here(*arguments))
+                return function(*arguments, **named)
+
+            return wrapped
+
+        return wrap
+
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    (config.run.dir / f"pid-{rank}").write_text(str(os.getpid()))
+    due = KILLED_SAVE
+    copy, write, replace = saver.Saver._copy, saver.write, os.replace
+    saver.Saver._publish = before("publish", lambda self, _: self._name == f"step-{due}")(saver.Saver._publish)
+
+    def copied(self: saver.Saver) -> Any:
+        found = copy(self)
+        reach("copied", self._name == f"step-{due}")
+        return found
+
+    def wrote(path: Path, tensors: Any) -> str:
+        here = f"step-{due}" in path.parent.name
+        if here and phase == "writing" and who in (ALL, rank):
+            path.write_bytes(b"half of it")
+        reach("writing", here)
+        digest = write(path, tensors)
+        reach("written", here)
+        return digest
+
+    def renamed(source: Path, target: Path) -> None:
+        name = Path(target).name
+        here = saving() == due
+        reach("rename", here and name == f"step-{due}")
+        reach("link", here and name == "latest")
+        reach("prune", here and name.endswith(".gone.tmp"))
+        replace(source, target)
+        reach("renamed", here and name == f"step-{due}")
+        reach("linked", here and name == "latest")
+        reach("pruned", here and name.endswith(".gone.tmp"))
+
+    def saving() -> int:
+        return now[0]
+
+    now = [0]
+    begin = saver.Saver.begin
+
+    def begins(self: saver.Saver, step: int, *rest: Any) -> None:
+        now[0] = step
+        begin(self, step, *rest)
+
+    seen: set[str] = set()
+    watch = Watchdog.phase
+
+    def phased(self: Watchdog, name: str, step: int) -> None:
+        reach(name, step == (due if name == "save" else KILLED_STEP))
+        seen.add(name)
+        watch(self, name, step)
+
+    Watchdog.phase, saver.Saver._copy, saver.Saver.begin, saver.write = phased, copied, begins, wrote
+    saver.os.replace = renamed
+    return train(config)
+
+
+def judge(config: Config, whole: Config, out: Path, rank: int) -> int:
+    """Write whether two finished runs are equal bit for bit."""
+    stores = [Store(c.run.dir / "checkpoints" / "latest") for c in (config, whole)]
+    equal = all(
+        torch.equal(*(store.whole(kind, name) for store in stores))
+        for kind in ("weight", "exp_avg", "exp_avg_sq", "ema")
+        for name in dict.fromkeys(stores[0].names(kind))
+    )
+    curves = [
+        [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, text.splitlines())]
+        for text in ((c.run.dir / "metrics.jsonl").read_text() for c in (config, whole))
+    ]
+    out.write_text(json.dumps(equal and curves[0] == curves[1]))
+    return 0
+
+
+def inspect(config: Config, out: Path, rank: int) -> int:
+    """Write the step of the checkpoint from which the run would go on; it must be whole."""
+    found = checkpoint.candidates(config.run.dir)
+    out.write_text(json.dumps(checkpoint.read_trainer(found[0])["step"] if found else 0))
+    return 0
+
+
+def check(chosen: list[Point], folder: Path) -> list[dict[str, Any]]:
+    results = []
+    for i, point in enumerate(chosen):
+        stage = i % 4
+        whole = configure(folder / f"whole-{stage}", stage)
+        if not (whole.run.dir / "metrics.jsonl").exists():
+            assert run_ranks(2, partial(plainly, whole)) == [0, 0]
+        config = override(whole, {"run": {"dir": str(folder / f"point-{i}")}})
+        killed = run_ranks(2, partial(victim, config, point), grace=30)
+        out = folder / "answer.json"
+        verified = run_ranks(1, partial(inspect, config, out)) == [0]
+        left = json.loads(out.read_text()) if verified else -1
+        # The save that was killed may be lost, or one that was still being written; never one before it.
+        enough = left >= (KILLED_SAVE if point[0] in ("linked", "prune", "pruned") else 3)
+        codes = run_ranks(2, partial(plainly, config)) if verified else [1]
+        resumed = -signal.SIGKILL in killed and verified and enough and codes == [0, 0]
+        equal = False
+        if resumed and run_ranks(1, partial(judge, config, whole, out)) == [0]:
+            equal = json.loads(out.read_text())
+        phase, who = point
+        results.append({
+            "phase": phase, "killed": "all" if who == ALL else f"rank {who}", "stage": stage, "codes": killed,
+            "resumed_from": left, "resumed": resumed, "bit_equal": equal,
+        })  # fmt: skip
+    return results
+
+
+def plainly(config: Config, rank: int) -> int:
+    return train(config)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=int, default=40)
+    parser.add_argument("--json", action="store_true")
+    words = parser.parse_args()
+    chosen = points()[: words.points] if words.points < len(points()) else points()
+    with tempfile.TemporaryDirectory() as folder:
+        results = check(chosen, Path(folder))
+    summary = {
+        "points": len(results),
+        "resumed": sum(result["resumed"] for result in results),
+        "bit_equal": sum(result["bit_equal"] for result in results),
+    }
+    if words.json:
+        print(json.dumps({**summary, "results": results}))
+    else:
+        for result in results:
+            print(*result.values())
+        print(summary)
+    return 0 if summary["bit_equal"] == summary["points"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Resuming: bit-equal at the same layout, and on the same curve at another world size and stage.
+
+`python -m tests.faults.resume [--inject moments|ema|rng] [--json]`; ends with code 1 where something is off. A run of 12
+steps is stopped after 6 and continued in other layouts; dropout in the backbone makes random state matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmgen.config import Config, override
+from mmgen.train import checkpoint
+from mmgen.train.engine import Engine
+from mmgen.train.fragments import Store
+from mmgen.train.loop import train
+from tests.faults.launch import run_ranks, small
+from tests.faults.oracle import distance
+
+FAULTS = ("moments", "ema", "rng")
+Layout = tuple[int, int]
+LAYOUTS: list[tuple[Layout, Layout]] = [  # (stage, world) before and after
+    ((2, 2), (2, 2)), ((3, 2), (3, 2)), ((2, 2), (3, 3)), ((3, 3), (1, 2)), ((0, 1), (3, 2)), ((1, 2), (0, 1)),
+    ((0, 2), (2, 4)),
+]  # fmt: skip
+LIMITS = {"losses": 1e-5, "weight": 1e-4, "ema": 1e-4}
+
+
+def configure(folder: Path, layout: Layout, dropout: bool, steps: int = 12) -> Config:
+    # Short rows, uneven shares: 7 rows in 2, 3 and 4 processes leave empty ones.
+    settings = {
+        "steps": steps, "batch_rows": 7, "micro_rows": 2, "zero_stage": layout[0], "save_every": 6, "timeout": 60,
+        "ema_decay": 0.9, "ema_power": [0.1],
+    }  # fmt: skip
+    extra = {"resid_pdrop": 0.2} if dropout else {}
+    kind = {"model_type": "phi", "num_key_value_heads": 2, "extra": extra} if dropout else {}
+    return small(folder, data={"row_length": 24}, train=settings, model={"backbone": kind})
+
+
+def run(config: Config, fault: str | None, rank: int) -> int:
+    restore = checkpoint.restore
+
+    def forget(folder: Path, engine: Engine, trainer: dict[str, Any]) -> None:
+        restore(folder, engine, trainer)
+        for state in engine.optimizer.state.values():
+            if fault == "moments":
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+            elif fault == "ema":
+                state["ema"].zero_()
+
+    checkpoint.restore = forget
+    if fault == "rng":
+        checkpoint.restore_random = lambda *_: torch.manual_seed(0)
+    return train(config)
+
+
+def compare(one: Path, other: Path, out: Path, rank: int) -> int:
+    """Write the distance of the last six losses, of weights and of averages of two runs."""
+    a, b = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-6:] for run in (one, other)
+    )
+    stores = [Store(run / "checkpoints" / "latest") for run in (one, other)]
+    far: dict[str, float] = {
+        "losses": max(abs(x["loss"] - y["loss"]) / abs(y["loss"]) for x, y in zip(a, b, strict=True))
+    }
+    for kind in ("weight", "ema"):
+        names = stores[0].names(kind)
+        far[kind] = max(distance(*(store.whole(kind, name) for store in stores)) for name in dict.fromkeys(names))
+    out.write_text(json.dumps(far))
+    return 0
+
+
+def check(pairs: list[tuple[Layout, Layout]], fault: str | None, folder: Path) -> list[dict[str, Any]]:
+    results = []
+    for before, after in pairs:
+        same = before == after
+        name = f"stage{before[0]}-world{before[1]}-to-stage{after[0]}-world{after[1]}"
+        whole = configure(folder / f"{name}-whole", before, dropout=same)
+        parts = [
+            override(whole, {"run": {"dir": str(folder / name)}, "train": {"zero_stage": s}})
+            for s in (before[0], after[0])
+        ]
+        codes = run_ranks(before[1], partial(run, whole, None))
+        # As after a crash past step 6.
+        shutil.copytree(whole.run.dir, parts[1].run.dir, symlinks=True)
+        checkpoints = parts[1].run.dir / "checkpoints"
+        shutil.rmtree(checkpoints / "step-12")
+        (checkpoints / "latest").unlink()
+        (checkpoints / "latest").symlink_to("step-6")
+        codes += run_ranks(after[1], partial(run, parts[1], fault))
+        far: dict[str, float] = {}
+        if not any(codes):
+            out = folder / f"{name}.json"
+            assert run_ranks(1, partial(compare, parts[1].run.dir, whole.run.dir, out)) == [0]
+            far = json.loads(out.read_text())
+        holds = bool(far) and all(value <= (0 if same else LIMITS[kind]) for kind, value in far.items())
+        results.append({"case": name, "holds": holds, "bit_equal": bool(far) and not any(far.values()), **far})
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inject", choices=FAULTS)
+    parser.add_argument("--cases", type=int, default=len(LAYOUTS))
+    parser.add_argument("--json", action="store_true")
+    words = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        # Another world has other random streams by design; the fault shows in the first cases, with dropout.
+        results = check(LAYOUTS[: 2 if words.inject else words.cases], words.inject, Path(folder))
+    holds = all(result["holds"] for result in results)
+    if words.json:
+        print(json.dumps({"holds": holds, "cases": results}))
+    else:
+        for result in results:
+            figures = "  ".join(f"{k} {v:.1e}" for k, v in result.items() if isinstance(v, float))
+            print("holds" if result["holds"] else "FAILS", result["case"], figures)
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
