@@ -1,0 +1,105 @@
+"""What the trainer adds to a bare loop over the same engine, and what saving adds to steps.
+
+`python -m tests.faults.overhead [--world 2] [--stage 2] [--json]`. After every step of the trainer the same batches go
+once more through forward, backward and step alone, so both are timed in turns. Windows of 50 steps with one
+asynchronous save in them take turns with windows without. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmgen.config import Config
+from mmgen.train import loop
+from tests.faults.launch import run_ranks, small
+
+WINDOW = 50
+
+
+def configure(folder: Path, stage: int, steps: int, width: int, save_every: int) -> Config:
+    backbone = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 4, "num_attention_heads": 4}
+    settings = {
+        "steps": steps, "batch_rows": 16, "zero_stage": stage, "precision": "fp32", "log_every": 20, "timeout": 300,
+        "save_every": save_every, "peak_tflops": 1.0,
+    }  # fmt: skip
+    data = {"row_length": 64, "workers": 1}
+    return small(folder, data=data, train=settings, model={"backbone": backbone})
+
+
+def timed(config: Config, bare: bool, out: Path, rank: int) -> int:
+    """Write the seconds of every step of the trainer, and of a bare step after it."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    now = [0.0]
+    held: list[Any] = []
+    tell, probe = loop.Run._tell, loop.Run._probe
+
+    def noting(self: loop.Run, data: Any, *rest: Any) -> None:
+        held[:] = [data]
+        tell(self, data, *rest)
+
+    def measured(self: loop.Run) -> None:
+        probe(self)
+        ours.append(time.perf_counter() - now[0])
+        if bare:
+            began = time.perf_counter()
+            for i, batch in enumerate(held[0].micro):
+                found = self.engine.forward(batch)
+                self.engine.backward((found.text + found.image) / 100, last=i + 1 == len(held[0].micro))
+            self.engine.step(allow=True)
+            theirs.append(time.perf_counter() - began)
+        now[0] = time.perf_counter()
+
+    loop.Run._tell, loop.Run._probe = noting, measured
+    code = loop.train(config)
+    if rank == 0:
+        out.write_text(json.dumps({"ours": ours, "bare": theirs}))
+    return code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--stage", type=int, default=2)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--windows", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    words = parser.parse_args()
+    result: dict[str, Any] = {"world": words.world, "stage": words.stage, "width": words.width}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "times.json"
+        config = configure(Path(folder) / "bare", words.stage, words.steps, words.width, 10**6)
+        assert not any(run_ranks(words.world, partial(timed, config, True, out), timeout=3000))
+        times = json.loads(out.read_text())
+        ours, bare = times["ours"][5:-1], times["bare"][5:-1]
+        result |= {
+            "bare_seconds": statistics.median(bare),
+            "trainer_seconds": statistics.median(ours),
+            "overhead": statistics.median(a / b for a, b in zip(ours, bare, strict=True)) - 1,
+        }
+        steps = 2 * WINDOW * words.windows + WINDOW
+        config = configure(Path(folder) / "saving", words.stage, steps + 1, words.width, 2 * WINDOW)
+        assert not any(run_ranks(words.world, partial(timed, config, False, out), timeout=3000))
+        times = json.loads(out.read_text())["ours"]
+        # Steps 51 to 99 save nothing; the save of step 100 is copied at its end and written during the next ones.
+        plain = [sum(times[i + WINDOW : i + 2 * WINDOW - 1]) for i in range(0, steps - WINDOW, 2 * WINDOW)]
+        saving = [sum(times[i + 2 * WINDOW - 1 : i + 3 * WINDOW - 2]) for i in range(0, steps - WINDOW, 2 * WINDOW)]
+        stalls = [b / a - 1 for a, b in zip(plain, saving, strict=True)]
+        result |= {"stall": statistics.median(stalls), "stalls": stalls, "threads": torch.get_num_threads()}
+    print(json.dumps(result) if words.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
