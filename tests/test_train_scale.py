@@ -28,6 +28,7 @@ from mmgen.train.fragments import Store
 from mmgen.train.loop import train
 from mmgen.train.optimizer import AveragingAdamW, power, power_exponent
 from mmgen.train.ranks import Ranks
+from tests.conftest import pairs, write_tar
 from tests.test_train import losses, metrics
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -269,7 +270,7 @@ def test_power_averages_and_any_width_after_training() -> None:
     for width in (0.05, 0.1, 0.25):
         gamma = power_exponent(width)
         tau = np.linspace(0, 1, 200_001)[1:]
-        profile = (gamma + 1) * tau**gamma / len(tau)
+        profile = tau**gamma / (tau**gamma).sum()
         mean = (profile * tau).sum()
         assert ((profile * tau**2).sum() - mean**2) ** 0.5 == pytest.approx(width, rel=1e-3)
     path = np.cumsum(np.random.default_rng(0).standard_normal((2000, 8)), axis=0)
@@ -314,6 +315,30 @@ def test_metrics_of_a_step(config: Config) -> None:
     validations = [line for line in metrics(config) if "val_loss/text" in line]
     assert [line["step"] for line in validations] == [3, 6]
     assert any(name.startswith("val_loss/image_t") for name in validations[0])
+
+
+OBJECTIVES = [
+    {},
+    *({"kind": "mar", "mar": {"order": order}} for order in ("raster", "random", "masked")),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("held", ["text", "pictures", "nothing"])
+def test_every_parameter_takes_part(config: Config, tmp_path: Path, objective: dict, held: str) -> None:
+    """Whatever a rank's rows hold: otherwise ZeRO-1 and 2 abort, and ZeRO-3 hangs."""
+    kept = {"text": ".json", "pictures": ".png", "nothing": ""}[held]
+    members = {name: data for name, data in pairs(8).items() if name.endswith(kept)}
+    shard = str(write_tar(tmp_path / "some.tar", members))
+    config = override(config, {"data": {"train": [shard]}, "objective": objective, "train": {"batch_rows": 1}})
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    model = loop.build_engine(config, len(tokenizer), Ranks()).model
+    rank, world = (7, 8) if held == "nothing" else (0, 1)
+    (batch,) = next(steps(Corpus(config.data.train, tokenizer, config), 0, 1, Position(), rank, world)).micro
+    found = model(batch)
+    assert (found.text_count > 0, found.image_count > 0) == (held == "text", held == "pictures")
+    (found.text + found.image).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
 def test_losses_per_range_of_t_make_up_the_image_loss(config: Config) -> None:

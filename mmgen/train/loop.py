@@ -20,7 +20,7 @@ from mmgen.train import checkpoint, meter
 from mmgen.train.engine import Engine, can_compile, uses_bf16
 from mmgen.train.guard import INTERRUPTED, Spikes, Watchdog, check_space, interruptible
 from mmgen.train.log import Log
-from mmgen.train.optimizer import learning_rate
+from mmgen.train.optimizer import averages, learning_rate
 from mmgen.train.probe import draw_samples, sample_prompts, validate, validation
 from mmgen.train.ranks import Ranks, finish, shard, start
 from mmgen.train.saver import IDLE, Saver
@@ -77,6 +77,9 @@ class Run:
 
     def __init__(self, config: Config, ranks: Ranks, tokenizer: Tokenizer, watchdog: Watchdog) -> None:
         self.config, self.ranks, self.tokenizer, self.watchdog = config, ranks, tokenizer, watchdog
+        known = [*averages(config.train), "weight"]
+        if config.sample.weights not in known:
+            raise ValueError(f"sample.weights '{config.sample.weights}' is not kept by this run: {', '.join(known)}")
         self.corpus = Corpus(config.data.train, tokenizer, config)
         self.engine = build_engine(config, len(tokenizer), ranks)
         self.model, self.device = self.engine.model, self.engine.device
@@ -122,7 +125,7 @@ class Run:
                     self.resumed = None
                 mine = [*count(data), data.positions, data.images, len(data.bad), len(signals), busy, self.saver.status]
                 told = ranks.gather([float(value) for value in mine])
-                counts = told[:, :2].sum(0).clamp(min=1).to(self.device, torch.float32)
+                counts = told[:, :2].sum(0).clamp(min=1).float().to(self.device)
                 logged = step % settings.log_every == 0 or step in (1, settings.steps)
 
                 engine.watched = logged
@@ -208,6 +211,7 @@ class Run:
         told = f"step {step}: {wrong}"
         left_out = self.skipped if settings.non_finite == "skip" else len(self.left_out)
         if settings.non_finite == "stop" or left_out >= settings.max_skips:
+            self._finish_save(must=False)
             limit = "" if settings.non_finite == "stop" else f" (train.max_skips {settings.max_skips} is reached)"
             raise FloatingPointError(
                 f"{told}{limit}. The last checkpoint is as it was; lower train.lr or train.clip_norm, "

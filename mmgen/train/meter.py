@@ -19,11 +19,11 @@ BUCKETS = 5
 
 
 def by_time(batch: Batch, losses: Losses) -> Tensor:
-    """[2, BUCKETS]: sums and counts of learned patches' losses per range of t; zero where patches have no t."""
+    """[2, BUCKETS]: sums and counts of learned patches' losses per range of t; zero where a patch has several t."""
     found = torch.zeros(2, BUCKETS, device=losses.image_J.device)
     t_I = batch.draws.get("t")
-    if t_I is not None and t_I.ndim == 1 and len(batch.loss_at_J):
-        bucket = (t_I[batch.loss_at_J] * BUCKETS).long().clamp(0, BUCKETS - 1)
+    if t_I is not None and t_I.numel() == len(t_I) > 0:  # one draw per patch
+        bucket = (t_I.flatten()[batch.loss_at_J] * BUCKETS).long().clamp(0, BUCKETS - 1)
         found[0].index_add_(0, bucket, losses.image_J.float())
         found[1].index_add_(0, bucket, torch.ones_like(losses.image_J, dtype=torch.float32))
     return found
