@@ -20,6 +20,7 @@ SMALL = {
     "eval": "--eval.samples 20 --sample.steps 2",
     "sample": "--sample.steps 2",
     "caption": "",
+    "export": "",
 }
 
 

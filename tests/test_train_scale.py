@@ -58,6 +58,13 @@ def test_every_cut_equals_a_plain_loop() -> None:
 
 
 @pytest.mark.slow
+def test_settings_that_must_not_change_the_result() -> None:
+    """Offloading, checkpointed activations, buckets, samples on the way; a spoiled step left out in every stage."""
+    code, found = command("oracle", "--variants")
+    assert code == 0, found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["doubled", "no_sync"])
 def test_the_plain_loop_tells_wrong_gradients(fault: str) -> None:
     code, found = command("oracle", "--inject", fault, "--cells", 3)
@@ -117,6 +124,65 @@ def test_a_signal_to_one_rank_stops_all_after_saving(config: Config, tmp_path: P
     assert stopped < 30
     subprocess.run([*words, "train", "--config", file], env=ENVIRONMENT, check=True, capture_output=True)
     assert [step for step, *_ in losses(run)] == list(range(1, 31))
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_all() -> None:
+    code, found = command("hang")
+    assert code == 0, found
+
+
+def test_trackers_are_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+
+    class Tracker:
+        def log(self, values: dict, step: int) -> None:
+            told.append((step, values["loss"]))
+
+        def finish(self) -> None:
+            told.append("finished")
+
+    module = type(sys)("wandb")
+    module.init = lambda **settings: told.append(settings["name"]) or Tracker()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    run = override(config, {"train": {"trackers": ["wandb"], "steps": 2}, "data": {"val": []}})
+    train(run)
+    assert told == ["run", *[(step, loss) for step, loss, _ in losses(run)], "finished"]
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ValueError, match="trackio, which is not installed: pip install trackio"):
+        train(override(config, {"train": {"trackers": ["trackio"], "steps": 3}}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"offload_optimizer": "cpu"}, "offload_optimizer cpu needs train.zero_stage 1"),
+        ({"offload_weights": "cpu", "zero_stage": 2}, "offload_weights cpu needs train.zero_stage 3"),
+        ({"offload_weights": "nvme", "zero_stage": 3}, "needs a GPU: use cpu or none"),
+    ],
+)
+def test_impossible_offloading_is_refused(config: Config, settings: dict, message: str) -> None:
+    from mmgen.train.zero import deepspeed_config
+
+    with pytest.raises(ValueError, match=message):
+        deepspeed_config(override(config, {"train": settings}), world=2, bf16=False)
+
+
+def test_deepspeeds_own_settings_come_last(config: Config) -> None:
+    from mmgen.train.zero import deepspeed_config
+
+    own = {"zero_optimization": {"zero_hpz_partition_size": 8, "reduce_bucket_size": 7}, "prescale_gradients": True}
+    found = deepspeed_config(override(config, {"train": {"zero_stage": 3, "deepspeed": own}}), world=2, bf16=True)
+    assert found["prescale_gradients"]
+    assert found["zero_optimization"] | own["zero_optimization"] == found["zero_optimization"]
+    assert found["zero_optimization"]["stage"] == 3
+
+
+def test_other_shards_are_refused_on_resume(config: Config, tmp_path: Path) -> None:
+    train(override(config, {"train": {"steps": 3}}))
+    write_tar(Path(config.data.train[0]), pairs(41))
+    with pytest.raises(ValueError, match="the training shards are not those of the checkpoint"):
+        train(config)
 
 
 def test_a_hang_is_named_and_ends_the_process(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

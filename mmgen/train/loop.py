@@ -84,6 +84,7 @@ class Run:
         self.engine = build_engine(config, len(tokenizer), ranks)
         self.model, self.device = self.engine.model, self.engine.device
         self.saver = Saver(config.run.dir / "checkpoints", self.engine, ranks, tokenizer)
+        self.data = checkpoint.fingerprint(config.data.train)
         self.spikes = Spikes(config.train.spike_factor)
         self.step, self.skipped, self.position = 0, 0, Position()
         self.resumed: Path | None = None
@@ -285,6 +286,7 @@ class Run:
             "productive_seconds": self.productive,
             "born": self.born,
             "world": self.ranks.world,
+            "data": self.data,
         }
         self.saver.begin(self.step, record, settings.keep_last, settings.keep_every)
         if must or not settings.save_async:

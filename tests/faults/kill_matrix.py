@@ -171,7 +171,9 @@ def check(chosen: list[Point], folder: Path) -> list[dict[str, Any]]:
         # The save that was killed may be lost, or one that was still being written; never one before it.
         enough = left >= (KILLED_SAVE if point[0] in ("linked", "prune", "pruned") else 3)
         codes = run_ranks(2, partial(plainly, config)) if verified else [1]
-        resumed = -signal.SIGKILL in killed and verified and enough and codes == [0, 0]
+        # The other rank ends by itself, with an error, long before it would be killed.
+        ended = point[1] == ALL or -signal.SIGKILL not in [c for r, c in enumerate(killed) if r != point[1]]
+        resumed = -signal.SIGKILL in killed and ended and verified and enough and codes == [0, 0]
         equal = False
         if resumed and run_ranks(1, partial(judge, config, whole, out)) == [0]:
             equal = json.loads(out.read_text())

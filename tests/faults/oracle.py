@@ -14,18 +14,19 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmgen.config import Config
+from mmgen.config import Config, override
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position
 from mmgen.model import build_model
 from mmgen.tokenizer import Tokenizer
 from mmgen.train.engine import Engine
 from mmgen.train.fragments import Store
+from mmgen.train.guard import Watchdog
 from mmgen.train.loop import train
 from mmgen.train.zero import ZeroEngine
 from tests.faults.launch import run_ranks, small
@@ -36,17 +37,60 @@ LIMITS = {
     "bf16": {"gradient": 2e-2, "losses": 2e-3, "norms": 2e-2, "parameters": 5e-2, "averages": 5e-2},
 }
 FAULTS = ("doubled", "no_sync")
-Cell = tuple[int, int, int, str]
+NAN_STEP = 5
+
+
+class Cell(NamedTuple):
+    """One cut, and what else is switched on."""
+
+    stage: int
+    world: int
+    accumulation: int
+    precision: str
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        return "-".join(
+            [f"stage{self.stage}", f"world{self.world}", f"accumulation{self.accumulation}", self.precision]
+            + ([self.variant] if self.variant else [])
+        )
+
+    @property
+    def skips(self) -> bool:
+        return self.variant.startswith("nan")
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "offload_optimizer": {"train": {"offload_optimizer": "cpu"}},
+    "offload_both": {"train": {"offload_optimizer": "cpu", "offload_weights": "cpu"}},
+    "activation_checkpointing": {"train": {"activation_checkpointing": True}},
+    "small_buckets": {"train": {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 500}}}},
+    "sharded_everything": {"train": {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}},
+    "samples": {"train": {"sample_every": 7, "val_every": 5, "save_every": 4}},
+    "nan_loss": {"train": {"non_finite": "skip"}},
+    "nan_gradient": {"train": {"non_finite": "skip"}},
+}
+"""Settings that must not change what is learned; a step left out must be left out alike in every stage."""
+
+
+def variants() -> list[Cell]:
+    wanted = [
+        (2, "offload_optimizer"), (3, "offload_both"), (2, "activation_checkpointing"), (3, "activation_checkpointing"),
+        (2, "small_buckets"), (3, "sharded_everything"), (1, "samples"), (3, "samples"),
+        *((stage, name) for stage in range(4) for name in ("nan_loss", "nan_gradient")),
+    ]  # fmt: skip
+    return [Cell(stage, 2, 2, "fp32", name) for stage, name in wanted]
 
 
 def cells() -> list[Cell]:
     """(stage, world, accumulation, precision): every pair of two settings occurs, and every stage in every world."""
     found = [
-        (stage, world, 1 + (stage + i) % 2, ("fp32", "bf16")[(stage // 2 + i) % 2])
+        Cell(stage, world, 1 + (stage + i) % 2, ("fp32", "bf16")[(stage // 2 + i) % 2])
         for i, world in enumerate((2, 4, 1))
         for stage in (1, 2, 3, 0)
     ]
-    found += [(1, 4, 1, "fp32"), (2, 2, 2, "fp32"), (3, 4, 2, "fp32"), (0, 2, 2, "bf16")]
+    found += [Cell(1, 4, 1, "fp32"), Cell(2, 2, 2, "fp32"), Cell(3, 4, 2, "fp32"), Cell(0, 2, 2, "bf16")]
     values = [(0, 1, 2, 3), (1, 2, 4), (1, 2), ("fp32", "bf16")]
     for a, b in itertools.combinations(range(4), 2):
         seen = {(cell[a], cell[b]) for cell in found}
@@ -54,18 +98,21 @@ def cells() -> list[Cell]:
     return found
 
 
-def configure(folder: Path, stage: int = 0, world: int = 1, accumulation: int = 1, precision: str = "fp32") -> Config:
-    share = -(-ROWS // world)
+def configure(folder: Path, cell: Cell) -> Config:
+    share = -(-ROWS // cell.world)
     train_settings = {
-        "steps": STEPS, "batch_rows": ROWS, "micro_rows": -(-share // accumulation), "zero_stage": stage,
-        "precision": precision, "save_every": 100, "ema_decay": 0.9, "ema_more": [0.5], "timeout": 60,
+        "steps": STEPS, "batch_rows": ROWS, "micro_rows": -(-share // cell.accumulation), "zero_stage": cell.stage,
+        "precision": cell.precision, "save_every": 100, "ema_decay": 0.9, "ema_more": [0.5], "timeout": 60,
         "lr": 3e-3, "clip_norm": 2.0,
     }  # fmt: skip
     # Rows so short that most hold one document: ranks see text alone, pictures alone, or nothing.
-    return small(folder, data={"row_length": 24}, train=train_settings)
+    config = small(folder, data={"row_length": 24}, train=train_settings)
+    if cell.variant == "samples":
+        config = override(config, {"data": {"val": config.data.train}, "sample": {"steps": 2}})
+    return override(config, VARIANTS[cell.variant]) if cell.variant else config
 
 
-def plain(config: Config, out: Path, rank: int) -> int:
+def plain(config: Config, out: Path, skips: bool, rank: int) -> int:
     """The reference: one process, torch's own optimiser, the whole batch at once."""
     torch.manual_seed(config.run.seed)
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
@@ -80,7 +127,7 @@ def plain(config: Config, out: Path, rank: int) -> int:
         betas=settings.betas,
     )
     result: dict[str, Any] = {"losses": [], "norms": [], "gradient": {}}
-    average = {}
+    average, taken = {}, 0
     for n, step in enumerate(steps(Corpus(config.data.train, tokenizer, config), 0, STEPS, Position()), 1):
         rate = min(n / settings.warmup_steps, 1)
         if n > settings.warmup_steps:
@@ -93,6 +140,11 @@ def plain(config: Config, out: Path, rank: int) -> int:
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
             found = model(batch)
         loss = found.text / found.text_count + config.objective.lambda_image * found.image / found.image_count
+        result["losses"].append(loss.item())
+        if skips and n == NAN_STEP:
+            result["norms"].append(0.0)
+            continue
+        taken += 1
         loss.backward()
         norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
         for p in model.parameters():
@@ -102,10 +154,9 @@ def plain(config: Config, out: Path, rank: int) -> int:
         optimizer.step()
         optimizer.zero_grad()
         for name, p in model.named_parameters():
-            keep = min(settings.ema_decay, (1 + n) / (10 + n))
+            keep = min(settings.ema_decay, (1 + taken) / (10 + taken))
             now = p.detach().double().flatten()
             average[name] = now if n == 1 else keep * average[name] + (1 - keep) * now
-        result["losses"].append(loss.item())
         result["norms"].append(norm.item())
     result["parameters"] = {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
     result["averages"] = average
@@ -113,7 +164,7 @@ def plain(config: Config, out: Path, rank: int) -> int:
     return 0
 
 
-def ours(config: Config, fault: str | None, rank: int) -> int:
+def ours(config: Config, cell: Cell, fault: str | None, rank: int) -> int:
     """The trainer itself; the first gradient is noted as the optimiser is given it."""
     folder = config.run.dir
     for kind in (Engine, ZeroEngine):
@@ -145,7 +196,29 @@ def ours(config: Config, fault: str | None, rank: int) -> int:
                 setattr(torch.distributed, name, real[name])
 
         ZeroEngine.backward = alone
+    if cell.skips:
+        poison(cell, rank)
     return train(config)
+
+
+def poison(cell: Cell, rank: int) -> None:
+    """Spoil one step on the last rank: its loss, or its gradient alone."""
+    kind = ZeroEngine
+    forward, phase, now = kind.forward, Watchdog.phase, [0]
+
+    def noting(self: Watchdog, name: str, step: int) -> None:
+        now[0] = step
+        phase(self, name, step)
+
+    def spoiled(self: Engine, batch: Any) -> Any:
+        found = forward(self, batch)
+        if now[0] == NAN_STEP and rank == cell.world - 1:
+            # The root of zero is zero, and its slope is infinite.
+            zero = (found.text * 0).sqrt() if cell.variant == "nan_gradient" else found.text * float("nan")
+            found.text = found.text + zero
+        return found
+
+    kind.forward, Watchdog.phase = spoiled, noting
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -153,11 +226,15 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12))
 
 
-def compare(config: Config, reference: Path, out: Path, rank: int) -> int:
+def compare(config: Config, cell: Cell, reference: Path, out: Path, rank: int) -> int:
     """Write how far a run is from the reference."""
     expected = torch.load(reference)
     store = Store(config.run.dir / "checkpoints" / "latest")
     lines = [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    if cell.skips:  # the spoiled figures themselves
+        for told in (lines, expected["losses"], expected["norms"]):
+            del told[NAN_STEP - 1]
     gradient = {name: torch.full_like(value, float("nan")) for name, value in expected["gradient"].items()}
     for path in config.run.dir.glob("gradient-*.pt"):
         name, start, value = torch.load(path)
@@ -185,19 +262,19 @@ def compare(config: Config, reference: Path, out: Path, rank: int) -> int:
 def check(chosen: list[Cell], fault: str | None, folder: Path) -> list[dict[str, Any]]:
     """Run every cell and compare it."""
     results = []
-    for stage, world, accumulation, precision in chosen:
-        reference = folder / f"plain-{precision}.pt"
+    for cell in chosen:
+        name = cell.name
+        reference = folder / f"plain-{cell.precision}-{cell.skips}.pt"
         if not reference.exists():
-            config = configure(folder / f"plain-{precision}", precision=precision)
-            assert run_ranks(1, partial(plain, config, reference)) == [0]
-        name = f"stage{stage}-world{world}-accumulation{accumulation}-{precision}"
-        config = configure(folder / name, stage, world, accumulation, precision)
-        codes = run_ranks(world, partial(ours, config, fault))
+            config = configure(folder / reference.stem, Cell(0, 1, 1, cell.precision))
+            assert run_ranks(1, partial(plain, config, reference, cell.skips)) == [0]
+        config = configure(folder / name, cell)
+        codes = run_ranks(cell.world, partial(ours, config, cell, fault))
         far: dict[str, float] = {}
         if not any(codes):
-            assert run_ranks(1, partial(compare, config, reference, folder / f"{name}.json")) == [0]
+            assert run_ranks(1, partial(compare, config, cell, reference, folder / f"{name}.json")) == [0]
             far = json.loads((folder / f"{name}.json").read_text())
-        holds = bool(far) and all(far[k] <= limit for k, limit in LIMITS[precision].items())
+        holds = bool(far) and all(far[k] <= limit for k, limit in LIMITS[cell.precision].items())
         results.append({"cell": name, "holds": holds, "codes": codes, **far})
     return results
 
@@ -205,10 +282,12 @@ def check(chosen: list[Cell], fault: str | None, folder: Path) -> list[dict[str,
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cells", type=int, default=16)
+    parser.add_argument("--variants", action="store_true", help="settings that must not change the result")
     parser.add_argument("--inject", choices=FAULTS)
     parser.add_argument("--json", action="store_true")
     words = parser.parse_args()
-    chosen = [c for c in cells() if words.inject is None or (c[0] and c[1] > 1)][: words.cells]
+    chosen = [c for c in cells() if words.inject is None or (c.stage and c.world > 1)][: words.cells]
+    chosen = variants() if words.variants else chosen
     with tempfile.TemporaryDirectory() as folder:
         results = check(chosen, words.inject, Path(folder))
     holds = all(result["holds"] for result in results)
