@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -261,10 +262,11 @@ def run_experiments(
     out: Annotated[Path, Parameter(help="Folder for a JSON and a PNG per experiment.")] = Path("runs/lab"),
     seed: int = 0,
     inject: Annotated[str | None, Parameter(help="Make the toolbox wrong: sign, half, minus_s2 or shifted_t.")] = None,
+    jobs: Annotated[int, Parameter(help="Experiments at a time, one thread each.")] = os.cpu_count() or 1,
     as_json: Json = False,
 ) -> int:
     """Run experiments; ends with code 1 where a bound does not hold."""
-    from mmgen.lab.catalog import EXPERIMENTS, check, execute
+    from mmgen.lab.catalog import EXPERIMENTS, check, run_all
 
     everyone = [e.name for e in EXPERIMENTS.values() if inject is None or inject in e.faults]
     chosen = everyone if everything else list(names)
@@ -272,11 +274,11 @@ def run_experiments(
         check(name, inject)
     if not chosen:
         raise ValueError("name an experiment, or say --all (`mmgen lab list` shows them)")
-    results = []
-    for name in chosen:
-        result = execute(name, fast, seed, out, inject)
+    results, began = [], time.perf_counter()
+    for result in run_all(chosen, jobs, fast=fast, seed=seed, out=out, inject=inject):
         results.append(result)
-        tell(f"{'holds' if result['holds'] else 'FAILS'}  {name}  {result['seconds']} s  {result['picture']}")
+        verdict = "holds" if result["holds"] else "FAILS"
+        tell(f"{verdict}  {result['name']}  {result['seconds']} s  {result['picture']}")
         for bound in result["bounds"]:
             limits = " ".join(f"{k.replace('_', ' ')} {bound[k]:g}" for k in ("at_least", "at_most") if k in bound)
             mark = "  " if bound["holds"] else "! "
@@ -284,7 +286,8 @@ def run_experiments(
             tell(f"    {mark}{bound['figure']}: {value} ({limits})")
     holds = all(result["holds"] for result in results)
     if as_json:
-        print(json.dumps({"holds": holds, "seconds": sum(r["seconds"] for r in results), "experiments": results}))
+        seconds = round(time.perf_counter() - began, 1)
+        print(json.dumps({"holds": holds, "seconds": seconds, "experiments": results}))
     return 0 if holds else 1
 
 

@@ -5,8 +5,7 @@ stop between any two; `solve` is the small driver for a plain function. A sample
 denoised estimate E[x | z], as `SOLVERS[name].asks` says.
 
 Times rise from noise (0) to data (1) and are either [N + 1], or [N + 1, R] for a grid per row of z. All coefficients
-are computed once, in double precision, from the times; a step is a few elementwise products and never waits for the
-device.
+are computed once, in double precision, from the times; a step is a few passes over z and never waits for the device.
 """
 
 from __future__ import annotations
@@ -39,6 +38,16 @@ def normal(generator: torch.Generator | None = None) -> Noise:
     return draw
 
 
+Coefficient = float | Tensor
+
+
+def _add(z: Tensor, coefficient: Coefficient, value: Tensor) -> Tensor:
+    """z + coefficient * value, with a number in one pass over memory."""
+    if isinstance(coefficient, Tensor):
+        return z + coefficient * value
+    return torch.add(z, value, alpha=coefficient)
+
+
 class _Grid:
     """Times in double precision on the CPU, one axis per axis of z, and what is computed from them."""
 
@@ -59,11 +68,12 @@ class _Grid:
         self.still = self.t[1:] == self.t[:-1]
         """Rows that rest during a step: not yet begun, or already at their end."""
 
-    def send(self, coefficient: Tensor) -> Tensor:
-        """A coefficient per step, on the device of z; one for all rows has single precision or better."""
-        if not self._flat:
-            return coefficient.to(self.like.device, self.like.dtype)
-        return coefficient.flatten().to(self.like.device, torch.promote_types(self.like.dtype, torch.float32))
+    def send(self, coefficient: Tensor) -> Sequence[Coefficient]:
+        """A coefficient per step: a number where all rows share it, else [R, 1, ...] on the device of z."""
+        if self._flat:
+            numbers: list[float] = coefficient.flatten().tolist()
+            return numbers
+        return coefficient.to(self.like.device, self.like.dtype).unbind()
 
     def ask(self, t: Tensor) -> Tensor:
         """Times as they are yielded, [N] or [N, R, 1, ...], in single precision or better.
@@ -130,20 +140,21 @@ def runge_kutta(
     for asked in stage_times:
         path.require("v", asked[~grid.still.expand_as(asked)])
     gaps = torch.where(jumps, 0.0, gaps)
-    clean = (grid.send(clean[0]), grid.send(clean[1])) if clean is not None else None
-    h, asked_times = grid.send(gaps), [grid.ask(asked) for asked in stage_times]
+    clean_parts = [grid.send(part) for part in clean or ()]
+    h, asked_times = grid.send(gaps), [grid.ask(asked).unbind() for asked in stage_times]
     for i in range(grid.steps):
         start, slopes = z, list[Tensor]()
         for row, at in zip(stages[:1] if all_jump[i] else stages, asked_times, strict=False):
             here = start
             for a, slope in zip(row, slopes, strict=True):
-                here = here + (a * h[i]) * slope if a else here
+                here = _add(here, a * h[i], slope) if a else here
             slopes.append((yield here, at[i]))
-        if clean is not None and some_jump[i]:  # rows that do not jump have p = 0 and q = 1 here
-            z = clean[0][i] * slopes[0] + clean[1][i] * start
+        if some_jump[i]:  # rows that do not jump have p = 0 and q = 1 here
+            p, q = (part[i] for part in clean_parts)
+            z = _add(q * start, p, slopes[0])
         if not all_jump[i]:
             for b, slope in zip(weights, slopes, strict=True):
-                z = z + (b * h[i]) * slope if b else z
+                z = _add(z, b * h[i], slope) if b else z
     return z
 
 
@@ -182,13 +193,13 @@ def _affine(
     correct: _Corrector | None = None,
 ) -> Solver:
     """Steps z <- by_answer answer + by_z z + std n, each but the last followed by corrections where there are some."""
-    t, p, q, s = grid.ask(grid.t), grid.send(by_answer), grid.send(by_z), grid.send(std)
+    t, p, q, s = grid.ask(grid.t).unbind(), grid.send(by_answer), grid.send(by_z), grid.send(std)
     noisy = (std > 0).flatten(1).any(1).tolist()
     for i in range(grid.steps):
         answer = yield z, t[i]
-        z = p[i] * answer + q[i] * z
+        z = _add(q[i] * z, p[i], answer)
         if noisy[i]:
-            z = z + s[i] * noise(z)
+            z = _add(z, s[i], noise(z))
         if correct is not None and i < grid.steps - 1:
             z = yield from correct(z, i + 1)
     return z
@@ -229,13 +240,16 @@ def dpmpp_2m(z: Tensor, times: Tensor, *, path: Path | None = None) -> Solver:
     ratio = torch.zeros_like(h)  # 1 / (2 r), r the last gap over this one
     ratio[1:] = h[1:] / (2 * h[:-1])
     ratio = torch.where(ratio.isfinite() & ~grid.arriving(), ratio, 0.0)
-    t, p, q = grid.ask(grid.t), grid.send(alpha_j * (1 - kept.sqrt())), grid.send(sigma_j / sigma_k)
-    extra = grid.send(ratio)
+    by_x = alpha_j * (1 - kept.sqrt())
+    t, q = grid.ask(grid.t).unbind(), grid.send(sigma_j / sigma_k)
+    p, back = grid.send(by_x * (1 + ratio)), grid.send(-by_x * ratio)  # by_x (x + ratio (x - before))
     before: Tensor | None = None
     for i in range(grid.steps):
         x = yield z, t[i]
-        ahead = x if before is None else x + extra[i] * (x - before)
-        z, before = p[i] * ahead + q[i] * z, x
+        z = _add(q[i] * z, p[i], x)
+        if before is not None:
+            z = _add(z, back[i], before)
+        before = x
     return z
 
 
@@ -294,16 +308,16 @@ class _Corrector:
         if not 0 < snr < 1:
             raise ValueError(f"the signal-to-noise ratio of Langevin steps must lie in (0, 1), got {snr}")
         there = grid.t == 1
-        self.count, self.noise, self.t = count, noise or normal(), grid.ask(grid.t)
-        self.alpha = grid.send(grid.path.alpha(grid.t))
-        self.pull = grid.send(torch.where(there, 0.0, 2 * snr**2))
+        self.count, self.noise, self.t = count, noise or normal(), grid.ask(grid.t).unbind()
+        pull = torch.where(there, 0 * grid.t, 2 * snr**2)
+        self.keep, self.pull = grid.send(1 - pull), grid.send(pull * grid.path.alpha(grid.t))
         self.spread = grid.send(torch.where(there, 0.0, 2 * snr * grid.path.sigma(grid.t)))
 
     def __call__(self, z: Tensor, i: int) -> Solver:
         """The corrections at time i."""
         for _ in range(self.count):
             x = yield z, self.t[i]
-            z = z + self.pull[i] * (self.alpha[i] * x - z) + self.spread[i] * self.noise(z)
+            z = _add(_add(self.keep[i] * z, self.pull[i], x), self.spread[i], self.noise(z))
         return z
 
 

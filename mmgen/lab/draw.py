@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def canvas(rows: int, columns: int, side: float = 2.6, aspect: float = 1.0) -> tuple[Figure, Any]:
+def canvas(
+    rows: int, columns: int, side: float = 2.6, aspect: float = 1.0, layout: str | None = "constrained"
+) -> tuple[Figure, Any]:
     """A figure and its axes [rows, columns]."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("the lab draws with matplotlib: pip install 'mmgen[lab]'") from None
-    figure = Figure(figsize=(columns * side * aspect, rows * side), layout="constrained")
+    figure = Figure(figsize=(columns * side * aspect, rows * side), layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -87,29 +89,59 @@ def scatters(panels: Mapping[str, tuple[Tensor, Tensor]], columns: int = 4) -> F
     return figure
 
 
+def bar_grid(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
+    """Panels of bars on log axes: a row per quantity, a column per case, a bar per name; an empty case stays blank."""
+    figure, axes = canvas(len(rows), max(len(cases) for cases in rows.values()), 2.6, 1.4)
+    for line, (quantity, cases) in zip(axes, rows.items(), strict=True):
+        for ax, (case, values) in zip(line, cases.items(), strict=True):
+            if not values:
+                ax.axis("off")
+                continue
+            ax.bar(list(values), list(values.values()), color=[f"C{i // 3}" for i in range(len(values))])
+            ax.tick_params(axis="x", rotation=60, labelsize=7)
+            ax.set_yscale("log")
+            ax.set_title(case, fontsize=9)
+            ax.grid(axis="y", alpha=0.3)
+            ax.set_ylabel(quantity, fontsize=8)
+    return figure
+
+
 def velocity_maps(
     fields: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
     times: Sequence[float],
     data: Tensor,
     made: Mapping[str, Tensor],
 ) -> Figure:
-    """Per field two rows, v_x and v_y on a grid at each t with zero contours, data (black) and samples (green)."""
-    limit, side = 1.3 * float(data.abs().max()), 60
+    """A row per field: its samples over the data, then v_x and v_y on a grid at each t.
+
+    Red is positive and blue negative, on one scale per t; black lines are where the component is zero, black points
+    the data, green ones the samples.
+    """
+    limit, side, inch = 1.3 * float(data.abs().max()), 48, 1.4
     line = torch.linspace(-limit, limit, side)
     grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
-    figure, axes = canvas(2 * len(fields), len(times), 2.0)
-    for f, (name, field) in enumerate(fields.items()):
+    figure, axes = canvas(len(fields), 1 + 2 * len(times), inch, layout=None)
+    figure.subplots_adjust(
+        left=0.08, right=0.995, bottom=0.01, top=1 - 0.6 / (inch * len(fields)), wspace=0.04, hspace=0.04
+    )
+    for row, (name, field) in zip(axes, fields.items(), strict=True):
+        row[0].scatter(*data.T, s=0.3, c="0.75")
+        row[0].scatter(*made[name].T, s=0.3, c="C0")
+        row[0].set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
         for column, t in enumerate(times):
             v = field(grid, torch.tensor(t)).view(side, side, 2)
-            for part, label in enumerate("xy"):
-                ax, values = axes[2 * f + part, column], v[:, :, part].numpy()
-                scale = float(v.abs().quantile(0.95)) + 1e-9
-                ax.imshow(values, origin="lower", extent=(-limit, limit) * 2, cmap="RdBu", vmin=-scale, vmax=scale)
+            scale = float(v.abs().quantile(0.95)) + 1e-9
+            for part in range(2):
+                ax, values = row[1 + part * len(times) + column], v[:, :, part].numpy()
+                ax.imshow(values, origin="lower", extent=(-limit, limit) * 2, cmap="RdBu_r", vmin=-scale, vmax=scale)
                 ax.contour(line, line, values, levels=[0.0], colors="k", linewidths=0.7)
-                ax.scatter(*data[:400].T, s=0.3, c="k")
+                ax.scatter(*data[:400].T, s=0.2, c="k")
                 ax.scatter(*made[name][:200].T, s=0.3, c="lime")
-                ax.set(xticks=[], yticks=[], xlim=(-limit, limit), ylim=(-limit, limit))
-                ax.set_title(f"{name}: v_{label}, t = {t:g}", fontsize=6)
+        for ax in row:
+            ax.set(xticks=[], yticks=[], xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    heads = ["samples", *(f"$v_{part}$, t = {t:g}" for part in "xy" for t in times)]
+    for ax, head in zip(axes[0], heads, strict=True):
+        ax.set_title(head, fontsize=8)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,13 @@ from mmgen.flow.time import uniform_grid
 from mmgen.lab import draw
 from mmgen.lab.core import Run, experiment
 from mmgen.lab.data import digits
-from mmgen.lab.nets import MLP, Recipe, TimeFeatures, UNet, fit, sample_field, train_field
+from mmgen.lab.nets import MLP, Recipe, TimeFeatures, UNet, fit, mistakes, sample_field, train_field
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PATH = LinearPath()
-PATCHES, LENGTH = 16, 4
+PATCHES, LENGTH, BATCH = 16, 4, 64
 
 
 def cut(x: Tensor) -> Tensor:
@@ -103,8 +104,8 @@ def transfusion_mask(run: Run) -> Figure:
         net = PatchTransformer(causal=causal)
 
         def loss_of(net: PatchTransformer = net) -> Tensor:
-            chosen = torch.randint(len(x), (128,))
-            clean, time = cut(x[chosen]), torch.rand(128)
+            chosen = torch.randint(len(x), (BATCH,))
+            clean, time = cut(x[chosen]), torch.rand(BATCH)
             e = torch.randn_like(clean)
             v = net(PATH.mix(clean, e, time.view(-1, 1, 1)), y[chosen], time)
             loss: Tensor = (v - (clean - e)).square().mean()
@@ -167,11 +168,11 @@ def mar_head(run: Run) -> Figure:
         head: nn.Module = DiffusionHead() if kind == "flow" else nn.Linear(96, LENGTH)
 
         def loss_of(net: PatchTransformer = net, head: nn.Module = head, kind: str = kind) -> Tensor:
-            chosen = torch.randint(len(x), (128,))
+            chosen = torch.randint(len(x), (BATCH,))
             clean = cut(x[chosen])
             # Every number of hidden patches occurs in generation, one patch a step.
-            order = torch.rand(128, PATCHES).argsort(1)
-            hide = order < torch.randint(1, PATCHES + 1, (128, 1))
+            order = torch.rand(BATCH, PATCHES).argsort(1)
+            hide = order < torch.randint(1, PATCHES + 1, (BATCH, 1))
             target, h = clean[hide], net.hidden(clean, y[chosen], hidden_N=hide)[hide]
             if kind == "mse":
                 loss: Tensor = (head(h) - target).square().mean()
@@ -230,32 +231,33 @@ def generate(net: PatchTransformer, head: nn.Module, label: Tensor, steps: int, 
     return join(patches)
 
 
-@experiment("Small networks on digits: MLP and U-Net, with and without time")
+@experiment("Breaking an MLP and a small U-Net on digits: no time, few steps, another schedule than the trained one")
 def digit_networks(run: Run) -> Figure:
-    """Pixel Frechet distance of samples, and what is lost without the time or with four steps."""
+    """Pixel Frechet distance of samples as trained, and after each mistake.
+
+    That a network without time loses little here is no fault: in 64 dimensions a noisy digit says how noisy it is (Sun
+    et al. 2025), so no bound is set on it.
+    """
     x, _, x_test, _ = split(run.seed)
-    count = len(x_test)
-    noise = torch.randn(count, 64, generator=torch.Generator().manual_seed(run.seed + 1))
+    noise = torch.randn(len(x_test), 64, generator=torch.Generator().manual_seed(run.seed + 1))
     data = lambda n: x[torch.randint(len(x), (n,))]  # noqa: E731
-    scores, shown = {}, {}
-    makers = {
-        "MLP": lambda: MLP(64, 256, 4),
-        "U-Net": lambda: UNet(),
-        "MLP, no time": lambda: MLP(64, 256, 4, blind=True),
+    makers: dict[str, Callable[[bool], nn.Module]] = {
+        "MLP": lambda blind: MLP(64, 256, 4, blind=blind),
+        "U-Net": lambda blind: UNet(blind=blind),
     }
+    scores: dict[str, dict[str, float]] = {}
+    shown: dict[str, Tensor] = {"real digits": x_test[:10].view(10, 8, 8)}
     for name, make in makers.items():
-        torch.manual_seed(run.seed)
-        trained = train_field(make(), data, Recipe(run.pick(4000, 700), 256, 2e-3))
-        made = sample_field(trained, noise, 25)
-        scores[name], shown[name] = distance(made, x_test), made[:10].view(10, 8, 8)
-        if name == "MLP":
-            short = sample_field(trained, noise, 2, "euler")
-            scores["MLP, 2 steps"], shown["MLP, 2 steps"] = distance(short, x_test), short[:10].view(10, 8, 8)
-    floor = distance(x[:count], x_test)
-    run.bound(
-        "Frechet distance, 2 Euler steps over 25 Heun steps", scores["MLP, 2 steps"] / scores["MLP"], at_least=1.5
-    )
-    run.note(frechet=scores, frechet_of_real_digits=floor)
+        made = mistakes(make, data, noise, Recipe(run.pick(2000, 500), 128, 2e-3), run.seed, 25)
+        scores[name] = {mistake: distance(images, x_test) for mistake, images in made.items()}
+        shown |= {
+            f"{name}, {mistake}: FD {scores[name][mistake]:.2f}": images[:10].view(10, 8, 8)
+            for mistake, images in made.items()
+        }
+        for mistake, least in (("2 steps", 1.5), ("wrong schedule", 1.2)):
+            ratio = scores[name][mistake] / scores[name]["as trained"]
+            run.bound(f"Frechet distance, {mistake} over as trained, {name}", ratio, at_least=least)
+    run.note(frechet=scores, frechet_of_real_digits=distance(x[: len(x_test)], x_test))
     return draw.images(torch.stack(list(shown.values())), list(shown))
 
 
