@@ -80,7 +80,7 @@ def velocity_maps(run: Run) -> Figure:
     held = Field(LinearPath(), lambda z, _: exact.velocity(z, at))
     made = {"exact": sample_field(Field(LinearPath(), exact.velocity), noise), "learned": sample_field(trained, noise)}
     stuck = sample_field(held, noise)
-    why = "a window 0.12 / 0.88 wide over an arc of radius r averages to a point 0.0093 / r inside it; here 1 / r has mean 1"
+    why = "a window of 0.12 / 0.88 over an arc of radius r averages to a point 0.0093 / r inside it; 1 / r has mean 1"
     run.bound("distance to the curve, exact field frozen at t = 0.88", near(stuck, data), at_most=0.006, why=why)
     run.note(frozen_sliced_w2=sliced_w2(stuck, data), near_of_data=near(spiral(SAMPLES), data))
     fields = {"exact": exact.velocity, "learned": trained("v")}
