@@ -182,41 +182,31 @@ def bench_step(config: Config, rounds: int, tell: Callable[[str], None]) -> dict
 def bench_samplers(rounds: int) -> dict[str, Any]:
     """What each sampler adds to its network's calls, as a share of their time: medians of interleaved rounds.
 
-    The network is a dozen products that take a millisecond or more; the floor calls it as often, in a bare loop.
+    The network is a dozen products that take a millisecond or more. The clock runs around its calls and around the
+    whole solution, so that what else the machine does disturbs both alike.
     """
     weight = torch.randn(512, 512) / 512**0.5
     z, times = torch.randn(64, 512), uniform_grid(20)
     samplers = [name for name in SOLVERS if name not in ("langevin", "annealed_langevin")]
+    calls: list[float] = []
 
     def network(z: Tensor, t: Tensor) -> Tensor:
+        began = time.perf_counter()
         for _ in range(12):
             z = torch.tanh(z @ weight + t)
+        calls.append(time.perf_counter() - began)
         return z
 
-    def sample(name: str, field: Callable[[Tensor, Tensor], Tensor]) -> None:
-        solve(build_solver(name, z, times, LinearPath()), field)
-
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in samplers}
     shares: dict[str, list[float]] = {name: [] for name in samplers}
-    call_seconds: list[float] = []
-    for name, seen in calls.items():
-
-        def noted(z: Tensor, t: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:
-            seen.append((z, t))
-            return network(z, t)
-
-        sample(name, noted)
-    for _ in range(rounds):
-        for name, questions in calls.items():
-            began = time.perf_counter()
-            for question in questions:
-                network(*question)
-            middle = time.perf_counter()
-            sample(name, network)
-            shares[name].append((time.perf_counter() - middle) / (middle - began) - 1)
-            call_seconds.append((middle - began) / len(questions))
-    result: dict[str, Any] = {f"overhead_{name}": statistics.median(values) for name, values in shares.items()}
-    return result | {"network_call_seconds": statistics.median(call_seconds), "rounds": rounds}
+    for _ in range(rounds + 1):
+        for name in samplers:
+            first, began = len(calls), time.perf_counter()
+            solve(build_solver(name, z, times, LinearPath()), network)
+            shares[name].append((time.perf_counter() - began) / sum(calls[first:]) - 1)
+    result: dict[str, Any] = {f"overhead_{name}": statistics.median(values[1:]) for name, values in shares.items()}
+    return result | {
+        "network_call_seconds": statistics.median(calls), "threads": torch.get_num_threads(), "rounds": rounds,
+    }  # fmt: skip
 
 
 def peak_memory(device: torch.device) -> int:

@@ -9,9 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from mmgen.lab.catalog import EXPERIMENTS, execute
+from mmgen.flow.field import Field, GaussianMixture
+from mmgen.flow.path import Path as FlowPath
+from mmgen.flow.schedule import CosinePath, LinearPath
+from mmgen.flow.solve import runge_kutta, solve
+from mmgen.flow.time import uniform_grid
+from mmgen.lab.catalog import EXPERIMENTS, execute, run_all
+from mmgen.lab.nets import Preconditioned
 
 EXACT = [name for name, found in EXPERIMENTS.items() if found.run.__module__.endswith("exact")]
 FAULTY = [(name, fault) for name in EXPERIMENTS for fault in EXPERIMENTS[name].faults]
@@ -19,6 +26,40 @@ FAULTY = [(name, fault) for name in EXPERIMENTS for fault in EXPERIMENTS[name].f
 
 # Its bound on the smallest velocity does not hold, for the reason that it reports.
 EXACT.remove("velocity_growth")
+
+
+@pytest.mark.parametrize("path", [LinearPath(), CosinePath()], ids=["linear", "cosine"])
+def test_preconditioning_is_exact_for_a_gaussian(path: FlowPath) -> None:
+    """N(0, s^2): an inner network that says nothing is the exact denoiser, and its target has variance one."""
+    std, t = 0.3, torch.linspace(0.02, 0.98, 25, dtype=torch.float64).unsqueeze(1)
+    net = Preconditioned(Silent(), path, std)
+    data = GaussianMixture(torch.zeros(1, 4, dtype=torch.float64), std, path=path)
+    z = torch.randn(25, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(net(z, t), data.denoised(z, t), rtol=1e-9, atol=1e-9)
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    skip = net(torch.ones_like(t), t)  # x - skip z = (1 - skip alpha) x - skip sigma eps
+    variance = ((1 - skip * alpha) * std).square() + (skip * sigma).square()
+    torch.testing.assert_close(variance / net.out_scale(t).square(), torch.ones_like(t), rtol=1e-9, atol=0)
+    field = Field(path, net, "x", clip=1e-3)
+    start = path.sigma(torch.zeros((), dtype=torch.float64)) * z
+    end = solve(runge_kutta(start, uniform_grid(200), path=path), field("v"))
+    torch.testing.assert_close(end, std * z, rtol=1e-2, atol=1e-2)
+
+
+class Silent(torch.nn.Module):
+    def forward(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(z)
+
+
+def test_experiments_side_by_side(tmp_path: Path) -> None:
+    """Two at a time, in their order, with the figures of one at a time."""
+    names = ["paths", "gaussian_likelihood", "band_power"]
+    together = list(run_all(names, 2, fast=True, out=tmp_path))
+    assert [result["name"] for result in together] == names
+    assert all(result["holds"] for result in together)
+    assert together[2]["figures"] == execute("band_power", fast=True, out=tmp_path)["figures"]
+    with pytest.raises(ValueError, match="at least one experiment"):
+        next(run_all(names, 0))
 
 
 def mmgen(*arguments: str) -> subprocess.CompletedProcess[str]:

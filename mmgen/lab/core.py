@@ -104,7 +104,7 @@ def execute(
     torch.manual_seed(seed)
     run = Run(fast, seed, out)
     out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     with injected(inject):
         picture = found.run(run)
     picture.suptitle(found.title, fontsize=11)
@@ -119,6 +119,7 @@ def execute(
         "seed": seed,
         "inject": inject,
         "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(time.process_time() - busy, 1),
         "picture": str(out / f"{stem}.png"),
     }
     result = {key: finite(value) for key, value in result.items()}
