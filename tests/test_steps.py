@@ -65,18 +65,22 @@ def table(t: float) -> float:
     return math.prod(1 - beta for beta in TABLE[: round((1 - t) * len(TABLE))])
 
 
-PAIRS: dict[str, tuple[Path, Plain]] = {
-    "linear": (LinearPath(), Plain(lambda t: t, lambda t: 1 - t, lambda t: 1.0, lambda t: -1.0)),
-    "sigma_min": (LinearPath(0.1), Plain(lambda t: t, lambda t: 1 - 0.9 * t, lambda t: 1.0, lambda t: -0.9)),
-    "cosine": (CosinePath(), cosine(-15, 15, 0)),
-    "cosine_shifted": (CosinePath(-6, 8, -1.5), cosine(-6, 8, -1.5)),
-    "vp": (LinearBetaPath(0.3, 8.0), preserving(0.3, 8.0)),
-    "vp_default": (LinearBetaPath(), preserving(0.1, 20.0)),
-    "ve": (VEPath(), differenced(lambda t: 1.0, lambda t: 0.01 * 5000 ** (1 - t))),
-    "ve_own": (VEPath(0.2, 3.0), differenced(lambda t: 1.0, lambda t: 0.2 * 15 ** (1 - t))),
-    "scaled": (ScaledNoise(LinearPath(), 2.5), Plain(lambda t: t, lambda t: 2.5 * (1 - t), lambda t: 1.0, lambda t: -2.5)),
-}  # fmt: skip
-each_path = pytest.mark.parametrize(("path", "plain"), PAIRS.values(), ids=PAIRS)
+# Paths are made inside the tests, so that what their constructors do is tested, too.
+PAIRS: dict[str, tuple[Callable[[], Path], Plain]] = {
+    "linear": (LinearPath, Plain(lambda t: t, lambda t: 1 - t, lambda t: 1.0, lambda t: -1.0)),
+    "sigma_min": (lambda: LinearPath(0.1), Plain(lambda t: t, lambda t: 1 - 0.9 * t, lambda t: 1.0, lambda t: -0.9)),
+    "cosine": (CosinePath, cosine(-15, 15, 0)),
+    "cosine_shifted": (lambda: CosinePath(-6, 8, -1.5), cosine(-6, 8, -1.5)),
+    "vp": (lambda: LinearBetaPath(0.3, 8.0), preserving(0.3, 8.0)),
+    "vp_default": (LinearBetaPath, preserving(0.1, 20.0)),
+    "ve": (VEPath, differenced(lambda t: 1.0, lambda t: 0.01 * 5000 ** (1 - t))),
+    "ve_own": (lambda: VEPath(0.2, 3.0), differenced(lambda t: 1.0, lambda t: 0.2 * 15 ** (1 - t))),
+    "scaled": (
+        lambda: ScaledNoise(LinearPath(), 2.5),
+        Plain(lambda t: t, lambda t: 2.5 * (1 - t), lambda t: 1.0, lambda t: -2.5),
+    ),
+}
+each_path = pytest.mark.parametrize(("make", "plain"), PAIRS.values(), ids=PAIRS)
 
 
 def double(value: float) -> Tensor:
@@ -84,7 +88,8 @@ def double(value: float) -> Tensor:
 
 
 @each_path
-def test_paths_in_plain_floats(path: Path, plain: Plain) -> None:
+def test_paths_in_plain_floats(make: Callable[[], Path], plain: Plain) -> None:
+    path = make()
     for t in (0.07, 0.3, 0.5, 0.81, 0.97):
         time = double(t)
         alpha, sigma = plain.alpha(t), plain.sigma(t)
@@ -274,8 +279,9 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[..., float]]] = {
 
 @each_path
 @pytest.mark.parametrize("case", CASES)
-def test_samplers_in_plain_floats(case: str, path: Path, plain: Plain) -> None:
+def test_samplers_in_plain_floats(case: str, make: Callable[[], Path], plain: Plain) -> None:
     """The same questions in the same order, the same number of draws and the same end."""
+    path = make()
     name, options, reference = CASES[case]
     if name == "annealed_langevin" and not isinstance(path, VEPath):
         pytest.skip("refused: alpha is not 1")
@@ -309,7 +315,7 @@ def test_samplers_in_plain_floats(case: str, path: Path, plain: Plain) -> None:
 @pytest.mark.parametrize("scheme", ["euler", "midpoint", "heun", "rk4"])
 def test_full_and_falling_grids_in_plain_floats(scheme: str) -> None:
     """`full` takes the last step as any other, and times may fall; Euler-Maruyama has a full end, too."""
-    path, plain = PAIRS["cosine_shifted"]
+    path, plain = CosinePath(-6, 8, -1.5), PAIRS["cosine_shifted"][1]
     ask = velocity(plain)
     for times in ([0.2, 0.5, 0.9], [0.9, 0.6, 0.1], [0.3, 1.0]):
         z = torch.full((1, 1), 0.8, dtype=torch.float64)
@@ -327,7 +333,7 @@ def test_full_and_falling_grids_in_plain_floats(scheme: str) -> None:
 
 
 def test_langevin_in_plain_floats() -> None:
-    path, plain = PAIRS["sigma_min"]
+    path, plain = LinearPath(0.1), PAIRS["sigma_min"][1]
     for options, count, snr in (({}, 1, 0.16), ({"steps": 3, "snr": 0.3}, 3, 0.3)):
         left = draws()
         z = torch.full((1, 1), 0.8, dtype=torch.float64)
@@ -343,3 +349,58 @@ def test_langevin_in_plain_floats() -> None:
     torch.manual_seed(0)
     n = torch.randn(1, 1, dtype=torch.float64)
     torch.testing.assert_close(found, 2 * 0.16 * 0.4 * n)
+
+
+# --- limits ------------------------------------------------------------------------------------------------
+
+
+def test_settings_at_their_limits() -> None:
+    """What is just allowed is taken, and what is just not allowed is refused."""
+    z, times = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([0.5, 1.0], dtype=torch.float64)
+    for bad in (
+        lambda: LinearPath(1.0),
+        lambda: CosinePath(2.0, 2.0),
+        lambda: LinearBetaPath(0.0, 1.0),
+        lambda: LinearBetaPath(1.0, 1.0),
+        lambda: VEPath(0.0, 1.0),
+        lambda: VEPath(1.0, 1.0),
+        lambda: ScaledNoise(LinearPath(), 0.0),
+        lambda: DDPMPath([0.0, 0.5]),
+        lambda: DDPMPath([0.5, 1.0]),
+        lambda: next(build_solver("predictor_corrector", z, times, LinearPath(), snr=0.0)),
+        lambda: next(build_solver("predictor_corrector", z, times, LinearPath(), snr=1.0)),
+        lambda: next(build_solver("ddim", z, times, LinearPath(), eta=-0.01)),
+        lambda: next(build_solver("ddim", z, times, LinearPath(), eta=1.01)),
+        lambda: next(langevin(z, times, steps=0)),
+    ):
+        with pytest.raises(ValueError, match=r"\w"):
+            bad()
+    assert ScaledNoise(LinearPath(), 0.5).scale == 0.5
+    assert LinearPath(0.0).sigma(double(1.0)).item() == 0
+    next(build_solver("predictor_corrector", z, times, LinearPath(), corrections=0))
+    next(build_solver("ddim", z, torch.tensor([0.0, 1.0]), LinearPath(), eta=1))
+    # Beyond what a path reaches lie times outside [0, 1], not numbers that are none.
+    assert LinearBetaPath().time_of(double(-math.inf)).item() < 0
+    assert DDPMPath(TABLE).time_of(double(-9.0)).item() < 0
+    assert DDPMPath(TABLE).time_of(double(math.inf)).item() == 1
+
+
+def test_the_smallest_level_of_a_grid() -> None:
+    """Half of the smallest alpha or sigma above zero that is asked about; t = 1 is not."""
+    for times, level in (([0.0, 0.2, 0.7, 1.0], 0.1), ([0.0, 0.4, 0.9, 1.0], 0.05), ([0.3, 1.0], 0.15)):
+        grid = torch.tensor(times, dtype=torch.float64)
+        assert LinearPath().smallest_level(grid) == pytest.approx(level)
+        assert ScaledNoise(LinearPath(), 4.0).smallest_level(grid) == pytest.approx(level)
+
+
+def test_rows_that_are_done_get_no_corrections() -> None:
+    """A row at the data stays there while the others are corrected."""
+    grids = torch.tensor([[0.2, 0.2], [0.5, 1.0], [0.8, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    z = torch.tensor([[0.4], [1.1]], dtype=torch.float64)
+    seen: list[Tensor] = []
+    options: dict[str, Any] = {"noise": lambda z: torch.full_like(z, 0.7), "corrections": 2, "snr": 0.3, "eta": 0.0}
+    solver = build_solver("predictor_corrector", z, grids, LinearPath(), **options)
+    end = solve(solver, lambda z, t: seen.append(z) or 0.4 * z + 0.1)  # type: ignore[func-returns-value]
+    assert end[1].item() == pytest.approx(0.4 * 1.1 + 0.1, abs=1e-12)
+    alone = build_solver("predictor_corrector", z[:1], grids[:, 0], LinearPath(), **options)
+    assert end[0].item() == pytest.approx(solve(alone, lambda z, t: 0.4 * z + 0.1).item(), abs=1e-12)
