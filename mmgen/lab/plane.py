@@ -40,7 +40,7 @@ def spiral_field(run: Run, mu: float, sigma: float) -> Field:
     return frozen(trained, 1 / (1 + math.exp(-mu))) if sigma == 0 else trained
 
 
-@experiment("Which t to train on: logit-normal mu and sigma on a spiral, v-prediction")
+@experiment("Which t to train on: logit-normal(mu, s) on a spiral; velocity red positive, blue negative, black zero")
 def spiral_times(run: Run) -> Figure:
     """Distance to the curve, sliced W2 and velocity maps for each (mu, sigma); sigma = 0 trains a single t."""
     data = spiral(SAMPLES, run.generator)
@@ -69,7 +69,7 @@ def spiral_times(run: Run) -> Figure:
     return draw.velocity_maps(fields, (0.1, 0.5, 0.8, 0.95), data, made)
 
 
-@experiment("True and learned velocity on a spiral: v_x and v_y, zero contours, data (black) and samples (green)")
+@experiment("True and learned velocity on a spiral, red positive, blue negative, black where zero; samples green")
 def velocity_maps(run: Run) -> Figure:
     """The exact field of 2,000 points beside a network's, at four times; and the exact field frozen at t = 0.88."""
     data = spiral(SAMPLES, run.generator)
