@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def canvas(
-    rows: int, columns: int, side: float = 2.6, aspect: float = 1.0, layout: str | None = "constrained"
+    rows: int,
+    columns: int,
+    side: float = 2.6,
+    aspect: float = 1.0,
+    layout: Literal["constrained"] | None = "constrained",
 ) -> tuple[Figure, Any]:
     """A figure and its axes [rows, columns]."""
     try:

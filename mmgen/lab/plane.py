@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmgen.flow.field import Field, FiniteSet, GaussianMixture
+from mmgen.flow.field import Field, FiniteSet, Function, GaussianMixture
 from mmgen.flow.schedule import LinearPath
 from mmgen.flow.solve import runge_kutta, solve
 from mmgen.flow.time import uniform_grid
@@ -50,7 +50,8 @@ def spiral_times(run: Run) -> Figure:
         grid = [(0.0, 0.0), (2.0, 0.0), (0.0, 2.0), (2.0, 2.0)]
     exact = FiniteSet(data).velocity
     made = {"exact field": sample_field(Field(LinearPath(), exact), noise)}
-    fields, table = {"exact field": exact}, {}
+    fields: dict[str, Function] = {"exact field": exact}
+    table: dict[tuple[float, float], dict[str, float]] = {}
     for mu, s in grid:
         trained = spiral_field(run, mu, s)
         x = sample_field(trained, noise)
@@ -185,7 +186,7 @@ def bottleneck(run: Run) -> Figure:
     """Width of a linear bottleneck in front of the network, in patches of 512 numbers whose data are a plane."""
     steps, found = run.pick(1500, 400), dict[str, float]()
     for width in (2, 8, 32, 128, None):
-        settings = {"width": run.pick(256, 128), "bottleneck": width, "prediction": "x", "batch": 256}
+        settings: dict[str, Any] = {"width": run.pick(256, 128), "bottleneck": width, "prediction": "x", "batch": 256}
         found[f"{width or 'none'}"], off, _ = hidden(run, 512, steps, **settings)
         run.note(**{f"off_plane_rms_{width or 'none'}": off})
     run.bound("SW2 with 32 channels over none", found["32"] / found["none"], at_most=1.5)
