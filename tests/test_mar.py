@@ -16,7 +16,7 @@ from mmgen.config import Config, MaskRatioConfig, SampleConfig, override
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.generate import Decoder, Request
-from mmgen.model import MMGenModel
+from mmgen.model import MMGenModel, build_model
 from mmgen.objective import Given, ImageSite, ImageSpec, MARObjective
 from mmgen.objective.mar import guidance_at, mask_ratio, unmask_counts
 from mmgen.plan import plan
@@ -262,6 +262,24 @@ def test_the_regression_head_draws_one_picture(config: Config) -> None:
             [Request(["a"], "image", seed) for seed in range(3)]
         )
         assert len({result.images[0].tobytes() for result in results}) == count
+
+
+def test_the_regression_head_learns_from_the_hidden_state(config: Config) -> None:
+    """It must fail for being a mean, not for being dead: on a few pictures it beats the best constant by far."""
+    config = mar(config, "raster", head={"kind": "mse", "width": 48})
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    torch.manual_seed(0)
+    model = build_model(config, len(tokenizer))
+    batch = first_batch(config, tokenizer, 2).to("cpu", torch.float32)
+    x_JP = batch.x_IP[batch.loss_at_J]
+    constant = (x_JP - x_JP.mean(0)).square().mean()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        losses = model(batch)
+        (losses.image / losses.image_count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses.image / losses.image_count < 0.5 * constant
 
 
 def test_learning_and_drawing_from_shards(config: Config) -> None:

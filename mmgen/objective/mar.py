@@ -158,8 +158,11 @@ class MARObjective(ImageObjective):
         return self.flow.loss(self.head(z_JKP, t_JK, state_J1W), x_JKP, eps_JKP, t_JK).mean(dim=1)
 
     def _regress(self, state: Tensor, like: Tensor) -> Tensor:
-        """The regressed clean patches [..., P]: the same head with nothing to denoise."""
-        out: Tensor = self.head(torch.zeros_like(like), torch.zeros_like(like[..., 0]), state)
+        """The regressed clean patches [..., P]: the same head with nothing to denoise.
+
+        Its input is constant but not zero: from zero, no gradient would pass the layers that start at zero.
+        """
+        out: Tensor = self.head(torch.ones_like(like), torch.zeros_like(like[..., 0]), state)
         return out
 
     def generate(self, spec: ImageSpec) -> Drawing:
