@@ -33,13 +33,55 @@ class RunConfig(Settings):
     """Seed of initial weights, data order and every random draw."""
 
 
+class LimitsConfig(Settings):
+    """What a shard or a sample may cost before it counts as bad."""
+
+    member_bytes: Positive = 64 * 2**20
+    """Largest member of a shard that is read."""
+    shard_bytes: Positive = 2**38
+    """What a compressed shard may unpack to."""
+    ratio: Positive = 200
+    """How many times its size a compressed shard may unpack to."""
+    pixels: Positive = 50_000_000
+    """Largest image that is decoded, in pixels."""
+    caption_chars: Positive = 100_000
+    """Longest text of one sample, in characters."""
+
+
+class SourceConfig(Settings):
+    """One part of a mixture."""
+
+    shards: list[str]
+    """Paths, URLs, brace patterns or globs."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of documents drawn from it, relative to the other sources."""
+
+
 class DataConfig(Settings):
     """What is trained on, and how documents become rows."""
 
-    train: list[str] = []
-    """Training shards: paths or brace patterns of WebDataset tars."""
+    train: list[str | SourceConfig] = []
+    """Training shards: paths, URLs, brace patterns or globs of tars; `{shards: ..., weight: ...}` for a mixture."""
     val: list[str] = []
     """Validation shards, never trained on."""
+    limits: LimitsConfig = LimitsConfig()
+    """Caps on what is read and decoded."""
+    captionless: Literal["refuse", "keep"] = "refuse"
+    """An image without text: a bad sample, or a document of an image alone."""
+    clean_captions: bool = False
+    """Unescape HTML, drop tags and links, and collapse white space in captions."""
+    resize: Literal["lanczos", "area"] = "lanczos"
+    """Filter that scales images of other sizes."""
+    crop: Literal["center", "random"] = "center"
+    """Which part of an image of another shape is kept."""
+    block: Positive = 16
+    """Neighbours in a shard that stay together in the order, within one window; reads stay sequential."""
+    streams: Annotated[int, Field(ge=0)] = 0
+    """Above 0: read without an index, as so many interleaved streams; the number of processes must divide it."""
+    cache_dir: Path = Path("~/.cache/mmgen")
+    """Where indexes go that cannot stand beside their shards, and compressed shards are unpacked."""
+    cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
+    """Decoded samples that each loader process keeps."""
     tokenizer: Path = Path("tokenizer.json")
     """A `tokenizers` file; mmgen adds its own special tokens on top of it."""
     row_length: Positive = 128
@@ -52,8 +94,8 @@ class DataConfig(Settings):
     """A document longer than a row: stop and name it, or cut its text."""
     max_bad_fraction: Fraction = 0.01
     """Unreadable samples are skipped and logged; a larger share than this stops the run."""
-    window: Positive = 1024
-    """Documents packed together; rows never mix two windows."""
+    window: Positive = 4096
+    """Documents shuffled and packed together; rows never mix two windows."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes; 0 decodes in the training process."""
 

@@ -5,7 +5,6 @@ Suffixes: I patches of a batch, N patches of one image, P numbers per patch, D w
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
@@ -14,10 +13,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from mmgen.config import PatcherConfig, choose
+from mmgen.frame import fit
 
 Grid = tuple[int, int]
 Floats = NDArray[np.float32]
@@ -36,16 +36,7 @@ class PixelPatcher:
 
         An image that has no declared size is scaled to cover it and cropped at the centre. Alpha is put on white.
         """
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("L" if self.settings.channels == 1 else "RGB")
-        declared = [(width, height) for height, width in self.settings.image_sizes]
-        if image.size in declared:
-            return image
-        aspect = math.log(image.width / image.height)
-        size = min(declared, key=lambda wh: abs(math.log(wh[0] / wh[1]) - aspect))
-        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+        return fit(image, self.settings.channels, self.settings.image_sizes)
 
     def levels(self, image: Image.Image) -> tuple[Levels, Grid]:
         """Patch rows [N, P] in 0..255 and their grid (rows, columns)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -53,6 +55,11 @@ class Tokenizer:
             return cls(TextTokenizer.from_file(str(path)), grids)
         except Exception as error:  # tokenizers raises a bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A name for this tokenizer: equal ones have equal names."""
+        return hashlib.sha256(self._text.to_str().encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self._text.to_str() == other._text.to_str()

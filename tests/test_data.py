@@ -204,4 +204,4 @@ def test_images_of_other_sizes_are_fitted(config: Config, tmp_path: Path) -> Non
     rng = np.random.default_rng(0)
     members = {"a.png": png(picture(rng, (40, 40))), "a.txt": b"x", "b.png": png(picture(rng, (90, 60))), "b.txt": b"y"}
     corpus = corpus_of(override(config, {"data": {"train": [str(write_tar(tmp_path / "big.tar", members))]}}))
-    assert [corpus._grids[i] for i in range(2)] == [(2, 2), (3, 2)]
+    assert [corpus.dataset.grids_of(i) for i in range(2)] == [[(2, 2)], [(3, 2)]]

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmgen.config import Config
-from mmgen.data.order import Plan, PlannedDocument, PlannedRow, Position, chances, keyed
-from mmgen.data.shards import BadSample, Sample, open_image, read
+from mmgen.data import store
+from mmgen.data.dataset import DROPPED, IMAGE_FIRST, Dataset, Samples
+from mmgen.data.order import Mixture, Plan, PlannedDocument, PlannedRow, Position, chances, keyed
+from mmgen.data.shards import Bad, BadSample, Picture, Sample, open_image
+from mmgen.data.store import Patterns
 from mmgen.flow.time import stratified
+from mmgen.frame import CENTRE, draft, fit
 from mmgen.objective import ImageSite, objective_class
 from mmgen.patch import Grid, Levels, PixelPatcher
-from mmgen.sequence import Batch, ImageSegment, Strip, TextSegment, Writer, collate
+from mmgen.sequence import Batch, Document, ImageSegment, Strip, TextSegment, Writer, collate
 from mmgen.tokenizer import Tokenizer
 
-Form = Literal["caption first", "image first", "caption dropped", "no image"]
-CACHE_BYTES = 256 * 2**20
-"""Decoded images that each loader process keeps."""
+Form = Literal["as told", "caption first", "image first", "caption dropped"]
+FORMS: tuple[Form, ...] = ("as told", "caption first", "image first", "caption dropped")
+FETCHERS = 16
+"""Samples of a remote store that are fetched at the same time."""
 
 
 @dataclass
@@ -35,121 +44,137 @@ class Step:
     positions: int
     """Positions of real documents, padding not counted."""
     images: int
-    bad: list[dict[str, str]] = field(default_factory=list)
+    bad: list[Bad] = field(default_factory=list)
     """Samples that could not be decoded: shard, key, reason."""
+
+    def pin_memory(self) -> Step:
+        """Move the batches to page-locked memory, from where a GPU copies while it computes."""
+        self.micro = [_pinned(batch) for batch in self.micro]
+        return self
+
+
+def _pinned(batch: Batch) -> Batch:
+    plain = {f.name: getattr(batch, f.name).pin_memory() for f in fields(batch) if f.name != "draws"}
+    return Batch(**plain, draws={name: value.pin_memory() for name, value in batch.draws.items()})
+
+
+Decoded = list[list[int] | tuple[Levels, Grid]]
+"""Segments of a sample: token ids, or patch rows and their grid."""
 
 
 class Corpus:
-    """All samples of a list of shards in memory, still encoded, with what planning needs to know of them.
+    """The documents of a list of shards, written one at a time, and the plan of their order.
 
     Decoding and every random draw happen per document and depend on (seed, epoch, shard, key) alone.
     """
 
-    def __init__(self, patterns: Sequence[str], tokenizer: Tokenizer, config: Config) -> None:
+    def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.patcher = PixelPatcher(config.model.patcher)
         self.objective = objective_class(config.objective)
-        self.bad: list[dict[str, str]] = []
-        self.samples: list[Sample] = []
-        self._ids: list[list[int]] = []
-        self._grids: list[Grid | None] = []
-        read_samples = list(read(patterns, self.bad))
-        captions = tokenizer.encode_batch([sample.caption for sample in read_samples])
-        for sample, ids in zip(read_samples, captions, strict=True):
-            try:
-                grid = self._grid(sample)
-            except BadSample as error:
-                self.bad.append({"shard": sample.shard, "key": sample.key, "reason": str(error)})
-                continue
-            self.samples.append(sample)
-            self._grids.append(grid)
-            self._ids.append(self._fit(sample, ids, grid))
-        if not self.samples:
-            why = f": the first of {len(self.bad)} bad ones is {self.bad[0]}" if self.bad else ""
-            raise ValueError(f"no usable sample in {', '.join(patterns)}{why}")
-        self.plan = Plan(config.run.seed, config.data.window, config.data.row_length, len(self.samples), self.length)
-        largest = max(height * width for height, width in config.model.patcher.image_sizes)
-        self._cache: dict[int, Levels] = {}
-        self._cache_size = CACHE_BYTES // (largest * config.model.patcher.channels)
-
-    def _grid(self, sample: Sample) -> Grid | None:
-        """Patch grid of a sample's image, decoded only where several sizes are declared; raises `BadSample`."""
-        grids = self.config.model.patcher.grids
-        if sample.image is None or len(grids) == 1:
-            return grids[0] if sample.image is not None else None
-        image = self.patcher.fit(open_image(sample.image))
-        side = self.config.model.patcher.patch_size
-        return image.height // side, image.width // side
-
-    def _around(self, grid: Grid | None) -> int:
-        """Positions of a document beside its text."""
-        copies = self.objective.copies(self.config.objective)
-        return 2 + (0 if grid is None else 3 + copies * grid[0] * grid[1])
-
-    def _fit(self, sample: Sample, ids: list[int], grid: Grid | None) -> list[int]:
-        length = self._around(grid) + len(ids)
-        spare = length - self.config.data.row_length
-        if spare <= 0:
-            return ids
-        if self.config.data.overlong == "refuse" or spare > len(ids):
-            raise ValueError(
-                f"sample {sample.name} needs {length} positions but data.row_length is {self.config.data.row_length}: "
-                "lengthen the row, shorten the caption, or set data.overlong to truncate"
-            )
-        return ids[:-spare]
+        self.dataset = Dataset(patterns, tokenizer, config)
+        self.dataset.refuse_overlong()
+        self.bad, self.samples = self.dataset.bad, Samples(self.dataset)
+        mixture = Mixture(self.dataset.counts, self.dataset.weights, config.run.seed, config.data.block)
+        self.plan = Plan(mixture, config.data.window, config.data.row_length, self.dataset.lengths)
+        self._cache: dict[int, tuple[tuple[str, str], Decoded]] = {}
+        self._cached_bytes = 0
+        self._fetched: dict[int, Sample | BadSample] = {}
+        self._remote = [store.is_url(shard) for shard in self.dataset.shards]
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def form(self, epoch: int, index: int) -> Form:
-        """How this sample is told in this epoch: decided before packing, by its own key."""
-        sample, data = self.samples[index], self.config.data
-        if sample.image is None:
-            return "no image"
-        if not sample.caption:
-            return "caption dropped"
-        flip, drop = chances(self.config.run.seed, epoch, sample.shard, sample.key, "form")
-        if flip < data.image_first:
-            return "image first"
-        return "caption dropped" if drop < data.caption_drop else "caption first"
+        """How this sample is told in this epoch."""
+        facts = self.dataset.gather(np.array([index]))
+        return FORMS[int(self.dataset.forms(np.array([epoch]), facts)[0])]
 
     def length(self, epoch: int, index: int) -> int:
         """Positions of the document in this epoch."""
-        text = 0 if self.form(epoch, index) == "caption dropped" else len(self._ids[index])
-        return self._around(self._grids[index]) + text
-
-    def write(self, planned: PlannedDocument, quantile: float | None) -> Strip:
-        """Decode one document and write it; `quantile` is its stratified draw for t. Raises `BadSample`."""
-        epoch, index = planned.epoch, planned.index
-        sample, form, grid = self.samples[index], self.form(epoch, index), self._grids[index]
-        text = TextSegment(self._ids[index])
-        if sample.image is None or grid is None:
-            return Writer(self.tokenizer).document([text])
-        x_NP = self.patcher.scale(self._levels(index))
-        rng = keyed(self.config.run.seed, epoch, sample.shard, sample.key, "noise")
-        quantile = rng.random() if quantile is None else quantile
-        site = ImageSite(grid, x_NP.shape[1], form == "caption first", form == "image first", quantile)
-        image = ImageSegment(x_NP, grid, self.objective.layout(self.config.objective, site, rng))
-        documents: dict[Form, list[TextSegment | ImageSegment]] = {
-            "caption first": [text, image],
-            "image first": [image, text],
-            "caption dropped": [image],
-        }
-        return Writer(self.tokenizer).document(documents[form])
-
-    def _levels(self, index: int) -> Levels:
-        """Decoded patch rows; the first images are kept, so that a small corpus is decoded once."""
-        if index in self._cache:
-            return self._cache[index]
-        image, grid = self.samples[index].image, self._grids[index]
-        assert image is not None
-        levels_NP, found = self.patcher.levels(open_image(image))
-        if found != grid:
-            raise BadSample(f"the image has grid {found}, planned was {grid}")
-        if len(self._cache) < self._cache_size:
-            self._cache[index] = levels_NP
-        return levels_NP
+        return int(self.dataset.lengths(np.array([epoch]), np.array([index]))[0][0])
 
     def has_image(self, index: int) -> bool:
         """Whether the sample holds an image."""
-        return self.samples[index].image is not None
+        return bool(self.dataset.gather(np.array([index])).images[0])
+
+    def document(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Document:
+        """Decode one document; `quantiles` are the stratified draws for t of its images. Raises `BadSample`."""
+        epoch = planned.epoch
+        (shard, key), decoded = self._decoded(epoch, planned.index)
+        told = list(decoded)
+        if planned.form == IMAGE_FIRST:
+            told.reverse()
+        if planned.form == DROPPED:
+            last = max(i for i, segment in enumerate(told) if isinstance(segment, tuple))
+            told = [segment for i, segment in enumerate(told) if i > last or isinstance(segment, tuple)]
+        told = self._cut(told, planned.length)
+        texts = [i for i, segment in enumerate(told) if not isinstance(segment, tuple)]
+        document: list[TextSegment | ImageSegment] = []
+        image = 0
+        for i, segment in enumerate(told):
+            if not isinstance(segment, tuple):
+                document.append(TextSegment(segment))
+                continue
+            levels_NP, grid = segment
+            x_NP = self.patcher.scale(levels_NP)
+            rng = keyed(self.config.run.seed, epoch, shard, key, "noise", image)
+            quantile = rng.random() if quantiles is None else quantiles[image]
+            before, after = bool(texts) and texts[0] < i, bool(texts) and texts[-1] > i
+            site = ImageSite(grid, x_NP.shape[1], before, after, quantile)
+            document.append(ImageSegment(x_NP, grid, self.objective.layout(self.config.objective, site, rng)))
+            image += 1
+        return document
+
+    def write(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Strip:
+        """Decode one document and write it. Raises `BadSample`."""
+        strip = Writer(self.tokenizer).document(self.document(planned, quantiles))
+        if len(strip) != planned.length:
+            raise BadSample(f"its document has {len(strip)} positions, planned were {planned.length}")
+        return strip
+
+    def _cut(self, told: Decoded, length: int) -> Decoded:
+        """Text shortened from the end until the document has its planned length."""
+        copies = self.dataset.copies
+        sizes = [3 + copies * s[1][0] * s[1][1] if isinstance(s, tuple) else len(s) for s in told]
+        spare = 2 + sum(sizes) - length
+        for i in range(len(told) - 1, -1, -1):
+            segment = told[i]
+            if spare > 0 and not isinstance(segment, tuple):
+                kept = max(0, len(segment) - spare)
+                spare -= len(segment) - kept
+                told[i] = segment[:kept]
+        return [segment for segment in told if len(segment)]
+
+    def _decoded(self, epoch: int, index: int) -> tuple[tuple[str, str], Decoded]:
+        """(shard, key), tokens and patch rows of a sample; the first ones are kept: a small corpus is decoded once."""
+        if index in self._cache:
+            return self._cache[index]
+        sample = self._fetched.pop(index, None) or self.dataset.sample(index)
+        if isinstance(sample, BadSample):
+            raise sample
+        grids = iter(self.dataset.grids_of(index))
+        decoded: Decoded = []
+        for i, segment in enumerate(sample.segments):
+            if isinstance(segment, str):
+                decoded.append(self.tokenizer.encode(segment))
+            else:
+                decoded.append(self._rows(sample, i, segment, epoch, next(grids)))
+        size = sum(s[0].nbytes if isinstance(s, tuple) else 8 * len(s) for s in decoded) + 200
+        if self.config.data.crop == "center" and self._cached_bytes + size <= self.config.data.cache_bytes:
+            self._cache[index] = (sample.shard, sample.key), decoded
+            self._cached_bytes += size
+        return (sample.shard, sample.key), decoded
+
+    def _rows(self, sample: Sample, number: int, picture: Picture, epoch: int, grid: Grid) -> tuple[Levels, Grid]:
+        data, patcher = self.config.data, self.config.model.patcher
+        centering = CENTRE
+        if data.crop == "random":
+            centering = chances(self.config.run.seed, epoch, sample.shard, sample.key, "crop", number)
+        image = open_image(picture.data, data.limits, lambda image: draft(image, patcher.image_sizes))
+        image = fit(image, patcher.channels, patcher.image_sizes, data.resize, centering)
+        levels_NP, found = self.patcher.levels(image)
+        if found != grid:
+            raise BadSample(f"the image has grid {found}, planned was {grid}")
+        return levels_NP, grid
 
     def batch(self, rows: Sequence[Sequence[Strip | int]]) -> Batch:
         """Collate written rows."""
@@ -160,20 +185,22 @@ class Corpus:
     def step(self, number: int, rows: Sequence[PlannedRow], after: Position, rank: int = 0, world: int = 1) -> Step:
         """Decode the share of `rank` in a global step: rows rank, rank + world, ..."""
         settings, step = self.config, Step(number, [], after, 0, 0, 0)
-        total = sum(self.has_image(document.index) for row in rows for document in row)
+        total = sum(document.images for row in rows for document in row)
         shared, _ = chances(settings.run.seed, "t", number)
+        self._prefetch([document.index for row in rows[rank::world] for document in row])
         ordinal = 0
         written: list[list[Strip | int]] = []
         for r, row in enumerate(rows):
             mine = r % world == rank
             strips: list[Strip | int] = []
+            spread = settings.objective.time.stratified
             for document in row:
-                image = self.has_image(document.index)
+                images = range(ordinal, ordinal + document.images)
                 if mine:
-                    even = stratified(shared, ordinal, total) if image and settings.objective.time.stratified else None
+                    even = [stratified(shared, i, total) for i in images] if spread else None
                     strips.append(self._write_or_leave(document, even, step))
-                    step.images += image
-                ordinal += image
+                    step.images += document.images
+                ordinal += document.images
             if mine:
                 written.append(strips)
                 step.documents += len(row)
@@ -185,13 +212,30 @@ class Corpus:
         step.micro = [self.batch(written[i * micro : (i + 1) * micro]) for i in range(steps)]
         return step
 
-    def _write_or_leave(self, document: PlannedDocument, quantile: float | None, step: Step) -> Strip | int:
+    def _write_or_leave(self, document: PlannedDocument, quantiles: Sequence[float] | None, step: Step) -> Strip | int:
         try:
-            return self.write(document, quantile)
+            return self.write(document, quantiles)
         except BadSample as error:
-            sample = self.samples[document.index]
-            step.bad.append({"shard": sample.shard, "key": sample.key, "reason": str(error)})
+            shard, key = self.dataset.name(document.index)
+            step.bad.append({"shard": shard, "key": key, "reason": str(error)})
             return document.length
+
+    def _prefetch(self, indices: Sequence[int]) -> None:
+        """Fetch samples of remote shards side by side: each alone would wait for its answer."""
+        self._fetched.clear()
+        if not any(self._remote):
+            return
+        far = [i for i in indices if i not in self._cache and self._remote[self.dataset.where(i)[0]]]
+        if self._pool is None or self._pool[0] != os.getpid():  # threads do not survive a fork
+            self._pool = os.getpid(), ThreadPoolExecutor(FETCHERS)
+        for index, sample in zip(far, self._pool[1].map(self._fetch, far), strict=True):
+            self._fetched[index] = sample
+
+    def _fetch(self, index: int) -> Sample | BadSample:
+        try:
+            return self.dataset.sample(index)
+        except BadSample as error:
+            return error
 
 
 class _Stream(IterableDataset[Step]):
@@ -216,7 +260,8 @@ def steps(corpus: Corpus, first: int, last: int, start: Position, rank: int = 0,
     stream = _Stream(corpus, first, last, start, rank, world)
     workers = corpus.config.data.workers
     options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _ignore_interrupt} if workers else {}
-    return iter(DataLoader(stream, batch_size=None, num_workers=workers, **options))
+    pinned = torch.cuda.is_available()
+    return iter(DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pinned, **options))
 
 
 def _ignore_interrupt(worker: int) -> None:

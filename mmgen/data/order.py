@@ -1,4 +1,8 @@
-"""The order of documents, their packing into rows, and keyed randomness: pure functions of seed and content."""
+"""The order of documents, their packing into rows, and keyed randomness: pure functions of seed and content.
+
+Nothing here depends on how many processes or workers there are, and nothing is kept between calls: any window of any
+epoch is computed alone, in time and memory that do not grow with the data set.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+PATTERN = 1 << 14
+"""Documents after which the sequence of a mixture's sources repeats; weights are met to within 1 in this number."""
+ROUNDS = 6
 
 
 def _digest(parts: tuple[object, ...]) -> bytes:
@@ -27,19 +37,73 @@ def chances(*parts: object) -> tuple[float, float]:
     return (one >> 11) * 2.0**-53, (two >> 11) * 2.0**-53
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of `count` documents in an epoch."""
-    return keyed(seed, "order", epoch).permutation(count)
+def mix(values: Hashes) -> Hashes:
+    """A bijection of 64 bits that scatters them (finaliser of SplitMix64, Steele et al. 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
-def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Best-fit packing in the given order: indices of `lengths` row by row, each row's sum at most `row_length`.
+def _salts(parts: tuple[object, ...]) -> tuple[np.uint64, np.uint64]:
+    one, two = struct.unpack("<QQ", _digest(parts))
+    return np.uint64(one), np.uint64(two)
 
-    A document goes to the fullest open row that still holds it. Deterministic; O(n log n).
+
+def uniform(keys: Hashes, *parts: object) -> NDArray[np.float64]:
+    """A uniform number in [0, 1) for each 64-bit key, of `parts`: thousands of samples in one call."""
+    one, two = _salts(parts)
+    bits = mix(mix(keys ^ one) ^ two)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permuted(places: Ints, count: int, *parts: object) -> Ints:
+    """Images of `places` under a permutation of [0, count) that `parts` choose, without ever listing it.
+
+    A Feistel network on the next larger power of four, walked until it lands inside (Black and Rogaway 2002).
+    """
+    half = np.uint64(max(4, ((max(count, 2) - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = [_salts((*parts, r))[0] for r in range(ROUNDS)]
+
+    def once(values: Hashes) -> Hashes:
+        left, right = values >> half, values & mask
+        for key in keys:
+            left, right = right, left ^ (mix(right ^ key) & mask)
+        return (left << half) | right
+
+    values = once(places.astype(np.uint64))
+    while (outside := values >= np.uint64(count)).any():
+        values[outside] = once(values[outside])
+    return values.astype(np.int64)
+
+
+def epoch_order(count: int, seed: object, epoch: int, first: int = 0, last: int | None = None, block: int = 1) -> Ints:
+    """Places [first, last) of the order of `count` documents in an epoch.
+
+    Blocks of `block` neighbours are permuted; where they begin moves from epoch to epoch.
+    """
+    places = np.arange(first, count if last is None else last, dtype=np.int64)
+    whole = count // block
+    if not whole:
+        block, whole = 1, count
+    inside = places < whole * block
+    moved = places.copy()
+    moved[inside] = permuted(places[inside] // block, whole, seed, "order", epoch) * block + places[inside] % block
+    shift = int(chances(seed, "shift", epoch)[0] * count)
+    return (moved + shift) % count
+
+
+def pack(lengths: Sequence[int] | Ints, row_length: int) -> list[list[int]]:
+    """Best-fit-decreasing packing: indices of `lengths` row by row, each row's sum at most `row_length`.
+
+    The longest document first, each to the fullest open row that still holds it; ties in the given order.
+    Deterministic; O(n log n).
     """
     rows: list[list[int]] = []
     space: list[tuple[int, int]] = []  # (free positions, row), sorted
-    for index, length in enumerate(lengths):
+    values = np.asarray(lengths, dtype=np.int64)
+    for index in np.argsort(-values, kind="stable").tolist():
+        length = int(values[index])
         at = bisect.bisect_left(space, (length, -1))
         if at == len(space):
             row, free = len(rows), row_length
@@ -69,39 +133,106 @@ class PlannedDocument:
     """A document's place in the order, before anything is decoded."""
 
     epoch: int
+    """Of its source."""
     index: int
     """Of the sample in the data set."""
     length: int
     """Positions in its row."""
+    images: int = 0
+    form: int = 0
+    """How it is told, as `Lengths` says."""
 
 
 PlannedRow = list[PlannedDocument]
-DocumentLengths = Callable[[int, int], int]
-"""(epoch, index) to the document's length in positions."""
+Lengths = Callable[[Ints, Ints], tuple[Ints, Ints, Ints]]
+"""(epochs, indices) to each document's length in positions, number of images, and the form in which it is told."""
+
+
+class Mixture:
+    """Sources with weights, dealt in a fixed pattern, so that the n-th document is known without the ones before it.
+
+    Samples of all sources are numbered through. A single source is its epochs, one after the other.
+    """
+
+    def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int, block: int = 1) -> None:
+        self.counts, self.seed, self.block = list(counts), seed, block
+        self.total = sum(counts)
+        self.starts = [sum(counts[:s]) for s in range(len(counts))]
+        self.pattern = smooth(weights, PATTERN) if len(counts) > 1 else np.zeros(1, dtype=np.int64)
+        hits = self.pattern[:, None] == np.arange(len(counts))
+        self._before = np.concatenate([np.zeros((1, len(counts)), dtype=np.int64), np.cumsum(hits, axis=0)])
+
+    def drawn(self, first: int) -> Ints:
+        """How many of the first `first` documents come from each source."""
+        turns, rest = divmod(first, len(self.pattern))
+        counted: Ints = turns * self._before[-1] + self._before[rest]
+        return counted
+
+    def documents(self, first: int, last: int) -> tuple[Ints, Ints]:
+        """(epoch of its source, index) of documents [first, last) of the endless sequence."""
+        where = self.pattern[np.arange(first, last) % len(self.pattern)]
+        epochs, indices = np.zeros(last - first, dtype=np.int64), np.zeros(last - first, dtype=np.int64)
+        for source, (begin, end) in enumerate(zip(self.drawn(first).tolist(), self.drawn(last).tolist(), strict=True)):
+            here = np.flatnonzero(where == source)
+            count = self.counts[source]
+            name = self.seed if not source else f"{self.seed} {source}"
+            at = begin
+            while at < end:
+                epoch, place = divmod(at, count)
+                n = min(end - at, count - place)
+                part = here[at - begin : at - begin + n]
+                epochs[part] = epoch
+                found = epoch_order(count, name, epoch, place, place + n, self.block)
+                indices[part] = found + self.starts[source]
+                at += n
+        return epochs, indices
+
+
+def smooth(weights: Sequence[float], length: int) -> Ints:
+    """A sequence of `length` source numbers in which each source has its share and is spread evenly."""
+    shares = np.asarray(weights, dtype=np.float64) / sum(weights) * length
+    counts = np.maximum(1, np.floor(shares)).astype(np.int64)
+    for source in np.argsort(counts - shares, kind="stable")[: max(0, length - int(counts.sum()))]:
+        counts[source] += 1
+    when = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
+    who = np.repeat(np.arange(len(counts)), counts)
+    return np.asarray(who[np.argsort(when, kind="stable")], dtype=np.int64)
 
 
 class Plan:
     """The endless sequence of packed rows.
 
     Window w of an epoch is documents [w K, (w + 1) K) of its order, packed alone; so any row can be found
-    again from (epoch, window, row) by packing one window.
+    again from (epoch, window, row) by packing one window. An epoch of a mixture is as many documents as there are
+    samples.
     """
 
-    def __init__(self, seed: int, window: int, row_length: int, count: int, lengths: DocumentLengths) -> None:
-        self.seed, self.window, self.row_length, self.count, self.lengths = seed, window, row_length, count, lengths
+    def __init__(self, mixture: Mixture, window: int, row_length: int, lengths: Lengths) -> None:
+        self.mixture, self.window, self.row_length, self.lengths = mixture, window, row_length, lengths
+        self.count = mixture.total
+
+    def packed(self, epoch: int, window: int) -> list[PlannedRow]:
+        """The rows of one window, in an order that says nothing of their lengths."""
+        start = epoch * self.count
+        first, last = window * self.window, min((window + 1) * self.window, self.count)
+        epochs, indices = self.mixture.documents(start + first, start + last)
+        rng = keyed(self.mixture.seed, "window", epoch, window)
+        shuffled = rng.permutation(last - first)
+        epochs, indices = epochs[shuffled], indices[shuffled]
+        lengths, *rest = self.lengths(epochs, indices)
+        rows = pack(lengths, self.row_length)
+        columns = (column.tolist() for column in (epochs, indices, lengths, *rest))
+        documents = [PlannedDocument(*facts) for facts in zip(*columns, strict=True)]
+        return [[documents[i] for i in rows[r]] for r in rng.permutation(len(rows))]
 
     def rows(self, start: Position) -> Iterator[tuple[PlannedRow, Position]]:
         """Rows from `start` on, each with the position that follows it."""
         epoch, window, first = start.epoch, start.window, start.row
         while True:
-            order = epoch_order(self.count, self.seed, epoch)
             while window * self.window < self.count:
-                chosen = order[window * self.window : (window + 1) * self.window].tolist()
-                lengths = [self.lengths(epoch, index) for index in chosen]
-                packed = pack(lengths, self.row_length)
+                packed = self.packed(epoch, window)
                 for row in range(first, len(packed)):
-                    documents = [PlannedDocument(epoch, chosen[i], lengths[i]) for i in packed[row]]
-                    yield documents, Position(epoch, window, row + 1)
+                    yield packed[row], Position(epoch, window, row + 1)
                 window, first = window + 1, 0
             epoch, window = epoch + 1, 0
 

@@ -21,6 +21,7 @@ from mmgen.config import Config, EvalConfig, choose
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.data.shards import BadSample, Sample, open_image, read
+from mmgen.data.store import Patterns
 from mmgen.evaluate.judge import Judge, Truth, pixels, truth
 from mmgen.evaluate.metrics import (
     Features,
@@ -41,7 +42,7 @@ from mmgen.train.loop import validate
 class Pictures:
     """The readable pictures of shards, at the size and in the colours that the model draws."""
 
-    def __init__(self, patterns: Sequence[str], patcher: PixelPatcher, bad: list[dict[str, str]]) -> None:
+    def __init__(self, patterns: Patterns, patcher: PixelPatcher, bad: list[dict[str, str]]) -> None:
         self.samples: list[Sample] = []
         self.images: list[Image.Image] = []
         for sample in read(patterns, bad):
