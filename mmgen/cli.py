@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -17,12 +17,17 @@ from rich.console import Console
 from rich.table import Table
 
 from mmgen import __version__
-from mmgen.config import Config, explain, override
+from mmgen.config import Config, SourceConfig, explain, override
 from mmgen.config import load as load_config
+
+if TYPE_CHECKING:
+    from mmgen.tokenizer import Tokenizer
 
 app = App(name="mmgen", version=__version__, help="Train and use one transformer over text and images.")
 bench = App(name="bench", help="Measure speed against a floor, in one interleaved run.")
 app.command(bench)
+data = App(name="data", help="Index, check and show shards.")
+app.command(data)
 lab = App(name="lab", help="Small experiments with known answers that prove the flow toolbox.")
 app.command(lab)
 check = App(name="check", help="Checks that a configuration's parts fit each other.")
@@ -236,6 +241,77 @@ def parity(
             f"largest relative difference {largest:.1e}{'; ' + result['first'] if result['first'] else ''}"
         )
     return 0 if holds else 1
+
+
+Shards = Annotated[str, Parameter(help="Shards; by default those of data.train and data.val.")]
+Workers = Annotated[int, Parameter(help="Processes; by default one per core.")]
+
+
+@data.command(name="index")
+def index_data(*shards: Shards, config: Settings = Config(), workers: Workers = 0, as_json: Json = False) -> int:
+    """Write the index of every shard that has none; a second call goes on where a first one stopped."""
+    from mmgen.data.check import index_shards
+
+    show(index_shards(*chosen_data(shards, config), config, workers or os.cpu_count() or 1, tell), as_json)
+    return 0
+
+
+@data.command(name="check")
+def check_data(
+    *shards: Shards,
+    config: Settings = Config(),
+    decode: Annotated[bool, Parameter(help="Decode every image too.")] = True,
+    world: Annotated[int, Parameter(help="Ranks whose shares are balanced.")] = 8,
+    inject: Annotated[
+        str | None, Parameter(help="Break the order: per_rank_seed, dropped_carry, off_by_one, duplicated_shard.")
+    ] = None,
+    workers: Workers = 0,
+    as_json: Json = False,
+) -> int:
+    """Say what shards hold and lose, and whether the order keeps its promises; code 1 where anything is bad."""
+    from mmgen.data.check import check
+
+    workers = workers or os.cpu_count() or 1
+    report = check(*chosen_data(shards, config), config, tell, decode, inject, workers, world)
+    if not as_json:
+        for item in report.pop("bad_samples"):
+            print(f"bad: {item['shard']}/{item['key']}: {item['reason']}")
+        for key in report.pop("duplicate_keys"):
+            print(f"duplicate: {key}")
+        for path in report.pop("duplicate_shards"):
+            print(f"the same bytes as an earlier shard: {path}")
+        for path in report.pop("unused_shards"):
+            print(f"unused: {path}")
+    show(report, as_json)
+    return 0 if report["holds"] else 1
+
+
+@data.command(name="show")
+def show_data(
+    count: Annotated[int, Parameter(help="Rows.")] = 4,
+    *shards: Shards,
+    config: Settings = Config(),
+    out: Folder = Path("runs/data"),
+    as_json: Json = False,
+) -> int:
+    """Draw packed rows as the model sees them: mask, text, images."""
+    from mmgen.data.loader import Corpus
+    from mmgen.data.show import show as draw_rows
+
+    rows = draw_rows(Corpus(*chosen_data(shards, config), config), count, out)
+    if as_json:
+        print(json.dumps(rows))
+    for row in [] if as_json else rows:
+        print(f"{row['picture']}: {row['positions']} positions of {', '.join(row['samples'])}\n    {row['row']}")
+    return 0
+
+
+def chosen_data(shards: tuple[str, ...], config: Config) -> tuple[list[str | SourceConfig], Tokenizer]:
+    """Patterns and tokenizer of a `data` command."""
+    from mmgen.tokenizer import Tokenizer
+
+    patterns: list[str | SourceConfig] = [*shards] or [*config.data.train, *config.data.val]
+    return patterns, Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
 
 
 @lab.command(name="list")

@@ -99,7 +99,7 @@ class Corpus:
     def document(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Document:
         """Decode one document; `quantiles` are the stratified draws for t of its images. Raises `BadSample`."""
         epoch = planned.epoch
-        (shard, key), decoded = self._decoded(epoch, planned.index)
+        (shard, key), decoded = self.decoded(epoch, planned.index)
         told = list(decoded)
         if planned.form == IMAGE_FIRST:
             told.reverse()
@@ -144,7 +144,7 @@ class Corpus:
                 told[i] = segment[:kept]
         return [segment for segment in told if len(segment)]
 
-    def _decoded(self, epoch: int, index: int) -> tuple[tuple[str, str], Decoded]:
+    def decoded(self, epoch: int, index: int) -> tuple[tuple[str, str], Decoded]:
         """(shard, key), tokens and patch rows of a sample; the first ones are kept: a small corpus is decoded once."""
         if index in self._cache:
             return self._cache[index]
@@ -238,6 +238,18 @@ class Corpus:
             return error
 
 
+Planned = tuple[int, list[PlannedRow], Position]
+"""Number of a global step, its rows, and where the run stands behind it."""
+
+
+def planned_steps(plan: Plan, batch_rows: int, first: int, last: int, start: Position) -> Iterator[Planned]:
+    """Global steps [first, last) of a run that stands at `start`, before anything is decoded."""
+    source = plan.rows(start)
+    for number in range(first, last):
+        rows = [next(source) for _ in range(batch_rows)]
+        yield number, [row for row, _ in rows], rows[-1][1]
+
+
 class _Stream(IterableDataset[Step]):
     """Steps from a position on; worker w of W makes steps w, w + W, ..."""
 
@@ -247,12 +259,10 @@ class _Stream(IterableDataset[Step]):
     def __iter__(self) -> Iterator[Step]:
         worker = get_worker_info()
         lane, lanes = (worker.id, worker.num_workers) if worker else (0, 1)
-        source = self.corpus.plan.rows(self.start)
-        for number in range(self.first, self.last):
-            planned = [next(source) for _ in range(self.corpus.config.train.batch_rows)]
+        rows = self.corpus.config.train.batch_rows
+        for number, planned, after in planned_steps(self.corpus.plan, rows, self.first, self.last, self.start):
             if (number - self.first) % lanes == lane:
-                rows = [row for row, _ in planned]
-                yield self.corpus.step(number, rows, planned[-1][1], self.rank, self.world)
+                yield self.corpus.step(number, planned, after, self.rank, self.world)
 
 
 def steps(corpus: Corpus, first: int, last: int, start: Position, rank: int = 0, world: int = 1) -> Iterator[Step]:

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import re
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ PACKED = (".gz", ".tgz", ".zst")
 GRACE = 64 * 2**20
 """Bytes that any compressed shard may unpack to, whatever its ratio."""
 OPEN_FILES = 64
+RETRIES = (0.1, 0.5, 2.0)
+"""Seconds to wait before a remote range is asked for again."""
 
 
 def is_url(path: str) -> bool:
@@ -78,6 +81,11 @@ def _found(path: str) -> list[str]:
     return shards
 
 
+def is_shard(file: str) -> bool:
+    """Whether a file is a shard by its name."""
+    return file.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst"))
+
+
 def name(shard: str) -> str:
     """The name of a shard that randomness and messages use: the same wherever it lies."""
     return shard.rstrip("/").rsplit("/", 1)[-1].split("?", 1)[0]
@@ -95,7 +103,8 @@ def stamp(shard: str) -> str:
         return f"{status.st_size} {status.st_mtime_ns}"
     files, path = filesystem(shard)
     try:
-        facts = files.info(path)
+        with _reached(shard):
+            facts = files.info(path)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"shard {shard} does not exist: make it first or correct the URL in the config"
@@ -186,14 +195,33 @@ def read(shard: str, start: int, end: int, cache_dir: Path, limits: LimitsConfig
     if name(shard).endswith(PACKED):
         return os.pread(_descriptor(str(unpacked(shard, cache_dir, limits))).number, end - start, start)
     files, path = filesystem(shard)
-    return bytes(files.cat_file(path, start=start, end=end))
+    for wait in RETRIES:
+        try:
+            with _reached(shard):
+                return bytes(files.cat_file(path, start=start, end=end))
+        except OSError:
+            time.sleep(wait)
+    with _reached(shard):
+        return bytes(files.cat_file(path, start=start, end=end))
+
+
+@contextmanager
+def _reached(url: str) -> Iterator[None]:
+    """Errors of any file system's own kind become an OSError that names the URL."""
+    try:
+        yield
+    except (OSError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise OSError(f"{url} cannot be reached: {error}") from None
 
 
 def fetch(url: str) -> bytes | None:
     """A whole small file, or None where it cannot be had."""
     files, path = filesystem(url)
     try:
-        return bytes(files.cat_file(path))
+        with _reached(url):
+            return bytes(files.cat_file(path))
     except OSError:
         return None
 
@@ -201,7 +229,8 @@ def fetch(url: str) -> bytes | None:
 def write(url: str, content: bytes) -> None:
     """Write a small file; raises OSError or NotImplementedError where that is not possible."""
     files, path = filesystem(url)
-    files.pipe_file(path, content)
+    with _reached(url):
+        files.pipe_file(path, content)
 
 
 class _Open:

@@ -148,7 +148,7 @@ def _check_sum(header: bytes, offset: int) -> None:
     blank = header[:148] + b" " * 8 + header[156:]
     total = sum(blank)
     signed = total - 256 * sum(byte > 127 for byte in blank)
-    if _number(header[148:156]) not in (total, signed):
+    if header[148:149] >= b"\x80" or _number(header[148:156]) not in (total, signed):
         raise Damaged(f"no tar header at {offset} bytes")
 
 
