@@ -76,8 +76,6 @@ class DataConfig(Settings):
     """Which part of an image of another shape is kept."""
     block: Positive = 16
     """Neighbours in a shard that stay together in the order, within one window; reads stay sequential."""
-    streams: Annotated[int, Field(ge=0)] = 0
-    """Above 0: read without an index, as so many interleaved streams; the number of processes must divide it."""
     cache_dir: Path = Path("~/.cache/mmgen")
     """Where indexes go that cannot stand beside their shards, and compressed shards are unpacked."""
     cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 import resource
 import struct
 import tarfile
@@ -160,9 +161,8 @@ def test_damaged_headers_are_named() -> None:
     assert "extended header of" in damaged(_with_size(huge, b"77777777777\0"))
     bad_pax = tar_of({"é" * 80: b"1"}, tarfile.PAX_FORMAT).replace(b" path=", b" path ")
     assert "not made of records" in damaged(bad_pax)
-    assert "not made of records" in damaged(
-        tar_of({"é" * 80: b"1"}, tarfile.PAX_FORMAT).replace(b"171 path", b"001 path")
-    )
+    short = re.sub(rb"\d{3} path=", b"001 path=", tar_of({"é" * 80: b"1"}, tarfile.PAX_FORMAT))
+    assert "not made of records" in damaged(short)
 
 
 def _with_size(content: bytearray, size: bytes) -> bytes:

@@ -8,9 +8,11 @@ import re
 import struct
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from html import unescape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -169,6 +171,12 @@ def read(patterns: Patterns, bad: list[Bad] | None = None, data: DataConfig | No
             if bad is None:
                 raise ValueError(f"shard {shard} {damage(error)}") from None
             bad.append({"shard": name, "key": error.key, "reason": damage(error)})
+
+
+def worst_shards(quarantine: Path, most: int = 3) -> str:
+    """The shards that lost most samples, with their numbers, from a run's `quarantine.jsonl`."""
+    counts = Counter(json.loads(line)["shard"] for line in quarantine.read_text().splitlines())
+    return ", ".join(f"{shard}: {count}" for shard, count in counts.most_common(most))
 
 
 def damage(error: Damaged) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmgen.config import Config
 from mmgen.data.loader import Corpus, Step, steps
 from mmgen.data.order import Position
+from mmgen.data.shards import worst_shards
 from mmgen.tokenizer import Tokenizer
 from mmgen.train import checkpoint, meter
 from mmgen.train.engine import Engine, can_compile, uses_bf16
@@ -327,5 +328,5 @@ def refuse_bad_data(bad: int, corpus: Corpus, config: Config) -> None:
     if bad > config.data.max_bad_fraction * total:
         raise ValueError(
             f"{bad} of {total} samples cannot be read, more than data.max_bad_fraction {config.data.max_bad_fraction}: "
-            f"see {config.run.dir / 'quarantine.jsonl'}"
+            f"see {config.run.dir / 'quarantine.jsonl'} (most in {worst_shards(config.run.dir / 'quarantine.jsonl')})"
         )
