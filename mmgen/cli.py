@@ -209,6 +209,21 @@ def generation(
     return 0
 
 
+@bench.command(name="data")
+def data_speed(
+    *,
+    config: Settings = Config(),
+    rounds: Annotated[int, Parameter(help="Interleaved repetitions.")] = 5,
+    samples: Annotated[int, Parameter(help="Samples read in each.")] = 2000,
+    as_json: Json = False,
+) -> int:
+    """Time reading against webdataset's pipeline, and packing, waiting and resuming."""
+    from mmgen.bench_data import bench_data
+
+    show(bench_data(config, rounds, samples, tell), as_json)
+    return 0
+
+
 @bench.command
 def samplers(*, rounds: Annotated[int, Parameter(help="Interleaved repetitions.")] = 15, as_json: Json = False) -> int:
     """Time what each sampler adds to the calls of a network of a millisecond or more."""
