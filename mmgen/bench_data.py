@@ -1,7 +1,7 @@
 """`mmgen bench data`: reading through the index against webdataset's own pipeline, packing, and the cost of resuming.
 
-Both sides decode with the same functions and turn a sample into the same token ids and patch rows, in one process and one
-thread, in alternating rounds; seconds are processor time, so that other programs on the machine disturb little.
+Both sides decode with the same functions and turn a sample into the same token ids and patch rows, in one process
+and one thread, in alternating rounds; seconds are processor time, so that other programs on the machine disturb little.
 """
 
 from __future__ import annotations

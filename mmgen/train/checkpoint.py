@@ -7,10 +7,9 @@ file. `saver.py` writes it. Nothing in it is unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from pydantic import ValidationError
 
 from mmgen.config import Config, differences
 from mmgen.data.order import Position
-from mmgen.data.shards import expand
 from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.tokenizer import Tokenizer
 from mmgen.train.engine import Engine
@@ -114,11 +112,6 @@ def check_same_run(trainer: dict[str, Any], config: Config, tokenizer: Tokenizer
         }
 
     _refuse(differences(shape(config.model_dump(mode="json")), shape(_settings(trainer, folder))), folder)
-    if trainer.get("data", "") not in ("", fingerprint(config.data.train)):
-        raise ValueError(
-            f"the training shards are not those of the checkpoint {folder}: names or sizes changed, and with them the "
-            "order of documents. Put them back, or start a new run from its weights (train.init_from)"
-        )
     if Tokenizer.load(folder / "tokenizer.json", config.model.patcher.grids) != tokenizer:
         raise ValueError(
             f"{config.data.tokenizer} is not the tokenizer of the checkpoint {folder}: its ids would mean other words. "
@@ -126,10 +119,13 @@ def check_same_run(trainer: dict[str, Any], config: Config, tokenizer: Tokenizer
         )
 
 
-def fingerprint(patterns: Sequence[str]) -> str:
-    """What the order of documents rests on, cheaply: names and sizes of all shards, wherever they lie."""
-    shards = [(Path(shard).name, Path(shard).stat().st_size) for shard in expand(patterns)]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+def check_same_data(trainer: dict[str, Any], fingerprint: str, folder: Path) -> None:
+    """Raise ValueError where the training shards are not the checkpoint's: the order of documents rests on them."""
+    if trainer.get("data", "") not in ("", fingerprint):
+        raise ValueError(
+            f"the training shards are not those of the checkpoint {folder}: names or contents changed, and with them the "
+            "order of documents. Put them back, or start a new run from its weights (train.init_from)"
+        )
 
 
 def check_same_model(trainer: dict[str, Any], config: Config, folder: Path) -> None:

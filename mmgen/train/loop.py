@@ -85,7 +85,7 @@ class Run:
         self.engine = build_engine(config, len(tokenizer), ranks)
         self.model, self.device = self.engine.model, self.engine.device
         self.saver = Saver(config.run.dir / "checkpoints", self.engine, ranks, tokenizer)
-        self.data = checkpoint.fingerprint(config.data.train)
+        self.data = self.corpus.dataset.fingerprint
         self.spikes = Spikes(config.train.spike_factor)
         self.step, self.skipped, self.position = 0, 0, Position()
         self.resumed: Path | None = None
@@ -96,6 +96,7 @@ class Run:
 
     def restore(self, folder: Path, trainer: dict[str, Any]) -> None:
         """Stand where a checkpoint stands."""
+        checkpoint.check_same_data(trainer, self.data, folder)
         checkpoint.restore(folder, self.engine, trainer)
         self.resumed = folder
         self.step, self.position = trainer["step"], checkpoint.position_of(trainer)
