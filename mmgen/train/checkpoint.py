@@ -123,8 +123,8 @@ def check_same_data(trainer: dict[str, Any], fingerprint: str, folder: Path) -> 
     """Raise ValueError where the training shards are not the checkpoint's: the order of documents rests on them."""
     if trainer.get("data", "") not in ("", fingerprint):
         raise ValueError(
-            f"the training shards are not those of the checkpoint {folder}: names or contents changed, and with them the "
-            "order of documents. Put them back, or start a new run from its weights (train.init_from)"
+            f"the training shards are not those of the checkpoint {folder}: names or contents changed, and with them "
+            "the order of documents. Put them back, or start a new run from its weights (train.init_from)"
         )
 
 
