@@ -148,7 +148,12 @@ def undecodable(corpus: Corpus, workers: int, tell: Tell) -> list[Bad]:
     bounds = [*range(0, len(corpus.samples), 2048), len(corpus.samples)]
     spans = list(pairwise(bounds))
     bad: list[Bad] = []
-    with ProcessPoolExecutor(max(1, workers), mp_context=get_context("fork")) as pool:
+    if workers < 2:
+        for span in spans:
+            bad += _look(span)
+            tell(f"decoded {span[1]} of {len(corpus.samples)} samples")
+        return bad
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         for span, found in zip(spans, pool.map(_look, spans), strict=True):
             bad += found
             tell(f"decoded {span[1]} of {len(corpus.samples)} samples")
