@@ -72,7 +72,7 @@ def test_readme_commands_run(tmp_path: Path) -> None:
         words = shlex.split(command)
         if words[:2] == ["mmgen", "lab"]:
             command += f" --out {tmp_path / 'lab'} --fast" if "run" in words else ""
-        elif words[0] == "mmgen" and "--dry-run" not in words and words[1] not in ("bench", "check"):
+        elif words[0] == "mmgen" and "--dry-run" not in words and words[1] not in ("bench", "check", "data"):
             command += f" {SMALL[words[1]]}"
         if "bench" in words:
             command += " --rounds 2"
