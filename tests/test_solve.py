@@ -411,7 +411,7 @@ def test_langevin_keeps_the_marginal() -> None:
 def test_annealed_langevin_reaches_the_data() -> None:
     path = VEPath(0.01, 10.0)
     moments = Moments(path)
-    ends = [moments.end("annealed_langevin", uniform_grid(30), corrections=n, snr=0.2) for n in (16, 64, 256)]
+    ends = [moments.end("annealed_langevin", uniform_grid(60), corrections=n, snr=0.2) for n in (20, 80, 320)]
     assert [mean for mean, _ in ends] == pytest.approx([0.7] * 3, abs=1e-9)
     # Where sigma is far below the data's own width a level mixes too slowly; more corrections bring it home.
     errors = [variance - 0.25 for _, variance in ends]

@@ -396,7 +396,8 @@ def test_every_parameter_takes_part(config: Config, tmp_path: Path, objective: d
     kept = {"text": ".json", "pictures": ".png", "nothing": ""}[held]
     members = {name: data for name, data in pairs(8).items() if name.endswith(kept)}
     shard = str(write_tar(tmp_path / "some.tar", members))
-    config = override(config, {"data": {"train": [shard]}, "objective": objective, "train": {"batch_rows": 1}})
+    data = {"train": [shard], "captionless": "keep"}
+    config = override(config, {"data": data, "objective": objective, "train": {"batch_rows": 1}})
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
     rank, world = (7, 8) if held == "nothing" else (0, 1)
