@@ -20,7 +20,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -36,8 +35,9 @@ from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmgen.config import Config, explain, load, override
-from mmgen.data.loader import Corpus
+from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position
+from mmgen.evaluate.score import write_report
 from mmgen.model import MMGenConfig, MMGenModel, build_model
 from mmgen.tokenizer import Tokenizer
 
@@ -166,11 +166,9 @@ def step_flops(config: Config) -> float:
     """Floating-point operations of one training step, counted by torch on the run's first batch."""
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     corpus = Corpus(config.data.train, tokenizer, config)
-    source = corpus.plan.rows(Position())
-    planned = [next(source) for _ in range(config.train.batch_rows)]
     model = build_model(config, len(tokenizer))
     with FlopCounterMode(display=False) as counter:
-        for batch in corpus.step(1, [row for row, _ in planned], planned[-1][1]).micro:
+        for batch in next(steps(corpus, 0, 1, Position())).micro:
             losses = model(batch)
             (losses.text + losses.image).backward()
     return float(counter.get_total_flops())
@@ -195,9 +193,7 @@ def ablate(path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
             config = override(arm.config, {"run": {"dir": folder, "seed": seed}})
             reports[arm.name].append(_run(config, arm, tell))
         summary = summarise(file, arms, reports)
-        temporary = file.out / "report.json.tmp"
-        temporary.write_text(json.dumps(summary, indent=1) + "\n")
-        os.replace(temporary, file.out / "report.json")
+        write_report(file.out, summary)
     return summary
 
 

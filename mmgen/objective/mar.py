@@ -28,7 +28,7 @@ from mmgen.objective.seam import (
     ImageSpec,
     TimeEmbedding,
 )
-from mmgen.patch import ENTRIES, Floats, Grid, OutputLinear, PlaceEmbedding
+from mmgen.patch import ENTRIES, Floats, Grid, OutputLinear, PlaceEmbedding, raster
 from mmgen.sequence import Batch, Block
 
 
@@ -172,7 +172,7 @@ class MARObjective(ImageObjective):
         """Reveal patches in random order, more of them at each step; known ones stand from the start."""
         rows, n, _ = spec.noise_RNP.shape
         device = spec.noise_RNP.device
-        place_N2 = _places(spec.grid, device)
+        place_N2 = torch.from_numpy(raster(spec.grid)).to(device)
         chance_RN = spec.noise(spec.noise_RNP[..., 0])
         x_RNP = torch.zeros_like(spec.noise_RNP)
         shown_RN = torch.zeros(rows, n, dtype=torch.bool, device=device)
@@ -200,7 +200,7 @@ class MARObjective(ImageObjective):
     def _next_patches(self, spec: ImageSpec) -> Drawing:
         """Draw one patch after another, each from the hidden state before it; the cache keeps them."""
         _, n, length = spec.noise_RNP.shape
-        place_N2 = _places(spec.grid, spec.noise_RNP.device)
+        place_N2 = torch.from_numpy(raster(spec.grid)).to(spec.noise_RNP.device)
         hidden_GR1D = spec.opening_GRD.unsqueeze(2)
         x_RNP = torch.zeros_like(spec.noise_RNP)
         for i in range(n):
@@ -266,9 +266,3 @@ def guidance_at(share: float, sample: SampleConfig) -> float:
     if sample.guidance_ramp == "constant":
         return sample.guidance_scale
     return 1 + (sample.guidance_scale - 1) * share
-
-
-def _places(grid: Grid, device: torch.device) -> Tensor:
-    """(row, column) of each patch of a grid, [N, 2]."""
-    column = torch.arange(grid[0] * grid[1], device=device)
-    return torch.stack([column // grid[1], column % grid[1]], dim=1)

@@ -12,7 +12,7 @@ from mmgen.config import ObjectiveConfig, PatcherConfig, choose
 from mmgen.flow.time import TIMES
 from mmgen.objective.flow import ImageFlow
 from mmgen.objective.seam import BackboneCall, Drawing, Embedded, ImageObjective, ImageSite, ImageSpec, TimeEmbedding
-from mmgen.patch import Grid, PlaceEmbedding, Places, build_projection
+from mmgen.patch import Grid, PlaceEmbedding, Places, build_projection, raster
 from mmgen.sequence import Batch, Block
 
 
@@ -77,8 +77,7 @@ class TransfusionObjective(ImageObjective):
     def generate(self, spec: ImageSpec) -> Drawing:
         rows, n, length = spec.noise_RNP.shape
         device = spec.noise_RNP.device
-        column = torch.arange(n, device=device)
-        place = torch.stack([column // spec.grid[1], column % spec.grid[1]], dim=1).repeat(rows, 1)
+        place = torch.from_numpy(raster(spec.grid)).to(device).repeat(rows, 1)
         places = Places(torch.arange(rows, device=device).repeat_interleave(n), place)
         scale = spec.sample.guidance_scale
         flow = self.flow.draw(spec.sample, spec.noise_RNP, spec.noise, scale, spec.given, spec.previews)
