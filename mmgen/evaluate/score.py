@@ -7,7 +7,6 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from PIL import Image
 from mmgen import picture
 from mmgen.config import Config, EvalConfig, choose
 from mmgen.data.loader import Corpus
-from mmgen.data.order import Position
 from mmgen.data.shards import BadSample, Sample, open_image, read
 from mmgen.data.store import Patterns
 from mmgen.evaluate.judge import Judge, Truth, pixels, truth
@@ -36,7 +34,8 @@ from mmgen.generate import Decoder, Request
 from mmgen.model import MMGenModel
 from mmgen.patch import PixelPatcher
 from mmgen.tokenizer import Tokenizer
-from mmgen.train.loop import validate
+from mmgen.train.probe import held_out
+from mmgen.train.ranks import Ranks
 
 
 class Pictures:
@@ -229,10 +228,7 @@ def evaluate(
     )
     tell(f"images to captions: {report['i2t_accuracy']:.3f} right")
     if config.data.val:
-        held_out = Corpus(config.data.val, tokenizer, config)
-        losses = validate(model, held_out)
-        report |= dict(zip(("val_loss_text", "val_loss_image"), losses, strict=True))
-        report["val_loss_image_by_place"] = loss_by_place(model, held_out)
+        report |= held_out_losses(model, Corpus(config.data.val, tokenizer, config))
     report |= {
         "bad_samples": len(bad),
         "train_seconds": round(trainer["train_seconds"], 1),
@@ -248,23 +244,28 @@ def evaluate(
     return report
 
 
-@torch.no_grad()
-def loss_by_place(model: MMGenModel, corpus: Corpus) -> list[float]:
-    """Held-out image loss at each place of the first declared patch grid, in raster order, with fixed noise."""
+def held_out_losses(model: MMGenModel, corpus: Corpus) -> dict[str, Any]:
+    """Losses over one epoch of a corpus with fixed noise.
+
+    `val_loss_text` in nats per text target, `val_loss_image` per entry, and that at each place of the first declared
+    patch grid, in raster order.
+    """
     rows, columns = model.patcher.grids[0]
+    text, image, texts, images = 0.0, 0.0, 0, 0
     sums, counts = torch.zeros(2, rows * columns, dtype=torch.float64)
-    source = corpus.plan.epoch_rows(0)
-    model.eval()
-    while chunk := list(islice(source, corpus.config.train.batch_rows)):
-        for batch in corpus.step(0, chunk, Position()).micro:
-            image_J = model(batch.to(model.device)).image_J.double().cpu()
-            row, column = batch.place_I2[batch.loss_at_J].T
-            inside = (row < rows) & (column < columns)
-            place = (row * columns + column)[inside]
-            sums += torch.bincount(place, image_J[inside], minlength=rows * columns)
-            counts += torch.bincount(place, minlength=rows * columns)
-    means: list[float] = (sums / counts.clamp(min=1)).tolist()
-    return means
+    for batch, losses in held_out(model, corpus, Ranks()):
+        text, texts = text + float(losses.text), texts + losses.text_count
+        image, images = image + float(losses.image), images + losses.image_count
+        row, column = batch.place_I2[batch.loss_at_J].cpu().T
+        inside = (row < rows) & (column < columns)
+        place = (row * columns + column)[inside]
+        sums += torch.bincount(place, losses.image_J.double().cpu()[inside], minlength=rows * columns)
+        counts += torch.bincount(place, minlength=rows * columns)
+    return {
+        "val_loss_text": text / max(texts, 1),
+        "val_loss_image": image / max(images, 1),
+        "val_loss_image_by_place": (sums / counts.clamp(min=1)).tolist(),
+    }
 
 
 def caption_scores(decoder: Decoder, task: Task, test: Pictures, settings: EvalConfig) -> dict[str, float]:
@@ -281,7 +282,7 @@ def batches(items: Sequence[Request], size: int) -> list[Sequence[Request]]:
 
 
 def write_report(run: Path, report: dict[str, Any]) -> None:
-    """Write report.json, all or nothing."""
+    """Write report.json into a folder, all or nothing."""
     temporary = run / "report.json.tmp"
     temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     os.replace(temporary, run / "report.json")

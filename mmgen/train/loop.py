@@ -22,11 +22,11 @@ from mmgen.train.engine import Engine, can_compile, uses_bf16
 from mmgen.train.guard import INTERRUPTED, Spikes, Watchdog, check_space, interruptible
 from mmgen.train.log import Log
 from mmgen.train.optimizer import averages, learning_rate
-from mmgen.train.probe import draw_samples, sample_prompts, validate, validation
+from mmgen.train.probe import draw_samples, sample_prompts, validation
 from mmgen.train.ranks import Ranks, finish, shard, start
 from mmgen.train.saver import IDLE, Saver
 
-__all__ = ["INTERRUPTED", "can_compile", "train", "uses_bf16", "validate"]
+__all__ = ["INTERRUPTED", "can_compile", "train", "uses_bf16"]
 
 
 def train(config: Config) -> int:

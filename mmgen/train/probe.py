@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.data.shards import read
 from mmgen.generate import Decoder, Request
-from mmgen.model import MMGenModel
+from mmgen.model import Losses, MMGenModel
+from mmgen.sequence import Batch
 from mmgen.tokenizer import Tokenizer
 from mmgen.train import meter
 from mmgen.train.engine import Engine
@@ -24,36 +26,34 @@ SAMPLES = 12
 
 
 @torch.no_grad()
+def held_out(model: MMGenModel, corpus: Corpus, ranks: Ranks) -> Iterator[tuple[Batch, Losses]]:
+    """Each batch of one epoch of a corpus and its losses, with fixed noise; a rank gets its share of every step."""
+    training = model.training
+    model.eval()
+    rows = corpus.plan.epoch_rows(0)
+    number = 0
+    while chunk := list(islice(rows, corpus.config.train.batch_rows)):
+        for batch in corpus.step(number, chunk, Position(), ranks.rank, ranks.world).micro:
+            batch = batch.to(model.device)
+            yield batch, model(batch)
+        number += 1
+    model.train(training)
+
+
 def validation(model: MMGenModel, corpus: Corpus, ranks: Ranks) -> dict[str, float]:
     """Losses over one epoch of a corpus with fixed noise, each rank taking a share of every step.
 
     `val_loss/text` in nats per text target, `val_loss/image` per entry, and that per range of t.
     """
-    device, training = model.device, model.training
-    model.eval()
-    sums = torch.zeros(4, device=device)
-    times = torch.zeros(2, meter.BUCKETS, device=device)
-    rows = corpus.plan.epoch_rows(0)
-    number = 0
-    while chunk := list(islice(rows, corpus.config.train.batch_rows)):
-        step = corpus.step(number, chunk, Position(), ranks.rank, ranks.world)
-        for batch in step.micro:
-            batch = batch.to(device)
-            losses = model(batch)
-            counts = [losses.text.new_tensor(float(n)) for n in (losses.text_count, losses.image_count)]
-            sums += torch.stack([losses.text, losses.image, *counts])
-            times += meter.by_time(batch, losses)
-        number += 1
-    model.train(training)
+    sums = torch.zeros(4, device=model.device)
+    times = torch.zeros(2, meter.BUCKETS, device=model.device)
+    for batch, losses in held_out(model, corpus, ranks):
+        counts = [losses.text.new_tensor(float(n)) for n in (losses.text_count, losses.image_count)]
+        sums += torch.stack([losses.text, losses.image, *counts])
+        times += meter.by_time(batch, losses)
     text, image, texts, images = ranks.total(sums).tolist()
     found = {"val_loss/text": text / max(texts, 1), "val_loss/image": image / max(images, 1)}
     return found | meter.time_losses(ranks.total(times), "val_loss")
-
-
-def validate(model: MMGenModel, corpus: Corpus) -> tuple[float, float]:
-    """(cross-entropy per text target in nats, image loss per entry) over one epoch of a corpus, with fixed noise."""
-    found = validation(model, corpus, Ranks())
-    return found["val_loss/text"], found["val_loss/image"]
 
 
 def sample_prompts(config: Config) -> list[str]:
