@@ -5,6 +5,7 @@ The forking process itself must never compute with torch.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,3 +85,15 @@ def run_ranks(world: int, function: Callable[[int], int], timeout: float = 120, 
         else:
             time.sleep(0.01)
     return codes
+
+
+def told(results: list[dict[str, Any]], one: str, as_json: bool) -> int:
+    """Print what a check found, each result named by its key `one`; returns the exit code."""
+    holds = all(result["holds"] for result in results)
+    if as_json:
+        print(json.dumps({"holds": holds, f"{one}s": results}))
+        return 0 if holds else 1
+    for result in results:
+        figures = "  ".join(f"{k} {v:.1e}" for k, v in result.items() if isinstance(v, float))
+        print("holds" if result["holds"] else "FAILS", result[one], figures)
+    return 0 if holds else 1

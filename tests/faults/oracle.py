@@ -29,7 +29,7 @@ from mmgen.train.fragments import Store
 from mmgen.train.guard import Watchdog
 from mmgen.train.loop import train
 from mmgen.train.zero import ZeroEngine
-from tests.faults.launch import run_ranks, small
+from tests.faults.launch import run_ranks, small, told
 
 STEPS, ROWS = 20, 7
 LIMITS = {
@@ -290,14 +290,7 @@ def main() -> int:
     chosen = variants() if words.variants else chosen
     with tempfile.TemporaryDirectory() as folder:
         results = check(chosen, words.inject, Path(folder))
-    holds = all(result["holds"] for result in results)
-    if words.json:
-        print(json.dumps({"holds": holds, "cells": results}))
-    else:
-        for result in results:
-            figures = "  ".join(f"{k} {v:.1e}" for k, v in result.items() if isinstance(v, float))
-            print("holds" if result["holds"] else "FAILS", result["cell"], figures)
-    return 0 if holds else 1
+    return told(results, "cell", words.json)
 
 
 if __name__ == "__main__":

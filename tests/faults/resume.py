@@ -22,7 +22,7 @@ from mmgen.train import checkpoint
 from mmgen.train.engine import Engine
 from mmgen.train.fragments import Store
 from mmgen.train.loop import train
-from tests.faults.launch import run_ranks, small
+from tests.faults.launch import run_ranks, small, told
 from tests.faults.oracle import distance
 
 FAULTS = ("moments", "ema", "rng")
@@ -116,14 +116,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         # Another world has other random streams by design; the fault shows in the first cases, with dropout.
         results = check(LAYOUTS[: 2 if words.inject else words.cases], words.inject, Path(folder))
-    holds = all(result["holds"] for result in results)
-    if words.json:
-        print(json.dumps({"holds": holds, "cases": results}))
-    else:
-        for result in results:
-            figures = "  ".join(f"{k} {v:.1e}" for k, v in result.items() if isinstance(v, float))
-            print("holds" if result["holds"] else "FAILS", result["case"], figures)
-    return 0 if holds else 1
+    return told(results, "case", words.json)
 
 
 if __name__ == "__main__":
