@@ -2,6 +2,7 @@
 # say), that torch is used; elsewhere the pinned one is installed.
 PYTHON ?= python3
 VENV ?= .venv
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
@@ -39,7 +40,7 @@ demo: setup data
 	BIN=$(BIN) bash launch/show.sh configs/scenes.yaml "a red 7 top left and a blue 3 bottom right"
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES)
 
 test-all: setup
 	$(BIN)/python -m pytest

@@ -34,14 +34,24 @@ def attention(
         out = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2), None
-    # On a CPU the backward pass of bf16 attention ran 6 times slower than that of fp32.
-    half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+    half_on_cpu = query.device.type == "cpu" and value.dtype in (torch.bfloat16, torch.float16)
+    if half_on_cpu and torch.compiler.is_compiling():
+        return _matmul_attention(query, key, value, mask, scaling).transpose(1, 2), None
+    # On a CPU the backward pass of the fused kernel ran 6 times slower in bf16 than in fp32.
     dtype = torch.float32 if half_on_cpu else query.dtype
     with torch.autocast(query.device.type, enabled=False):
         out = F.scaled_dot_product_attention(
             query.to(dtype), key.to(dtype), value.to(dtype), attn_mask=mask.to(dtype), scale=scaling, enable_gqa=grouped
         )
     return out.to(value.dtype).transpose(1, 2), None
+
+
+def _matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Two products around a softmax in fp32, for a CPU's compiler: faster there than the fused kernel in fp32."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query.to(value.dtype) @ key.to(value.dtype).mT) * scaling
+    return torch.softmax(scores.float() + mask, -1).to(value.dtype) @ value
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -156,6 +156,21 @@ def test_flex_attention_is_the_same_attention(config: Config) -> None:
     assert not torch.allclose(attention(layer, q, k, v, blocks, 0.25)[0], causal, atol=1e-3)
 
 
+def test_compiled_attention_in_half_precision_is_the_same_attention(config: Config) -> None:
+    model, tokenizer = awake(config, torch.float32)
+    batch, layer = batch_of(model, tokenizer, ROWS, 32), model.backbone.get_decoder().layers[0].self_attn
+    mask = attention_mask(batch.sites)
+    shape = (len(batch.ids_BS), 4, batch.ids_BS.shape[1], 16)
+    q, k, v = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    compiled = torch.compile(lambda *parts: attention(layer, *parts, mask, 0.25)[0], backend="eager")
+    for heads in (4, 2, 1):
+        exact, _ = attention(layer, q.float(), k[:, :heads].float(), v[:, :heads].float(), mask, 0.25)
+        found = compiled(q, k[:, :heads], v[:, :heads]).float()
+        assert torch.linalg.norm(found - exact) < 1e-2 * torch.linalg.norm(exact)
+    shuffled, _ = attention(layer, q.float(), k.float(), v.float(), mask.roll(1, -1), 0.25)
+    assert not torch.allclose(compiled(q, k, v).float(), shuffled, atol=0.1)
+
+
 def test_sliding_windows_are_refused(config: Config) -> None:
     with pytest.raises(ValueError, match="sliding"):
         MMGenModel(MMGenConfig.of(override(config, {"model": {"backbone": {"model_type": "mistral"}}}), 300))
