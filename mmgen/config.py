@@ -347,7 +347,7 @@ class TrainConfig(Settings):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast type; auto takes bf16 on CUDA and on processors with AMX."""
     compile: bool = False
-    """`torch.compile` the backbone (needs a C++ compiler on a CPU)."""
+    """`torch.compile` the backbone's layers (needs a C++ compiler on a CPU)."""
     log_every: Positive = 20
     """Steps between lines of metrics.jsonl."""
     save_every: Positive = 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,15 @@ class Losses:
     """The learned patches one by one, without gradient."""
 
 
+def _compiled_in_training(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    plain = layer.forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        return compiled(layer, *arguments, **named) if layer.training else plain(*arguments, **named)
+
+    return forward
+
+
 class MMGenModel(PreTrainedModel):
     """One transformer over text and images."""
 
@@ -76,12 +86,19 @@ class MMGenModel(PreTrainedModel):
         self.backbone = build_backbone(config.backbone)
         width = self.backbone.get_input_embeddings().embedding_dim
         self.objective = objective_class(settings)(settings, self.patcher, width)
-        self._compiled: list[Any] = []  # in a list, so that the compiled module is no second child
+        self.compiled = False
         self.post_init()
 
     def compile_backbone(self) -> None:
-        """Compile the transformer for training batches, whose shapes are fixed; generation stays eager."""
-        self._compiled = [torch.compile(self.backbone.get_decoder())]
+        """Compile the transformer for training batches, whose shapes are fixed; generation stays eager.
+
+        Layer by layer: all layers share the code of the first, so that the time to compile does not grow with depth.
+        """
+        layers = next(part for part in self.backbone.get_decoder().modules() if isinstance(part, nn.ModuleList))
+        compiled = torch.compile(type(layers[0]).forward)
+        for layer in layers:
+            layer.forward = _compiled_in_training(layer, compiled)
+        self.compiled = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -108,8 +125,7 @@ class MMGenModel(PreTrainedModel):
 
     def hidden(self, inputs_BSD: Tensor, position_BS: Tensor, mask: Tensor | BlockMask, cache: Any = None) -> Tensor:
         """Last hidden states [B, S, D] under an explicit mask."""
-        decoder = self._compiled[0] if self._compiled and self.training else self.backbone.get_decoder()
-        out: Tensor = decoder(
+        out: Tensor = self.backbone.get_decoder()(
             inputs_embeds=inputs_BSD,
             position_ids=position_BS,
             attention_mask=mask,

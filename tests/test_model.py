@@ -191,3 +191,28 @@ def test_sliding_windows_are_refused(config: Config) -> None:
 def test_wrong_names_are_refused(config: Config, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MMGenModel(MMGenConfig.of(override(config, changes), 300))
+
+
+def test_compiling_serves_training_alone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        traced.append(len(graph.graph.nodes))
+        return graph
+
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: whole(function, backend=backend))
+    model, tokenizer = awake(config, torch.float32)
+    batch = batch_of(model, tokenizer, ROWS, 32)
+    inputs, mask = model.embed(batch)[0], attention_mask(batch.sites)
+    model.train()
+    expected = model.hidden(inputs, batch.position_BS, mask)
+    model.compile_backbone()
+    torch.testing.assert_close(model.hidden(inputs, batch.position_BS, mask), expected)
+    assert len(model.backbone.get_decoder().layers) > 1
+    assert len(traced) == 1, "all layers share one compiled function"
+    model.eval()
+    torch.testing.assert_close(
+        model.hidden(inputs[:, :7], batch.position_BS[:, :7], mask[..., :7, :7]), expected[:, :7]
+    )
+    assert len(traced) == 1

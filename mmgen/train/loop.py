@@ -196,7 +196,7 @@ class Run:
         self.known_bad = self.log.quarantine(self.corpus.bad)
         self.log.say(
             f"{run}: steps {self.step + 1} to {settings.steps} on {self.device}, {len(self.corpus.samples)} samples, "
-            f"{'bf16' if self.engine.bf16 else 'fp32'}{', compiled' if self.model._compiled else ''}"
+            f"{'bf16' if self.engine.bf16 else 'fp32'}{', compiled' if self.model.compiled else ''}"
             + (f", {self.ranks.world} processes, ZeRO stage {settings.zero_stage}" if shard(config) else "")
         )
         given = settings.peak_tflops
