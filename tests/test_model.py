@@ -212,7 +212,5 @@ def test_compiling_serves_training_alone(config: Config, monkeypatch: pytest.Mon
     assert len(model.backbone.get_decoder().layers) > 1
     assert len(traced) == 1, "all layers share one compiled function"
     model.eval()
-    torch.testing.assert_close(
-        model.hidden(inputs[:, :7], batch.position_BS[:, :7], mask[..., :7, :7]), expected[:, :7]
-    )
+    torch.testing.assert_close(model.hidden(inputs[:1], batch.position_BS[:1], mask[:1]), expected[:1])
     assert len(traced) == 1
