@@ -7,12 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from transformers import AutoTokenizer
 
@@ -130,6 +135,38 @@ def test_a_signal_to_one_rank_stops_all_after_saving(config: Config, tmp_path: P
 def test_a_rank_that_hangs_ends_all() -> None:
     code, found = command("hang")
     assert code == 0, found
+
+
+def among(world: int, function: Callable[[Ranks], Any]) -> list[Any]:
+    """What a function returns on every rank, threads that talk through a real group."""
+    store, found = dist.HashStore(), [None] * world
+
+    def one(rank: int) -> None:
+        side = dist.ProcessGroupGloo(store, rank, world, timedelta(seconds=30))
+        found[rank] = function(Ranks(rank, world, side))
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("busy", [[0.3], [0.3, 0.1], [0.1, 0.2, 0.3, 0.9, 0.25], [2.0, 1e-6, 1e-6, 50.0]], ids=str)
+def test_ranks_agree_on_sums_and_on_the_slowest(busy: list[float]) -> None:
+    def told(ranks: Ranks) -> tuple:
+        mine = busy[ranks.rank]
+        return ranks.sums([mine, 1.0]), ranks.maxima([mine, -mine]), meter.slowest(ranks, mine)
+
+    found = among(len(busy), told)
+    assert all(one == found[0] for one in found)
+    sums, maxima, (rank, over) = found[0]
+    assert sums == pytest.approx([sum(busy), len(busy)])
+    assert maxima == [max(busy), -min(busy)]
+    assert busy[rank] == max(busy)
+    median = max(sorted(busy)[(len(busy) - 1) // 2], 1e-4)  # what the histogram can tell apart
+    assert over == pytest.approx(max(busy) / median, rel=0.02)
 
 
 def test_trackers_are_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

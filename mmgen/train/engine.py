@@ -113,10 +113,10 @@ class Engine:
 
     def norms(self, norm: float) -> dict[str, float]:
         """Gradient norm before clipping of each part, from the noted ones, which are those after it."""
-        squares = self.ranks.gather([self._squares[part] for part in PARTS]).sum(0)
-        scale = norm / max(float(squares.sum()) ** 0.5, 1e-30)
+        squares = self.ranks.sums([self._squares[part] for part in PARTS])
+        scale = norm / max(sum(squares) ** 0.5, 1e-30)
         self._squares = dict.fromkeys(PARTS, 0.0)
-        return {f"grad_norm/{part}": scale * float(square) ** 0.5 for part, square in zip(PARTS, squares, strict=True)}
+        return {f"grad_norm/{part}": scale * square**0.5 for part, square in zip(PARTS, squares, strict=True)}
 
     @contextmanager
     def averaged(self, average: str) -> Iterator[None]:

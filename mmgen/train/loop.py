@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -73,6 +73,19 @@ def build_engine(config: Config, vocabulary: int, ranks: Ranks) -> Engine:
     return ZeroEngine(config, vocabulary, ranks)
 
 
+class Told(NamedTuple):
+    """What a step holds over all ranks, and where these stand: sums, in one message of fixed size."""
+
+    texts: float
+    patches: float
+    positions: float
+    images: float
+    bad: float
+    signals: float
+    unwritten: float
+    failed: float
+
+
 class Run:
     """A run in memory: engine, data, logs, and where it stands."""
 
@@ -126,9 +139,9 @@ class Run:
                 if self.resumed is not None:  # not earlier: what starts a run draws random numbers too
                     checkpoint.restore_random(self.resumed, ranks, self.step)
                     self.resumed = None
-                mine = [*count(data), data.positions, data.images, len(data.bad), len(signals), busy, self.saver.status]
-                told = ranks.gather([float(value) for value in mine])
-                counts = told[:, :2].sum(0).clamp(min=1).float().to(self.device)
+                mine = (*count(data), data.positions, data.images, len(data.bad), len(signals), *self.saver.progress)
+                told = Told(*ranks.sums(mine))
+                counts = torch.tensor(told[:2]).clamp(min=1).to(self.device)
                 logged = step % settings.log_every == 0 or step in (1, settings.steps)
 
                 engine.watched = logged
@@ -162,8 +175,8 @@ class Run:
 
                 self._tell(data, told, values, before)
                 if logged:
-                    self._record(data, told, values, times, spent, waited)
-                if told[:, 5].any():
+                    self._record(data, told, values, times, spent, waited, busy)
+                if told.signals:
                     self._save(must=True)
                     self.log.say(f"interrupted: step {step} is saved, the same command continues from it")
                     self.log.close()
@@ -185,7 +198,7 @@ class Run:
         positions = rows * config.data.row_length
         check_space(
             config,
-            int(self.ranks.gather([float(state)]).sum()),
+            int(self.ranks.sums([state])[0]),
             positions * (60 + 8 * config.model.patcher.patch_length),
         )
         if self.ranks.rank == 0:
@@ -235,14 +248,14 @@ class Run:
         self.log.say(f"{told}: back to step {self.step}, and step {step} will be left out")
         return True
 
-    def _tell(self, data: Step, told: Tensor, values: dict[str, float], before: Position) -> None:
+    def _tell(self, data: Step, told: Told, values: dict[str, float], before: Position) -> None:
         """What every step may have to say: a finished save, bad samples, a spike, a slow rank."""
         if self.saver.status != IDLE:
-            self._say_save(self.saver.poll(told[:, -1].int().tolist()))
-        if told[:, 4].any():
+            self._say_save(self.saver.poll(told.unwritten, told.failed))
+        if told.bad:
             for bad in self.ranks.gather_objects(data.bad):
                 self.known_bad = max(self.known_bad, self.log.quarantine(bad))
-            refuse_bad_data(int(self.ranks.gather([float(self.known_bad)])[0, 0]), self.corpus, self.config)
+            refuse_bad_data(int(self.ranks.maxima([self.known_bad])[0]), self.corpus, self.config)
         median = self.spikes.seen(values["loss"]) if math.isfinite(values["loss"]) else None
         if median is not None:
             where = {"from": before.as_dict(), "to": data.after.as_dict()}
@@ -251,26 +264,31 @@ class Run:
         self.log.advance(self.step)
 
     def _record(
-        self, data: Step, told: Tensor, values: dict[str, float], times: Tensor, spent: float, waited: float
+        self,
+        data: Step,
+        told: Told,
+        values: dict[str, float],
+        times: Tensor,
+        spent: float,
+        waited: float,
+        busy: float,
     ) -> None:
         """One line of metrics; every rank takes part."""
         step, ranks = self.step, self.ranks
-        flops, held, wait = ranks.gather(
-            [meter.step_flops(self.arithmetic, data), float(meter.memory(self.device)), waited]
-        ).T
+        (flops,) = ranks.sums([meter.step_flops(self.arithmetic, data)])
+        held, wait = ranks.maxima([meter.memory(self.device), waited])
         share = self.peak * ranks.world
         last, then = self.line
         self.line = (step, time.monotonic())
-        _, _, positions, images = told[:, :4].sum(0).tolist()
-        rank, over = meter.slowest(told[:, 6].tolist())
+        rank, over = meter.slowest(ranks, busy)
         slow = {"slowest_rank": float(rank), "slowest_over_median": over} if ranks.world > 1 else {}
         self.log.record(step, {
             **values, "lr": learning_rate(self.config.train, step), **self.engine.norms(values["grad_norm"]),
             **meter.time_losses(ranks.total(times)),
-            "tokens_per_s": positions / spent, "images_per_s": images / spent, "data_wait": float(wait.max()) / spent,
-            "mfu": float(flops.sum()) / (spent - float(wait.max())) / share,
-            "mfu_wall": float(flops.sum()) * (step - last) / (self.line[1] - then) / share,
-            "memory_bytes": float(held.max()), "goodput": self.productive / max(time.time() - self.born, 1e-9),
+            "tokens_per_s": told.positions / spent, "images_per_s": told.images / spent, "data_wait": wait / spent,
+            "mfu": flops / (spent - wait) / share,
+            "mfu_wall": flops * (step - last) / (self.line[1] - then) / share,
+            "memory_bytes": held, "goodput": self.productive / max(time.time() - self.born, 1e-9),
             "skipped": float(self.skipped), **slow,
         })  # fmt: skip
 

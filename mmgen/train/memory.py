@@ -20,16 +20,17 @@ def theory(parameters: int, stage: int, world: int, bf16: bool, averages: int) -
     }
 
 
-def traffic(parameters: int, stage: int, world: int, bf16: bool, micro_steps: int) -> float:
+def traffic(parameters: int, stage: int, world: int, bf16: bool, micro_steps: int, tied: int = 0) -> float:
     """Bytes that each rank sends in a step, with collectives in rings.
 
     Stages 0 and 1 sum gradients once per step, from stage 2 on they do so after every micro-step; stages 1 and 2 then
-    send the new weights, stage 3 gathers them for each forward and each backward pass.
+    send the new weights, stage 3 gathers them for each forward and each backward pass, and once more backwards the
+    `tied` elements of a table that is embedding and head at once. Gradients travel in the type of the weights.
     """
     ring = (world - 1) / world
     low = 2 if bf16 and stage else 4
     if stage == 0:
         return 2 * 4 * parameters * ring
     if stage < 3:
-        return ring * parameters * (2 * 4 * (micro_steps if stage == 2 else 1) + low)
-    return ring * parameters * micro_steps * 3 * low
+        return ring * parameters * low * (2 * (micro_steps if stage == 2 else 1) + 1)
+    return ring * (3 * parameters + tied) * micro_steps * low

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,14 +25,20 @@ class Ranks:
     world: int = 1
     side: Any = None
 
-    def gather(self, values: list[float]) -> torch.Tensor:
-        """The numbers of every rank, float64 [world, len(values)], in one collective."""
-        mine = torch.tensor(values, dtype=torch.float64)
-        if self.world == 1:
-            return mine.unsqueeze(0)
-        everyone = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(everyone, mine, group=self.side)
-        return torch.stack(everyone)
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Sums over ranks in float64: one message, which does not grow with their number."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def maxima(self, values: Sequence[float]) -> list[float]:
+        """Largest values over ranks, as `sums`."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
+        found = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(found, how, group=self.side)
+        told: list[float] = found.tolist()
+        return told
 
     def gather_objects(self, value: Any) -> list[Any]:
         """A small object of every rank; rare, as it is pickled between our own processes."""

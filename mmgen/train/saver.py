@@ -52,7 +52,7 @@ class Saver:
             with self._noting_errors():
                 shutil.rmtree(self._temporary, ignore_errors=True)
                 self._temporary.mkdir(parents=True)
-        self.ranks.gather([0.0])  # nobody writes before the folder is there
+        self.ranks.sums([0.0])  # nobody writes before the folder is there
         tensors = self._copy()
         texts: dict[str, str] = {}
         if self.ranks.rank == 0:
@@ -118,9 +118,14 @@ class Saver:
     def _temporary(self) -> Path:
         return self.folder / f".{self._name}.tmp"
 
-    def poll(self, statuses: list[int]) -> str | None:
-        """Told what every rank's `status` is: once nobody writes any more, publish; returns what people should know."""
-        if IDLE in statuses or WRITING in statuses:
+    @property
+    def progress(self) -> tuple[float, float]:
+        """(1 while this rank's part is not written, 1 where it could not be written), to be summed over ranks."""
+        return float(self.status < WRITTEN), float(self.status == FAILED)
+
+    def poll(self, unwritten: float, failed: float) -> str | None:
+        """Told how many ranks have not written, and failed: once all have, publish; returns what people should know."""
+        if unwritten:
             return None
         assert self._thread is not None
         self._thread.join()
@@ -128,7 +133,7 @@ class Saver:
         digests: dict[str, str] = {}
         for found in self.ranks.gather_objects(self._digests):
             digests |= found
-        if self.ranks.rank == 0 and FAILED not in statuses:
+        if self.ranks.rank == 0 and not failed:
             with self._noting_errors():
                 self._publish(digests)
         errors = [told for told in self.ranks.gather_objects(str(self._error) if self._error else None) if told]
@@ -143,7 +148,8 @@ class Saver:
         if self._thread is None:
             return None
         self._thread.join()
-        return self.poll([int(status) for (status,) in self.ranks.gather([self.status]).tolist()])
+        unwritten, failed = self.ranks.sums(self.progress)
+        return self.poll(unwritten, failed)
 
     def _publish(self, digests: dict[str, str]) -> None:
         manifest = self._temporary / "manifest.json"

@@ -70,7 +70,8 @@ def deepspeed_config(config: Config, world: int, bf16: bool) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": bf16 and stage > 0},
+        # Else stage 1 keeps every gradient in bf16 too, and adds those of earlier micro-steps again.
+        "bf16": {"enabled": bf16 and stage > 0, "immediate_grad_update": True},
         "zero_optimization": zero,
     }
     if bf16 and stage:

@@ -47,7 +47,7 @@ def small(folder: Path, **changes: dict) -> Config:
     return override(config, changes) if changes else config
 
 
-def run_ranks(world: int, function: Callable[[int], int], timeout: float = 120, grace: float = 5) -> list[int]:
+def run_ranks(world: int, function: Callable[[int], int], timeout: float = 600, grace: float = 5) -> list[int]:
     """Exit code of every rank (negative: the signal that killed it). When one fails, the others get `grace` seconds."""
     port, children = str(free_port()), {}
     sys.stdout.flush()

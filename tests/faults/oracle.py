@@ -84,17 +84,14 @@ def variants() -> list[Cell]:
 
 
 def cells() -> list[Cell]:
-    """(stage, world, accumulation, precision): every pair of two settings occurs, and every stage in every world."""
-    found = [
-        Cell(stage, world, 1 + (stage + i) % 2, ("fp32", "bf16")[(stage // 2 + i) % 2])
-        for i, world in enumerate((2, 4, 1))
-        for stage in (1, 2, 3, 0)
-    ]
-    found += [Cell(1, 4, 1, "fp32"), Cell(2, 2, 2, "fp32"), Cell(3, 4, 2, "fp32"), Cell(0, 2, 2, "bf16")]
+    """Every stage with every accumulation and type, which have code of their own, and every pair with every world."""
+    kinds = [(2, "bf16"), (2, "fp32"), (1, "fp32"), (1, "bf16")]
+    worlds = [(2, 2, 2, 2), (4, 1, 4, 1), (1, 4, 1, 4), (4, 2, 4, 1)]
+    found = [Cell(stage, worlds[i][j], *kinds[(i + j) % 4]) for i in range(4) for j, stage in enumerate((1, 2, 3, 0))]
     values = [(0, 1, 2, 3), (1, 2, 4), (1, 2), ("fp32", "bf16")]
-    for a, b in itertools.combinations(range(4), 2):
-        seen = {(cell[a], cell[b]) for cell in found}
-        assert seen == set(itertools.product(values[a], values[b])), (a, b)
+    for fields in [(0, 1), (1, 2), (1, 3), (0, 2, 3)]:
+        seen = {tuple(cell[field] for field in fields) for cell in found}
+        assert seen == set(itertools.product(*(values[field] for field in fields))), fields
     return found
 
 
