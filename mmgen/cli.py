@@ -271,6 +271,24 @@ def index_data(*shards: Shards, config: Settings = Config(), workers: Workers = 
     return 0
 
 
+@data.command(name="buckets")
+def data_buckets(
+    *shards: Shards,
+    config: Settings = Config(),
+    n: Annotated[int, Parameter(help="Most sizes.")] = 5,
+    pixels: Annotated[str, Parameter(help="Height x width whose area no size exceeds.")] = "256x256",
+    as_json: Json = False,
+) -> int:
+    """Propose `model.patcher.image_sizes`: those that crop least from the images of the index."""
+    from mmgen.data.buckets import propose
+
+    sides = pixels.split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides) or n < 1:
+        raise ValueError(f"--pixels {pixels} --n {n}: give a height and a width such as 256x256, and at least one size")
+    show(propose(*chosen_data(shards, config), config, n, (int(sides[0]), int(sides[1]))), as_json)
+    return 0
+
+
 @data.command(name="check")
 def check_data(
     *shards: Shards,
@@ -285,17 +303,21 @@ def check_data(
 ) -> int:
     """Say what shards hold and lose, and whether the order keeps its promises; code 1 where anything is bad."""
     from mmgen.data.check import check
+    from mmgen.data.check_streams import check_streams
 
-    workers = workers or os.cpu_count() or 1
-    report = check(*chosen_data(shards, config), config, tell, decode, inject, workers, world)
+    patterns, tokenizer = chosen_data(shards, config)
+    if config.data.streams and not shards:
+        report = check_streams(tokenizer, config, tell, decode, inject)
+    else:
+        report = check(patterns, tokenizer, config, tell, decode, inject, workers or os.cpu_count() or 1, world)
     if not as_json:
         for item in report.pop("bad_samples"):
             print(f"bad: {item['shard']}/{item['key']}: {item['reason']}")
         for key in report.pop("duplicate_keys"):
             print(f"duplicate: {key}")
-        for path in report.pop("duplicate_shards"):
+        for path in report.pop("duplicate_shards", []):
             print(f"the same bytes as an earlier shard: {path}")
-        for path in report.pop("unused_shards"):
+        for path in report.pop("unused_shards", []):
             print(f"unused: {path}")
     show(report, as_json)
     return 0 if report["holds"] else 1

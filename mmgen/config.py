@@ -93,7 +93,10 @@ class DataConfig(Settings):
     max_bad_fraction: Fraction = 0.01
     """Unreadable samples are skipped and logged; a larger share than this stops the run."""
     window: Positive = 4096
-    """Documents shuffled and packed together; rows never mix two windows."""
+    """Documents shuffled and packed together; rows never mix two windows. Streams share it among themselves."""
+    streams: Annotated[int, Field(ge=0)] = 0
+    """0 orders `train` through indexes; V reads it forward in V streams and needs no index. A number of processes must
+    divide V, and V `train.batch_rows`."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes; 0 decodes in the training process."""
 
@@ -444,6 +447,32 @@ class Config(Settings):
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()
 
+    def check(self, world: int = 1) -> None:
+        """Raise ValueError where sections do not fit each other, or a run of `world` processes."""
+        self.model.patcher.check()
+        self.objective.check()
+        streams, rows = self.data.streams, self.train.batch_rows
+        if not streams:
+            return
+        if rows % streams:
+            raise ValueError(
+                f"train.batch_rows is {rows} and data.streams {streams}, but every stream gives a step equally many "
+                f"rows: set train.batch_rows to {-(-rows // streams) * streams}, or data.streams to a divisor of {rows}"
+            )
+        if streams % world:
+            fitting = [n for n in range(1, streams + 1) if streams % n == 0]
+            raise ValueError(
+                f"data.streams is {streams}, which {world} processes cannot share evenly, and a stream has one reader: "
+                f"start {' or '.join(map(str, fitting[-4:]))} processes, or begin a new run with "
+                f"data.streams {-(-streams // world) * world}"
+            )
+        weights = {source.weight for source in self.data.train if isinstance(source, SourceConfig)}
+        if len(weights | ({1.0} if any(isinstance(source, str) for source in self.data.train) else set())) > 1:
+            raise ValueError(
+                "data.streams reads all shards alike, but data.train has sources of different weight: "
+                "set data.streams to 0, or leave the weights out"
+            )
+
 
 def load(path: str | Path) -> Config:
     """Read a YAML file into a `Config`.
@@ -477,8 +506,7 @@ def _merge(old: Any, new: Any) -> Any:
 def _validated(raw: dict[str, Any], source: str) -> Config:
     try:
         config = Config.model_validate(raw)
-        config.model.patcher.check()
-        config.objective.check()
+        config.check()
     except ValidationError as error:
         raise ValueError("\n".join(source + explain(item) for item in error.errors())) from None
     except ValueError as error:

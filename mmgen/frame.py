@@ -13,6 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What makes an image of each EXIF orientation upright."""
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 Centering = tuple[float, float]
 CENTRE: Centering = (0.5, 0.5)
@@ -20,8 +26,14 @@ _TRANSPOSED = (5, 6, 7, 8)
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; that of a PNG is not heeded, as it may stand behind the pixels."""
-    return 1 if image.format == "PNG" else int(image.getexif().get(ORIENTATION, 1))
+    """EXIF orientation, 1 to 8, as the header tells it when first asked.
+
+    What stands behind the pixels of a PNG is not heeded: the index, which reads headers alone, cannot know it.
+    """
+    if "orientation" not in image.info:
+        found = Image.Image.getexif(image).get(ORIENTATION, 1)  # not the method of a PNG, which would decode it
+        image.info["orientation"] = int(found) if found in range(1, 9) else 1
+    return int(image.info["orientation"])
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -80,9 +92,11 @@ def fit(
     `centering` says which part is kept, (0, 0) the top left one, (0.5, 0.5) the centre.
     """
     size = target(upright_size(image), tuple(declared))
-    if orientation(image) != 1:
-        ImageOps.exif_transpose(image, in_place=True)
+    turn = TURNS.get(orientation(image))
     image = flatten(image, channels)
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info["orientation"] = 1
     if (image.height, image.width) == size:
         return image
     return ImageOps.fit(image, (size[1], size[0]), FILTERS[resize], centering=centering)

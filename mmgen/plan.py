@@ -25,11 +25,12 @@ def plan(config: Config) -> dict[str, Any]:
     Nothing is allocated: the model is built on the meta device. State is weights, gradients, masters, two moments and
     the averages, for as many processes as WORLD_SIZE says; activations are those of one micro-step in eager fp32.
     """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config.check(world)
     tokens = _vocabulary(config)
     with torch.device("meta"):
         model = MMGenModel(MMGenConfig.of(config, tokens))
     parameters = sum(p.numel() for p in model.parameters())
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     micro = min(config.train.micro_rows or config.train.batch_rows, -(-config.train.batch_rows // world))
     state = theory(parameters, config.train.zero_stage, world, uses_bf16(config), len(averages(config.train)))
     fields = model.backbone.config

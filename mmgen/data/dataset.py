@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmgen.config import Config, SourceConfig
+from mmgen.config import Config, PatcherConfig, SourceConfig
 from mmgen.data import store
 from mmgen.data.index import TEXT, ShardIndex, ensure, ensure_all, load, tokens_column
 from mmgen.data.order import Hashes, Ints, uniform
@@ -47,6 +49,96 @@ class Facts:
         return Facts(*(column[places] for column in vars(self).values()))
 
 
+class Columns(Protocol):
+    """What facts are computed from: the columns of an index, in a file or in memory."""
+
+    count: int
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One column."""
+
+
+def patch_grids(index: Columns, patcher: PatcherConfig) -> Ints:
+    """The patch grid [s, 2] of each segment, (0, 0) at text."""
+    sizes = np.stack([index.column("height_s"), index.column("width_s")], axis=1).astype(np.int64)
+    declared = np.array(patcher.grids, dtype=np.int64)
+    grids = np.zeros_like(sizes)
+    image = sizes[:, 0] > 0
+    if image.any():
+        grids[image] = declared[nearest_size(sizes[image], patcher.image_sizes)]
+    return grids
+
+
+def facts_of(index: Columns, tokens: str, grids: Ints) -> Facts:
+    """Facts of all samples of an index; `tokens` names its column of text lengths."""
+    kind, lengths = index.column("kind_s"), index.column(tokens).astype(np.int64)
+    ends = index.column("segment_end_n")
+    sample = np.repeat(np.arange(index.count), np.diff(ends, prepend=0))
+    image = kind != TEXT
+    last = np.full(index.count, -1)
+    np.maximum.at(last, sample[image], np.flatnonzero(image))
+    behind = (np.arange(len(kind)) > last[sample]) & ~image
+    rows, columns = grids.T
+
+    def summed(values: NDArray[np.int64]) -> Ints:
+        return np.bincount(sample, values, index.count).astype(np.int64)
+
+    return Facts(
+        index.column("key_hash_n"), index.column("paired_n").astype(bool),
+        summed(lengths), summed(lengths * behind), summed(image.astype(np.int64)), summed(rows * columns),
+    )  # fmt: skip
+
+
+class Measured(ABC):
+    """Numbered samples whose documents have a form and a length in each epoch."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.copies = objective_class(config.objective).copies(config.objective)
+
+    @abstractmethod
+    def gather(self, indices: Ints) -> Facts:
+        """Facts of any samples, in the order of `indices`."""
+
+    @abstractmethod
+    def name(self, index: int) -> tuple[str, str]:
+        """Name of the shard, and key, of a sample."""
+
+    def forms(self, epochs: Ints, facts: Facts) -> Ints:
+        """How each sample is told in its epoch: decided before packing, by its own key."""
+        data, seed = self.config.data, self.config.run.seed
+        flip, drop = np.empty(len(epochs)), np.empty(len(epochs))
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            flip[here] = uniform(facts.hashes[here], seed, "flip", epoch)
+            drop[here] = uniform(facts.hashes[here], seed, "drop", epoch)
+        dropped = (facts.images > 0) & ((drop < data.caption_drop) | (facts.text == 0))
+        forms = np.where(dropped, DROPPED, np.where(facts.paired, CAPTION_FIRST, AS_TOLD))
+        return np.where(facts.paired & (flip < data.image_first), IMAGE_FIRST, forms).astype(np.int64)
+
+    def lengths(self, epochs: Ints, indices: Ints) -> tuple[Ints, Ints, Ints]:
+        """(positions, images, form) of documents in their epochs; raises ValueError for one longer than a row."""
+        facts = self.gather(indices)
+        forms = self.forms(epochs, facts)
+        text = np.where(forms == DROPPED, facts.tail, facts.text)
+        return self._fit(indices, facts, text), facts.images, forms
+
+    def _fit(self, indices: Ints, facts: Facts, text: Ints) -> Ints:
+        row_length = self.config.data.row_length
+        around = 2 + 3 * facts.images + self.copies * facts.patches
+        length = around + text
+        worst = around if self.config.data.overlong == "truncate" else length
+        if (worst > row_length).any():
+            first = int(np.argmax(worst > row_length))
+            shard, key = self.name(int(indices[first]))
+            raise ValueError(
+                f"sample {shard}/{key} needs {length[first]} positions but data.row_length is {row_length}: "
+                "lengthen the row, shorten the caption, or set data.overlong to truncate"
+            )
+        fitted: Ints = np.minimum(length, row_length)
+        return fitted
+
+
 class Sources:
     """Shards with their weights."""
 
@@ -58,7 +150,7 @@ class Sources:
         self.weights = [part.weight for part in parts]
 
 
-class Dataset:
+class Dataset(Measured):
     """The samples of some shards, through their indexes, which are made where they are missing.
 
     Raises:
@@ -66,8 +158,8 @@ class Dataset:
     """
 
     def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config) -> None:
-        self.tokenizer, self.config = tokenizer, config
-        self.copies = objective_class(config.objective).copies(config.objective)
+        super().__init__(config)
+        self.tokenizer = tokenizer
         sources = Sources(patterns)
         self.shards = [shard for part in sources.shards for shard in part]
         self.weights = sources.weights
@@ -104,34 +196,11 @@ class Dataset:
 
     def _facts(self, shard: int) -> Facts:
         """Facts of all samples of one shard."""
-        index = self.index(shard)
-        kind, tokens = index.column("kind_s"), index.column(tokens_column(self.tokenizer)).astype(np.int64)
-        ends = index.column("segment_end_n")
-        sample = np.repeat(np.arange(index.count), np.diff(ends, prepend=0))
-        image = kind != TEXT
-        last = np.full(index.count, -1)
-        np.maximum.at(last, sample[image], np.flatnonzero(image))
-        behind = (np.arange(len(kind)) > last[sample]) & ~image
-        rows, columns = self.grids(shard).T
-
-        def summed(values: NDArray[np.int64]) -> Ints:
-            return np.bincount(sample, values, index.count).astype(np.int64)
-
-        return Facts(
-            index.column("key_hash_n"), index.column("paired_n").astype(bool),
-            summed(tokens), summed(tokens * behind), summed(image.astype(np.int64)), summed(rows * columns),
-        )  # fmt: skip
+        return facts_of(self.index(shard), tokens_column(self.tokenizer), self.grids(shard))
 
     def _grids(self, shard: int) -> Ints:
-        """The patch grid [s, 2] of each segment of a shard, (0, 0) at text."""
-        index, patcher = self.index(shard), self.config.model.patcher
-        sizes = np.stack([index.column("height_s"), index.column("width_s")], axis=1).astype(np.int64)
-        declared = np.array(patcher.grids, dtype=np.int64)
-        grids = np.zeros_like(sizes)
-        image = sizes[:, 0] > 0
-        if image.any():
-            grids[image] = declared[nearest_size(sizes[image], patcher.image_sizes)]
-        return grids
+        """The patch grid of each segment of a shard."""
+        return patch_grids(self.index(shard), self.config.model.patcher)
 
     def where(self, index: int) -> tuple[int, int]:
         """Shard and place in it of a sample."""
@@ -168,45 +237,11 @@ class Dataset:
         back[order] = np.arange(len(order))
         return Facts(*(np.concatenate([vars(part)[name] for part in parts])[back] for name in vars(parts[0])))
 
-    def forms(self, epochs: Ints, facts: Facts) -> Ints:
-        """How each sample is told in its epoch: decided before packing, by its own key."""
-        data, seed = self.config.data, self.config.run.seed
-        flip, drop = np.empty(len(epochs)), np.empty(len(epochs))
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            flip[here] = uniform(facts.hashes[here], seed, "flip", epoch)
-            drop[here] = uniform(facts.hashes[here], seed, "drop", epoch)
-        dropped = (facts.images > 0) & ((drop < data.caption_drop) | (facts.text == 0))
-        forms = np.where(dropped, DROPPED, np.where(facts.paired, CAPTION_FIRST, AS_TOLD))
-        return np.where(facts.paired & (flip < data.image_first), IMAGE_FIRST, forms).astype(np.int64)
-
-    def lengths(self, epochs: Ints, indices: Ints) -> tuple[Ints, Ints, Ints]:
-        """(positions, images, form) of documents in their epochs; raises ValueError for one longer than a row."""
-        facts = self.gather(indices)
-        forms = self.forms(epochs, facts)
-        text = np.where(forms == DROPPED, facts.tail, facts.text)
-        return self._fit(indices, facts, text), facts.images, forms
-
     def refuse_overlong(self) -> None:
         """Raise ValueError for the first document that is longer than a row, where samples are few enough to look."""
         for shard in range(len(self.shards)) if len(self) <= CHECKED else ():
             facts = self.facts(shard)
             self._fit(np.arange(len(facts.text)) + self.starts[shard], facts, facts.text)
-
-    def _fit(self, indices: Ints, facts: Facts, text: Ints) -> Ints:
-        row_length = self.config.data.row_length
-        around = 2 + 3 * facts.images + self.copies * facts.patches
-        length = around + text
-        worst = around if self.config.data.overlong == "truncate" else length
-        if (worst > row_length).any():
-            first = int(np.argmax(worst > row_length))
-            shard, key = self.name(int(indices[first]))
-            raise ValueError(
-                f"sample {shard}/{key} needs {length[first]} positions but data.row_length is {row_length}: "
-                "lengthen the row, shorten the caption, or set data.overlong to truncate"
-            )
-        fitted: Ints = np.minimum(length, row_length)
-        return fitted
 
 
 def _tell(done: int, total: int) -> None:

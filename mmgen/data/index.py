@@ -27,7 +27,7 @@ from mmgen.data.shards import Bad, BadSample, Group, Picture, Sample, assemble, 
 from mmgen.data.tar import Damaged
 from mmgen.tokenizer import Tokenizer
 
-VERSION = "1"
+VERSION = "2"
 SUFFIX = ".mmgen-index"
 TEXT, IMAGE, LATENT = 0, 1, 2
 Ints = NDArray[np.int64]
@@ -178,13 +178,12 @@ def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
                 hashed = key_hash(name, group.key)
                 if hashed in seen:
                     duplicates.append(group.key)
-                    reason = f"its key occurs again, apart from the first (members {sorted(group.members)})"
-                    bad.append({"shard": name, "key": group.key, "reason": reason})
+                    bad.append({"shard": name, "key": group.key, "reason": repeated(group)})
                     continue
                 seen.add(hashed)
                 try:
                     sample = parse(name, group, data)
-                    builder.add(sample, group, [_facts(segment, data) for segment in sample.segments])
+                    builder.add(sample, group, [segment_facts(segment, data) for segment in sample.segments])
                 except BadSample as error:
                     bad.append({"shard": name, "key": group.key, "reason": str(error)})
         except Damaged as error:
@@ -206,7 +205,13 @@ def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
     return _file(builder.columns(tokenizer), meta)
 
 
-def _facts(segment: str | Picture, data: DataConfig) -> tuple[int, int, int]:
+def repeated(group: Group) -> str:
+    """Why a group is bad whose key stood in the shard before."""
+    return f"its key occurs again, apart from the first (members {sorted(group.members)})"
+
+
+def segment_facts(segment: str | Picture, data: DataConfig) -> tuple[int, int, int]:
+    """(kind, height, width) of a segment; raises `BadSample`."""
     if isinstance(segment, str):
         return TEXT, 0, 0
     return (LATENT if segment.latent else IMAGE, *image_size(segment, data.limits))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mmgen.config import Config
 from mmgen.data import store
 from mmgen.data.dataset import DROPPED, IMAGE_FIRST, Dataset, Samples
-from mmgen.data.order import Mixture, Plan, PlannedDocument, PlannedRow, Position, chances, keyed
+from mmgen.data.order import Cursors, Mixture, Plan, PlannedDocument, PlannedRow, Position, chances, keyed
 from mmgen.data.shards import Bad, BadSample, Picture, Sample, open_image
 from mmgen.data.store import Patterns
 from mmgen.flow.time import stratified
@@ -38,7 +39,7 @@ class Step:
 
     number: int
     micro: list[Batch]
-    after: Position
+    after: Position | Cursors
     """Where the run stands once this step is done."""
     documents: int
     positions: int
@@ -62,44 +63,34 @@ Decoded = list[list[int] | tuple[Levels, Grid]]
 """Segments of a sample: token ids, or patch rows and their grid."""
 
 
-class Corpus:
-    """The documents of a list of shards, written one at a time, and the plan of their order.
+class Documents(ABC):
+    """Samples written as documents, one at a time.
 
     Decoding and every random draw happen per document and depend on (seed, epoch, shard, key) alone.
     """
 
-    def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.patcher = PixelPatcher(config.model.patcher)
         self.objective = objective_class(config.objective)
-        self.dataset = Dataset(patterns, tokenizer, config)
-        self.dataset.refuse_overlong()
-        self.bad, self.samples = self.dataset.bad, Samples(self.dataset)
-        mixture = Mixture(self.dataset.counts, self.dataset.weights, config.run.seed, config.data.block)
-        self.plan = Plan(mixture, config.data.window, config.data.row_length, self.dataset.lengths)
-        self._cache: dict[int, tuple[tuple[str, str], Decoded]] = {}
-        self._cached_bytes = 0
-        self._fetched: dict[int, Sample | BadSample] = {}
-        self._remote = [store.is_url(shard) for shard in self.dataset.shards]
-        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        self.copies = self.objective.copies(config.objective)
 
-    def form(self, epoch: int, index: int) -> Form:
-        """How this sample is told in this epoch."""
-        facts = self.dataset.gather(np.array([index]))
-        return FORMS[int(self.dataset.forms(np.array([epoch]), facts)[0])]
+    @abstractmethod
+    def segments(self, planned: PlannedDocument) -> tuple[tuple[str, str], Decoded]:
+        """(shard, key), and tokens and patch rows, of a planned document; raises `BadSample`."""
 
-    def length(self, epoch: int, index: int) -> int:
-        """Positions of the document in this epoch."""
-        return int(self.dataset.lengths(np.array([epoch]), np.array([index]))[0][0])
+    @abstractmethod
+    def name(self, planned: PlannedDocument) -> tuple[str, str]:
+        """Name of its shard, and key, of a planned document."""
 
-    def has_image(self, index: int) -> bool:
-        """Whether the sample holds an image."""
-        return bool(self.dataset.gather(np.array([index])).images[0])
+    @abstractmethod
+    def steps(self, first: int, last: int, start: Any, rank: int, world: int) -> Iterator[Step]:
+        """Global steps [first, last) of a run that stands at `start`, decoded ahead in `data.workers` processes."""
 
     def document(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Document:
         """Decode one document; `quantiles` are the stratified draws for t of its images. Raises `BadSample`."""
         epoch = planned.epoch
-        (shard, key), decoded = self.decoded(epoch, planned.index)
+        (shard, key), decoded = self.segments(planned)
         told = list(decoded)
         if planned.form == IMAGE_FIRST:
             told.reverse()
@@ -133,8 +124,7 @@ class Corpus:
 
     def _cut(self, told: Decoded, length: int) -> Decoded:
         """Text shortened from the end until the document has its planned length."""
-        copies = self.dataset.copies
-        sizes = [3 + copies * s[1][0] * s[1][1] if isinstance(s, tuple) else len(s) for s in told]
+        sizes = [3 + self.copies * s[1][0] * s[1][1] if isinstance(s, tuple) else len(s) for s in told]
         spare = 2 + sum(sizes) - length
         for i in range(len(told) - 1, -1, -1):
             segment = told[i]
@@ -144,25 +134,16 @@ class Corpus:
                 told[i] = segment[:kept]
         return [segment for segment in told if len(segment)]
 
-    def decoded(self, epoch: int, index: int) -> tuple[tuple[str, str], Decoded]:
-        """(shard, key), tokens and patch rows of a sample; the first ones are kept: a small corpus is decoded once."""
-        if index in self._cache:
-            return self._cache[index]
-        sample = self._fetched.pop(index, None) or self.dataset.sample(index)
-        if isinstance(sample, BadSample):
-            raise sample
-        grids = iter(self.dataset.grids_of(index))
+    def decode(self, sample: Sample, grids: Sequence[Grid], epoch: int) -> Decoded:
+        """Tokens and patch rows of a sample whose images have these patch grids; raises `BadSample`."""
+        expected = iter(grids)
         decoded: Decoded = []
         for i, segment in enumerate(sample.segments):
             if isinstance(segment, str):
                 decoded.append(self.tokenizer.encode(segment))
             else:
-                decoded.append(self._rows(sample, i, segment, epoch, next(grids)))
-        size = sum(s[0].nbytes if isinstance(s, tuple) else 8 * len(s) for s in decoded) + 200
-        if self.config.data.crop == "center" and self._cached_bytes + size <= self.config.data.cache_bytes:
-            self._cache[index] = (sample.shard, sample.key), decoded
-            self._cached_bytes += size
-        return (sample.shard, sample.key), decoded
+                decoded.append(self._rows(sample, i, segment, epoch, next(expected)))
+        return decoded
 
     def _rows(self, sample: Sample, number: int, picture: Picture, epoch: int, grid: Grid) -> tuple[Levels, Grid]:
         data, patcher = self.config.data, self.config.model.patcher
@@ -182,43 +163,118 @@ class Corpus:
         nothing = self.objective.context(self.config.objective, (0, 0), length)
         return collate(rows, self.config.data.row_length, self.tokenizer, nothing, length)
 
-    def step(self, number: int, rows: Sequence[PlannedRow], after: Position, rank: int = 0, world: int = 1) -> Step:
-        """Decode the share of `rank` in a global step: rows rank, rank + world, ..."""
-        settings, step = self.config, Step(number, [], after, 0, 0, 0)
-        total = sum(document.images for row in rows for document in row)
-        shared, _ = chances(settings.run.seed, "t", number)
-        self._prefetch([document.index for row in rows[rank::world] for document in row])
-        ordinal = 0
-        written: list[list[Strip | int]] = []
-        for r, row in enumerate(rows):
-            mine = r % world == rank
-            strips: list[Strip | int] = []
-            spread = settings.objective.time.stratified
-            for document in row:
-                images = range(ordinal, ordinal + document.images)
-                if mine:
-                    even = [stratified(shared, i, total) for i in images] if spread else None
-                    strips.append(self._write_or_leave(document, even, step))
-                    step.images += document.images
-                ordinal += document.images
-            if mine:
-                written.append(strips)
-                step.documents += len(row)
-                step.positions += sum(document.length for document in row)
-        share = -(-settings.train.batch_rows // world)
-        micro = min(settings.train.micro_rows or share, share)
-        steps = -(-settings.train.batch_rows // (world * micro))
-        written += [[] for _ in range(steps * micro - len(written))]
-        step.micro = [self.batch(written[i * micro : (i + 1) * micro]) for i in range(steps)]
-        return step
+    def written(self, row: PlannedRow, ordinal: int, quantile: Callable[[int], float], step: Step) -> list[Strip | int]:
+        """Write the documents of a row and count them in `step`.
+
+        `ordinal` is the number of the row's first image; `quantile` gives each number its draw for t.
+        """
+        strips: list[Strip | int] = []
+        for document in row:
+            even = None
+            if self.config.objective.time.stratified:
+                even = [quantile(i) for i in range(ordinal, ordinal + document.images)]
+            strips.append(self._write_or_leave(document, even, step))
+            ordinal += document.images
+            step.images += document.images
+            step.positions += document.length
+        step.documents += len(row)
+        return strips
+
+    def micro_batches(self, written: list[list[Strip | int]], world: int) -> list[Batch]:
+        """The written rows of a rank as its micro-batches, filled up with empty rows."""
+        settings = self.config.train
+        share = -(-settings.batch_rows // world)
+        micro = min(settings.micro_rows or share, share)
+        steps = -(-settings.batch_rows // (world * micro))
+        written = [*written, *([] for _ in range(steps * micro - len(written)))]
+        return [self.batch(written[i * micro : (i + 1) * micro]) for i in range(steps)]
 
     def _write_or_leave(self, document: PlannedDocument, quantiles: Sequence[float] | None, step: Step) -> Strip | int:
         try:
             return self.write(document, quantiles)
         except BadSample as error:
-            shard, key = self.dataset.name(document.index)
+            shard, key = self.name(document)
             step.bad.append({"shard": shard, "key": key, "reason": str(error)})
             return document.length
+
+
+class Corpus(Documents):
+    """The documents of a list of shards, read through their indexes, and the plan of their order."""
+
+    def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config) -> None:
+        super().__init__(tokenizer, config)
+        self.dataset = Dataset(patterns, tokenizer, config)
+        self.dataset.refuse_overlong()
+        self.bad, self.samples = self.dataset.bad, Samples(self.dataset)
+        self.start = Position()
+        mixture = Mixture(self.dataset.counts, self.dataset.weights, config.run.seed, config.data.block)
+        self.plan = Plan(mixture, config.data.window, config.data.row_length, self.dataset.lengths)
+        self._cache: dict[int, tuple[tuple[str, str], Decoded]] = {}
+        self._cached_bytes = 0
+        self._fetched: dict[int, Sample | BadSample] = {}
+        self._remote = [store.is_url(shard) for shard in self.dataset.shards]
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+
+    @property
+    def told(self) -> str:
+        """What is trained on, in words."""
+        return f"{len(self.samples)} samples"
+
+    def known(self, position: Position | Cursors) -> int:
+        """Samples that a rate of bad ones is taken of."""
+        return len(self.samples) + len(self.bad)
+
+    def form(self, epoch: int, index: int) -> Form:
+        """How this sample is told in this epoch."""
+        facts = self.dataset.gather(np.array([index]))
+        return FORMS[int(self.dataset.forms(np.array([epoch]), facts)[0])]
+
+    def length(self, epoch: int, index: int) -> int:
+        """Positions of the document in this epoch."""
+        return int(self.dataset.lengths(np.array([epoch]), np.array([index]))[0][0])
+
+    def has_image(self, index: int) -> bool:
+        """Whether the sample holds an image."""
+        return bool(self.dataset.gather(np.array([index])).images[0])
+
+    def segments(self, planned: PlannedDocument) -> tuple[tuple[str, str], Decoded]:
+        return self.decoded(planned.epoch, planned.index)
+
+    def name(self, planned: PlannedDocument) -> tuple[str, str]:
+        return self.dataset.name(planned.index)
+
+    def decoded(self, epoch: int, index: int) -> tuple[tuple[str, str], Decoded]:
+        """(shard, key), tokens and patch rows of a sample; the first ones are kept: a small corpus is decoded once."""
+        if index in self._cache:
+            return self._cache[index]
+        sample = self._fetched.pop(index, None) or self.dataset.sample(index)
+        if isinstance(sample, BadSample):
+            raise sample
+        decoded = self.decode(sample, self.dataset.grids_of(index), epoch)
+        size = sum(s[0].nbytes if isinstance(s, tuple) else 8 * len(s) for s in decoded) + 200
+        if self.config.data.crop == "center" and self._cached_bytes + size <= self.config.data.cache_bytes:
+            self._cache[index] = (sample.shard, sample.key), decoded
+            self._cached_bytes += size
+        return (sample.shard, sample.key), decoded
+
+    def step(self, number: int, rows: Sequence[PlannedRow], after: Position, rank: int = 0, world: int = 1) -> Step:
+        """Decode the share of `rank` in a global step: rows rank, rank + world, ..."""
+        step = Step(number, [], after, 0, 0, 0)
+        total = sum(document.images for row in rows for document in row)
+        shared, _ = chances(self.config.run.seed, "t", number)
+        self._prefetch([document.index for row in rows[rank::world] for document in row])
+        ordinal = 0
+        written: list[list[Strip | int]] = []
+        for r, row in enumerate(rows):
+            if r % world == rank:
+                written.append(self.written(row, ordinal, lambda i: stratified(shared, i, total), step))
+            ordinal += sum(document.images for document in row)
+        step.micro = self.micro_batches(written, world)
+        return step
+
+    def steps(self, first: int, last: int, start: Position, rank: int, world: int) -> Iterator[Step]:
+        stream = _Stream(self, first, last, start, rank, world)
+        return ahead(stream, self.config.data.workers, torch.cuda.is_available())
 
     def _prefetch(self, indices: Sequence[int]) -> None:
         """Fetch samples of remote shards side by side: each alone would wait for its answer."""
@@ -265,13 +321,15 @@ class _Stream(IterableDataset[Step]):
                 yield self.corpus.step(number, planned, after, self.rank, self.world)
 
 
-def steps(corpus: Corpus, first: int, last: int, start: Position, rank: int = 0, world: int = 1) -> Iterator[Step]:
+def steps(corpus: Documents, first: int, last: int, start: Any, rank: int = 0, world: int = 1) -> Iterator[Step]:
     """Global steps [first, last) of a run that stands at `start`, decoded ahead in `data.workers` processes."""
-    stream = _Stream(corpus, first, last, start, rank, world)
-    workers = corpus.config.data.workers
+    return corpus.steps(first, last, start, rank, world)
+
+
+def ahead(source: IterableDataset[Any], workers: int, pinned: bool) -> Iterator[Any]:
+    """The items of `source`, made ahead in `workers` processes; 0 makes them here."""
     options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _ignore_interrupt} if workers else {}
-    pinned = torch.cuda.is_available()
-    return iter(DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pinned, **options))
+    return iter(DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pinned, **options))
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import bisect
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,6 +126,47 @@ class Position:
     def as_dict(self) -> dict[str, int]:
         """For a checkpoint."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where one stream stands: the next row is `row` of its window `window`, which begins at `place` and `group`."""
+
+    epoch: int = 0
+    window: int = 0
+    row: int = 0
+    place: int = 0
+    """Of the shard in the stream's list of this epoch."""
+    group: int = 0
+    """Of the sample in its shard, bad ones counted."""
+    met: int = 0
+    """Samples of the first epoch that were read before this window, bad ones among them."""
+
+
+@dataclass(frozen=True)
+class Cursors:
+    """Where a run without an index stands: the cursor of each stream, of a rank's own ones or of all."""
+
+    streams: dict[int, Cursor] = field(default_factory=dict)
+    """Streams that are not named stand at their beginning."""
+
+    def as_dict(self) -> dict[str, list[list[int]]]:
+        """For a checkpoint: number and cursor of each stream."""
+        return {"streams": [[number, *astuple(self.streams[number])] for number in sorted(self.streams)]}
+
+    def of_stream(self, number: int) -> Cursor:
+        """Where a stream stands."""
+        return self.streams.get(number, Cursor())
+
+    @staticmethod
+    def union(parts: Iterable[Cursors]) -> Cursors:
+        """Cursors of several ranks as one."""
+        return Cursors({number: cursor for part in parts for number, cursor in part.streams.items()})
+
+    @staticmethod
+    def of(stored: dict[str, list[list[int]]]) -> Cursors:
+        """What `as_dict` wrote."""
+        return Cursors({number: Cursor(*rest) for number, *rest in stored["streams"]})
 
 
 @dataclass(frozen=True)

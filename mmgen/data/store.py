@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from braceexpand import braceexpand
 
 from mmgen.config import LimitsConfig, SourceConfig
-from mmgen.data.tar import CHUNK, Damaged
+from mmgen.data.tar import CHUNK, Damaged, Readable
 
 Patterns = Sequence[str | SourceConfig]
 PACKED = (".gz", ".tgz", ".zst")
@@ -120,20 +120,33 @@ def stream(shard: str, limits: LimitsConfig) -> Iterator[Any]:
     Reading raises `Damaged` where it unpacks to more than the limits allow or cannot be unpacked.
     """
     with _opened(shard) as file:
-        yield Unpacked(file, name(shard), limits) if name(shard).endswith(PACKED) else file
+        near = _Far(file, shard) if is_url(shard) else file
+        yield Unpacked(near, name(shard), limits) if name(shard).endswith(PACKED) else near
 
 
 def _opened(shard: str) -> Any:
     if not is_url(shard):
         return open(shard, "rb")
     files, path = filesystem(shard)
-    return files.open(path, "rb", block_size=4 * CHUNK)
+    with _reached(shard):
+        return files.open(path, "rb", block_size=4 * CHUNK)
+
+
+class _Far:
+    """A remote file read forward; whatever breaks is an OSError that names it."""
+
+    def __init__(self, file: Any, url: str) -> None:
+        self.file, self.url = file, url
+
+    def read(self, size: int, /) -> bytes:
+        with _reached(self.url):
+            return bytes(self.file.read(size))
 
 
 class Unpacked:
     """A gzip or Zstandard file read forward, with a cap on what it may become."""
 
-    def __init__(self, file: BinaryIO, shard: str, limits: LimitsConfig) -> None:
+    def __init__(self, file: Readable, shard: str, limits: LimitsConfig) -> None:
         self.file, self.limits = file, limits
         self._zst = shard.endswith(".zst")
         self._engine = self._new()

@@ -37,7 +37,7 @@ TIMES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 }
 
 
-def stratified(u: float, ordinal: int, count: int) -> float:
+def stratified(u: float, ordinal: float, count: int) -> float:
     """The `ordinal`-th of `count` uniform numbers that share one draw `u`: (u + ordinal / count) mod 1.
 
     Each is uniform on its own; together they fill the unit interval evenly (Kingma et al. 2021, appendix I).

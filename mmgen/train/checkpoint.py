@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from mmgen.config import Config, differences
-from mmgen.data.order import Position
+from mmgen.data.order import Cursors, Position
 from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.tokenizer import Tokenizer
 from mmgen.train.engine import Engine
@@ -235,8 +235,10 @@ def load_model(folder: Path, weights: bool | str = True) -> tuple[MMGenModel, To
     return model.eval(), Tokenizer.load(folder / "tokenizer.json", model.patcher.grids)
 
 
-def position_of(trainer: dict[str, Any]) -> Position:
+def position_of(trainer: dict[str, Any]) -> Position | Cursors:
     """Where the checkpoint's run stands in its data."""
+    if "streams" in trainer["position"]:
+        return Cursors.of(trainer["position"])
     return Position(**trainer["position"])
 
 

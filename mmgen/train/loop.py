@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mmgen.config import Config
 from mmgen.data.loader import Corpus, Step, steps
-from mmgen.data.order import Position
+from mmgen.data.order import Cursors, Position
 from mmgen.data.shards import worst_shards
+from mmgen.data.streams import training_corpus
 from mmgen.tokenizer import Tokenizer
 from mmgen.train import checkpoint, meter
 from mmgen.train.engine import Engine, can_compile, uses_bf16
@@ -38,6 +39,7 @@ def train(config: Config) -> int:
         OSError: the last checkpoint of the run, or that of an interruption, could not be written.
     """
     ranks = start(config)
+    config.check(ranks.world)
     torch.manual_seed(config.run.seed)
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     found = checkpoint.newest_good(config.run.dir, ranks=ranks)
@@ -94,13 +96,14 @@ class Run:
         known = [*averages(config.train), "weight"]
         if config.sample.weights not in known:
             raise ValueError(f"sample.weights '{config.sample.weights}' is not kept by this run: {', '.join(known)}")
-        self.corpus = Corpus(config.data.train, tokenizer, config)
+        self.corpus = training_corpus(config, tokenizer)
         self.engine = build_engine(config, len(tokenizer), ranks)
         self.model, self.device = self.engine.model, self.engine.device
         self.saver = Saver(config.run.dir / "checkpoints", self.engine, ranks, tokenizer)
         self.data = self.corpus.dataset.fingerprint
         self.spikes = Spikes(config.train.spike_factor)
-        self.step, self.skipped, self.position = 0, 0, Position()
+        self.step, self.skipped = 0, 0
+        self.position: Position | Cursors = self.corpus.start
         self.resumed: Path | None = None
         self.left_out: set[int] = set()
         """Steps that a rollback decided to leave out."""
@@ -190,6 +193,12 @@ class Run:
     def _stream(self) -> Iterator[Step]:
         return steps(self.corpus, self.step, self.config.train.steps, self.position, self.ranks.rank, self.ranks.world)
 
+    def _stands(self) -> Position | Cursors:
+        """Where all processes stand in the data; each knows its own streams."""
+        if isinstance(self.position, Position):
+            return self.position
+        return Cursors.union(self.ranks.gather_objects(self.position))
+
     def _open(self) -> None:
         """What a start checks and tells."""
         config, run, settings = self.config, self.config.run.dir, self.config.train
@@ -208,7 +217,7 @@ class Run:
         self.log = Log(config, self.step, self.ranks.rank == 0)
         self.known_bad = self.log.quarantine(self.corpus.bad)
         self.log.say(
-            f"{run}: steps {self.step + 1} to {settings.steps} on {self.device}, {len(self.corpus.samples)} samples, "
+            f"{run}: steps {self.step + 1} to {settings.steps} on {self.device}, {self.corpus.told}, "
             f"{'bf16' if self.engine.bf16 else 'fp32'}{', compiled' if self.model.compiled else ''}"
             + (f", {self.ranks.world} processes, ZeRO stage {settings.zero_stage}" if shard(config) else "")
         )
@@ -248,14 +257,15 @@ class Run:
         self.log.say(f"{told}: back to step {self.step}, and step {step} will be left out")
         return True
 
-    def _tell(self, data: Step, told: Told, values: dict[str, float], before: Position) -> None:
+    def _tell(self, data: Step, told: Told, values: dict[str, float], before: Position | Cursors) -> None:
         """What every step may have to say: a finished save, bad samples, a spike, a slow rank."""
         if self.saver.status != IDLE:
             self._say_save(self.saver.poll(told.unwritten, told.failed))
         if told.bad:
             for bad in self.ranks.gather_objects(data.bad):
                 self.known_bad = max(self.known_bad, self.log.quarantine(bad))
-            refuse_bad_data(int(self.ranks.maxima([self.known_bad])[0]), self.corpus, self.config)
+            known = self.corpus.known(self._stands())
+            refuse_bad_data(int(self.ranks.maxima([self.known_bad])[0]), known, self.config)
         median = self.spikes.seen(values["loss"]) if math.isfinite(values["loss"]) else None
         if median is not None:
             where = {"from": before.as_dict(), "to": data.after.as_dict()}
@@ -299,7 +309,7 @@ class Run:
         record = {
             "step": self.step,
             "config": self.config.model_dump(mode="json"),
-            "position": self.position.as_dict(),
+            "position": self._stands().as_dict(),
             "optimizer_steps": self.step - self.skipped,
             "left_out": sorted(self.left_out),
             "train_seconds": self.seconds + time.monotonic() - self.began,
@@ -341,9 +351,8 @@ def count(step: Step) -> tuple[int, int]:
     return sum(len(batch.label_at_L) for batch in step.micro), sum(len(batch.loss_at_J) for batch in step.micro)
 
 
-def refuse_bad_data(bad: int, corpus: Corpus, config: Config) -> None:
-    """Stop the run where more samples are unreadable than `data.max_bad_fraction` allows."""
-    total = len(corpus.samples) + len(corpus.bad)
+def refuse_bad_data(bad: int, total: int, config: Config) -> None:
+    """Stop the run where more of `total` samples are unreadable than `data.max_bad_fraction` allows."""
     if bad > config.data.max_bad_fraction * total:
         raise ValueError(
             f"{bad} of {total} samples cannot be read, more than data.max_bad_fraction {config.data.max_bad_fraction}: "

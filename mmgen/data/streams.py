@@ -1,0 +1,330 @@
+"""The order of shards that have no index: V streams, each of which reads its shards forward.
+
+An epoch deals the shards, in an order of its own, to the streams in turn. A stream reads its shards one after the
+other, gathers its share of `data.window` samples, and shuffles and packs them alone, as the index's order does with
+its windows. A global step takes equally many rows of every stream, and a stream belongs to one process. So the global
+batch at step n is the same for any number of processes that divides V, and for any number of workers.
+
+State is six integers per stream. Resuming reads the shard in which the window began from its first byte up to there,
+without decoding, and the window: at most one shard and one window per stream, wherever in the data that is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import IterableDataset, get_worker_info
+
+from mmgen.config import Config
+from mmgen.data import store
+from mmgen.data.dataset import Facts, Measured, facts_of, patch_grids
+from mmgen.data.index import Builder, key_hash, repeated, segment_facts, tokens_column
+from mmgen.data.loader import Corpus, Decoded, Documents, Step, ahead
+from mmgen.data.order import (
+    Cursor,
+    Cursors,
+    Ints,
+    PlannedDocument,
+    PlannedRow,
+    Position,
+    chances,
+    epoch_order,
+    keyed,
+    pack,
+)
+from mmgen.data.shards import Bad, BadSample, Group, Sample, damage, groups, parse
+from mmgen.data.store import Patterns, expand
+from mmgen.data.tar import Damaged
+from mmgen.flow.time import stratified
+from mmgen.patch import Grid
+from mmgen.sequence import Strip
+from mmgen.tokenizer import Tokenizer
+
+BARREN = 16
+"""Epochs without a usable sample after which a stream gives up."""
+SETTLED = 1000
+"""Samples before which a rate of bad ones says nothing."""
+Sizes = list[tuple[int, int, int]]
+"""(kind, height, width) of the segments of a sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldDocument(PlannedDocument):
+    """A planned document with its sample, still encoded: nothing can be read again."""
+
+    sample: Sample
+    grids: list[Grid]
+
+
+Held = tuple[Sample, Group, Sizes]
+Met = tuple[int, int, Held | Bad]
+"""Place of a shard in a stream's list, number of the sample behind this one, and this one, or why there is none."""
+
+
+class Window(Measured):
+    """The samples that a stream holds, numbered from 0, as an index in memory."""
+
+    def __init__(self, met: Sequence[Held], tokenizer: Tokenizer, config: Config) -> None:
+        super().__init__(config)
+        self.samples, self.count = [sample for sample, _, _ in met], len(met)
+        builder = Builder()
+        for sample, group, sizes in met:
+            builder.add(sample, group, sizes)
+        self._columns = builder.columns(tokenizer)
+        grids = patch_grids(self, config.model.patcher)
+        self._facts = facts_of(self, tokens_column(tokenizer), grids)
+        ends = self.column("segment_end_n")[:-1]
+        self.grids = [[(r, c) for r, c in part.tolist() if r] for part in np.split(grids, ends)]
+
+    def column(self, name: str) -> NDArray[np.generic]:
+        """One column of the index."""
+        return self._columns[name]
+
+    def gather(self, indices: Ints) -> Facts:
+        return self._facts.take(indices)
+
+    def name(self, index: int) -> tuple[str, str]:
+        return self.samples[index].shard, self.samples[index].key
+
+
+class Streams:
+    """The endless rows of each stream; nothing but its window is kept of one."""
+
+    def __init__(self, shards: Sequence[str], tokenizer: Tokenizer, config: Config) -> None:
+        self.shards, self.tokenizer, self.config = list(shards), tokenizer, config
+        self.count = config.data.streams
+        self.window = -(-config.data.window // self.count)
+        """Samples of one window of one stream."""
+        self.seed = config.run.seed
+        if len(self.shards) < self.count:
+            raise ValueError(
+                f"data.streams is {self.count}, but data.train has {len(self.shards)} shard(s), and a stream reads "
+                f"whole shards: set data.streams to {len(self.shards)} or less, or write more and smaller shards"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for the shards in their order, by their names: nobody has read them yet."""
+        return hashlib.sha256("\n".join(map(store.name, self.shards)).encode()).hexdigest()
+
+    def shard(self, stream: int, place: int, epoch: int) -> str | None:
+        """The shard that a stream reads at a place of its list; None behind its last."""
+        at, count = stream + place * self.count, len(self.shards)
+        if at >= count:
+            return None
+        return self.shards[int(epoch_order(count, f"{self.seed} shards", epoch, at, at + 1)[0])]
+
+    def rows(self, stream: int, start: Cursor) -> Iterator[tuple[PlannedRow, Cursor, list[Bad]]]:
+        """Rows of a stream from `start` on, each with the cursor behind it and the bad samples met on the way to it.
+
+        Raises:
+            ValueError: a document is longer than a row, or no sample of the stream's shards can be used.
+            OSError: a shard cannot be read.
+        """
+        at, bad, barren = start, list[Bad](), 0
+        while barren < BARREN:
+            source = self._epoch(stream, at)
+            barren += 1
+            while True:
+                held, following = self._gather(source, at, bad)
+                if not held:
+                    break
+                if at.row:  # told with the window's first row
+                    bad = []
+                rows, barren = self.packed(stream, at, Window(held, self.tokenizer, self.config)), 0
+                for r in range(at.row, len(rows)):
+                    yield rows[r], replace(at, row=r + 1) if r + 1 < len(rows) else following, bad
+                    bad = []
+                at = following
+            at = Cursor(epoch=at.epoch + 1, met=following.met)
+        told = f": the last bad one is {bad[-1]}" if bad else ""
+        raise ValueError(f"stream {stream} finds no usable sample in its shards{told}")
+
+    def packed(self, stream: int, at: Cursor, window: Window) -> list[PlannedRow]:
+        """The rows of a window that begins at `at`, in an order that says nothing of their lengths."""
+        rng = keyed(self.seed, "stream", stream, at.epoch, at.window)
+        order = rng.permutation(window.count)
+        columns = (column.tolist() for column in window.lengths(np.full(window.count, at.epoch), order))
+        documents = [
+            HeldDocument(at.epoch, index, *facts, sample=window.samples[index], grids=window.grids[index])
+            for index, *facts in zip(order.tolist(), *columns, strict=True)
+        ]
+        rows = pack([document.length for document in documents], self.config.data.row_length)
+        return [[documents[i] for i in rows[r]] for r in rng.permutation(len(rows))]
+
+    def _gather(self, source: Iterator[Met], at: Cursor, bad: list[Bad]) -> tuple[list[Held], Cursor]:
+        """The samples of the window at `at`, none at the epoch's end, and where the next one begins."""
+        held: list[Held] = []
+        following = replace(at, window=at.window + 1, row=0)
+        for place, group, found in source:
+            following = replace(following, place=place, group=group, met=following.met + (at.epoch == 0))
+            if isinstance(found, dict):
+                bad.append(found)
+                continue
+            held.append(found)
+            if len(held) == self.window:
+                break
+        return held, following
+
+    def _epoch(self, stream: int, at: Cursor) -> Iterator[Met]:
+        """What a stream meets from `at` to the end of its epoch."""
+        place, first = at.place, at.group
+        while (shard := self.shard(stream, place, at.epoch)) is not None:
+            for group, found in self._shard(shard, first):
+                yield place, group, found
+            place, first = place + 1, 0
+
+    def _shard(self, shard: str, first: int) -> Iterator[tuple[int, Held | Bad]]:
+        """What stands in a shard behind its `first` samples; a reading that breaks off is taken up where it was."""
+        data, name = self.config.data, store.name(shard)
+        for wait in (*store.RETRIES, None):
+            number, seen = 0, set[int]()
+            try:
+                with store.stream(shard, data.limits) as file:
+                    for group in groups(file, data.limits):
+                        hashed, number = key_hash(name, group.key), number + 1
+                        again = hashed in seen
+                        seen.add(hashed)
+                        if number > first:
+                            first = number
+                            yield number, self._look(name, group, again)
+                return
+            except Damaged as error:
+                if number >= first:
+                    yield number + 1, {"shard": name, "key": error.key, "reason": damage(error)}
+                return
+            except FileNotFoundError:
+                raise FileNotFoundError(f"shard {shard} does not exist: correct data.train, or bring it back") from None
+            except OSError as error:
+                if wait is None:
+                    raise OSError(f"shard {shard} cannot be read: {error}") from None
+                time.sleep(wait)
+
+    def _look(self, name: str, group: Group, again: bool) -> Held | Bad:
+        try:
+            if again:
+                raise BadSample(repeated(group))
+            sample = parse(name, group, self.config.data)
+            return sample, group, [segment_facts(segment, self.config.data) for segment in sample.segments]
+        except BadSample as error:
+            return {"shard": name, "key": group.key, "reason": str(error)}
+
+
+@dataclass
+class Part:
+    """What one loader process has of a global step: some of the streams."""
+
+    step: Step
+    """Its counts; no batches yet."""
+    after: Cursors = field(default_factory=Cursors)
+    rows: dict[int, list[list[Strip | int]]] = field(default_factory=dict)
+    """Written rows of each stream."""
+
+
+class StreamCorpus(Documents):
+    """The documents of a list of shards, read forward in `data.streams` streams, without an index.
+
+    Each loader process reads some of this process's streams and writes their documents; they are put together here.
+    """
+
+    def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config) -> None:
+        super().__init__(tokenizer, config)
+        self.dataset = Streams(expand(patterns), tokenizer, config)
+        self.bad: list[Bad] = []
+        self.start = Cursors()
+
+    @property
+    def told(self) -> str:
+        """What is trained on, in words."""
+        return f"{len(self.dataset.shards)} shards in {self.dataset.count} streams"
+
+    def known(self, position: Position | Cursors) -> int:
+        """Samples that a rate of bad ones is taken of: those met up to `position`, but not fewer than `SETTLED`."""
+        assert isinstance(position, Cursors)
+        return max(SETTLED, sum(cursor.met for cursor in position.streams.values()))
+
+    def segments(self, planned: PlannedDocument) -> tuple[tuple[str, str], Decoded]:
+        assert isinstance(planned, HeldDocument)
+        return self.name(planned), self.decode(planned.sample, planned.grids, planned.epoch)
+
+    def name(self, planned: PlannedDocument) -> tuple[str, str]:
+        assert isinstance(planned, HeldDocument)
+        return planned.sample.shard, planned.sample.key
+
+    def part(self, number: int, sources: dict[int, Iterator[tuple[PlannedRow, Cursor, list[Bad]]]]) -> Part:
+        """The share of some streams in a global step."""
+        part = Part(Step(number, [], self.start, 0, 0, 0))
+        shared, _ = chances(self.config.run.seed, "t", number)
+        for stream, source in sources.items():
+            drawn = [next(source) for _ in range(self.config.train.batch_rows // self.dataset.count)]
+            quantile = _spread(shared, stream / self.dataset.count, [row for row, _, _ in drawn])
+            ordinal, rows = 0, list[list[Strip | int]]()
+            for row, after, bad in drawn:
+                rows.append(self.written(row, ordinal, quantile, part.step))
+                ordinal += sum(document.images for document in row)
+                part.step.bad += bad
+                part.after.streams[stream] = after
+            part.rows[stream] = rows
+        return part
+
+    def joined(self, parts: Sequence[Part], rank: int, world: int) -> Step:
+        """The share of `rank` in a global step, whose row i is of stream i mod V: rows rank, rank + world, ..."""
+        rows, cursors = dict[int, list[list[Strip | int]]](), list[Cursors]()
+        step = Step(parts[0].step.number, [], self.start, 0, 0, 0)
+        for part in parts:
+            rows |= part.rows
+            cursors.append(part.after)
+            step.documents += part.step.documents
+            step.positions += part.step.positions
+            step.images += part.step.images
+            step.bad += part.step.bad
+        count = self.dataset.count
+        mine = [rows[i % count][i // count] for i in range(rank, self.config.train.batch_rows, world)]
+        step.micro, step.after = self.micro_batches(mine, world), Cursors.union(cursors)
+        return step
+
+    def steps(self, first: int, last: int, start: Cursors, rank: int, world: int) -> Iterator[Step]:
+        """Global steps [first, last); raises ValueError for a world that does not divide the number of streams."""
+        self.config.check(world)
+        own = range(rank, self.dataset.count, world)
+        lanes = min(self.config.data.workers, len(own))
+        parts = ahead(_Lanes(self, first, last, start, own), lanes, pinned=False)
+        whole = (self.joined([next(parts) for _ in range(max(1, lanes))], rank, world) for _ in range(first, last))
+        return (step.pin_memory() for step in whole) if torch.cuda.is_available() else whole
+
+
+def _spread(shared: float, offset: float, rows: list[PlannedRow]) -> Callable[[int], float]:
+    """The draw for t of each image of a stream's rows; streams are offset against each other, so all are even."""
+    total = sum(document.images for row in rows for document in row)
+    return lambda ordinal: stratified(shared, ordinal + offset, total)
+
+
+class _Lanes(IterableDataset[Part]):
+    """Parts of steps; worker w of W reads every W-th stream, so that no byte is read twice."""
+
+    def __init__(self, corpus: StreamCorpus, first: int, last: int, start: Cursors, own: range) -> None:
+        self.corpus, self.first, self.last, self.start, self.own = corpus, first, last, start, own
+
+    def __iter__(self) -> Iterator[Part]:
+        worker = get_worker_info()
+        lane, lanes = (worker.id, worker.num_workers) if worker else (0, 1)
+        read = self.corpus.dataset.rows
+        sources = {stream: read(stream, self.start.of_stream(stream)) for stream in self.own[lane::lanes]}
+        for number in range(self.first, self.last):
+            yield self.corpus.part(number, sources)
+
+
+def training_corpus(config: Config, tokenizer: Tokenizer) -> Corpus | StreamCorpus:
+    """What `data.train` holds, in streams or through indexes as `data.streams` says.
+
+    Raises:
+        FileNotFoundError, ValueError: a shard is missing, or there are too few of them.
+    """
+    kind = StreamCorpus if config.data.streams else Corpus
+    return kind(config.data.train, tokenizer, config)
