@@ -1,1 +1,17 @@
 """Scripts that turn raw sources into WebDataset shards and tokenizers; each runs as `python -m data_prep.NAME`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import cyclopts
+
+
+def run(main: Callable[..., None]) -> None:
+    """Run a script's command; errors of the user's making become one message and exit code 2."""
+    try:
+        cyclopts.run(main)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

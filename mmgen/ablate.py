@@ -35,9 +35,11 @@ from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmgen.config import Config, explain, load, override
+from mmgen.data.latents import settled
 from mmgen.data.loader import steps
 from mmgen.data.streams import training_corpus
 from mmgen.evaluate.score import write_report
+from mmgen.latent import encoded
 from mmgen.model import MMGenConfig, MMGenModel, build_model
 from mmgen.tokenizer import Tokenizer
 
@@ -165,10 +167,12 @@ def same_parameters(config: Config, wanted: int, name: str) -> Config:
 def step_flops(config: Config) -> float:
     """Floating-point operations of one training step, counted by torch on the run's first batch."""
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    config = settled(config, tokenizer)
     corpus = training_corpus(config, tokenizer)
     model = build_model(config, len(tokenizer))
+    batches = [encoded(batch, corpus.patcher) for batch in next(steps(corpus, 0, 1, corpus.start)).micro]
     with FlopCounterMode(display=False) as counter:
-        for batch in next(steps(corpus, 0, 1, corpus.start)).micro:
+        for batch in batches:
             losses = model(batch)
             (losses.text + losses.image).backward()
     return float(counter.get_total_flops())

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -24,7 +25,7 @@ from mmgen.backbone import RowCache, additive
 from mmgen.config import SampleConfig
 from mmgen.model import MMGenModel
 from mmgen.objective import BackboneCall, Drawing, Given, ImageSpec
-from mmgen.patch import Floats, Grid
+from mmgen.patch import Floats, Grid, Patcher
 from mmgen.sequence import Sites, Strip, Writer, collate, dense_visible
 from mmgen.tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class Draw:
-    """Draw an image at `position`; answer with its patch rows."""
+    """Draw an image at `position`; answer with it and its patch rows."""
 
     grid: Grid
     order_N: NDArray[np.int64]
@@ -63,8 +64,16 @@ class Draw:
         return self.grid, 0 if self.given is None else int(self.given[1].sum())
 
 
-Answer = tuple[int, Tensor] | Floats
-Row = Generator[Feed | Draw, Answer, Any]
+class Drawn(NamedTuple):
+    """An image that a row asked for."""
+
+    x_NP: Floats
+    image: Image.Image
+
+
+Answer = tuple[int, Tensor] | Drawn
+Row = Generator[Feed | Draw, Any, Any]
+"""Is sent the `Answer` to what it yields: (token, hidden state) to a `Feed`, `Drawn` to a `Draw`."""
 
 
 @dataclass
@@ -92,6 +101,7 @@ class Schedule:
         self,
         model: MMGenModel,
         tokenizer: Tokenizer,
+        patcher: Patcher,
         sample: SampleConfig,
         rows: Sequence[Row],
         guided: bool,
@@ -100,6 +110,7 @@ class Schedule:
         previews: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.sample, self.guided = model, tokenizer, sample, guided
+        self.patcher = patcher
         weight = model.get_input_embeddings().weight
         self.device, self.dtype = weight.device, weight.dtype
         self.warpers = _warpers(sample)
@@ -125,12 +136,12 @@ class Schedule:
         """Some row still waits for an answer."""
         return bool(self.feeds or self.canvases)
 
-    def previews(self) -> Iterator[tuple[int, Floats, Grid]]:
-        """(row, clean estimate [N, P], grid) of each image being drawn, where previews were asked for."""
+    def previews(self) -> Iterator[tuple[int, Image.Image]]:
+        """(row, clean estimate) of each image being drawn, where previews were asked for."""
         for canvas in self.canvases:
             if canvas.call.preview_RNP is not None:
-                for r, x_NP in zip(canvas.lanes[0], canvas.call.preview_RNP.float().cpu().numpy(), strict=True):
-                    yield r, x_NP, canvas.grid
+                x_RNP = canvas.call.preview_RNP.float().cpu().numpy()
+                yield from zip(canvas.lanes[0], self.patcher.pictures(x_RNP, canvas.grid), strict=True)
 
     def _wish(self, r: int, wish: Feed | Draw) -> None:
         if isinstance(wish, Feed):
@@ -224,8 +235,10 @@ class Schedule:
         except StopIteration as stop:
             # Later positions see the finished image as `context` writes it, so whatever was kept goes.
             self.cache.length[[*chain(*canvas.lanes)]] = canvas.start
-            for r, x_NP in zip(canvas.lanes[0], stop.value.float().cpu().numpy(), strict=True):
-                self._answer(r, x_NP)
+            x_RNP = stop.value.float().cpu().numpy()
+            images = self.patcher.pictures(x_RNP, canvas.grid)
+            for r, x_NP, image in zip(canvas.lanes[0], x_RNP, images, strict=True):
+                self._answer(r, Drawn(x_NP, image))
 
     def _choose(self, last_RD: Tensor, feeds: list[Feed]) -> list[int]:
         """The best allowed token of each row; Gumbel noise turns the best into a sample."""

@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmgen.config import Config, override
+from mmgen.data.latents import settled
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.flow.schedule import LinearPath
 from mmgen.flow.solve import SOLVERS, build_solver, solve
 from mmgen.flow.time import uniform_grid
+from mmgen.latent import build_patcher, encoded
 from mmgen.model import MMGenModel, build_model
 from mmgen.sequence import Batch
 from mmgen.tokenizer import Tokenizer
@@ -142,10 +144,12 @@ def bench_step(config: Config, rounds: int, tell: Callable[[str], None]) -> dict
     shards = config.data.val or config.data.train
     config = override(config, {"data": {"train": shards}, "train": {"micro_rows": None}})
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    config = settled(config, tokenizer)
     corpus = Corpus(config.data.train, tokenizer, config)
     source = corpus.plan.rows(Position())
     rows = [next(source) for _ in range(config.train.batch_rows)]
-    batch = corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0].to(device)
+    batch = corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0]
+    batch = encoded(batch, build_patcher(config.model.patcher, device)).to(device)
     bf16 = uses_bf16(config)
     steps: dict[str, Step] = {}
     for compiled in (False, True) if can_compile(device) else (False,):

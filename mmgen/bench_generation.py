@@ -89,7 +89,7 @@ def bench_generation(config: Config, rounds: int) -> dict[str, Any]:
 
 
 def _decoder(config: Config, objective: dict[str, Any], side: int) -> Decoder:
-    pixels = side * config.model.patcher.patch_size
+    pixels = side * config.model.patcher.side
     patcher = {"image_sizes": [[pixels, pixels]]}
     config = override(config, {"objective": objective, "model": {"patcher": patcher}})
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
@@ -105,13 +105,13 @@ def _decoder(config: Config, objective: dict[str, Any], side: int) -> Decoder:
 def _draw(decoder: Decoder, schedule: type[Schedule]) -> tuple[Floats, float]:
     """Patch rows of one image, and the seconds it took."""
     drawn: list[Floats] = []
-    decode = decoder.patcher.decode
+    pictures = decoder.patcher.pictures
 
-    def noted(x_NP: Floats, grid: Grid) -> Any:
-        drawn.append(x_NP)
-        return decode(x_NP, grid)
+    def noted(x_RNP: Floats, grid: Grid) -> Any:
+        drawn.extend(x_RNP)
+        return pictures(x_RNP, grid)
 
-    with mock.patch.object(generate, "Schedule", schedule), mock.patch.object(decoder.patcher, "decode", noted):
+    with mock.patch.object(generate, "Schedule", schedule), mock.patch.object(decoder.patcher, "pictures", noted):
         began = time.perf_counter()
         decoder.generate([Request([PROMPT], "image", seed=1)])
         return drawn[0], time.perf_counter() - began

@@ -133,15 +133,42 @@ class BackboneConfig(Settings):
     """Any further field of that architecture's configuration."""
 
 
+def _name_to_vae(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class VAEConfig(Settings):
+    """The autoencoder of `model.patcher.kind: vae`: frozen, and no part of the model's weights."""
+
+    name: str = ""
+    """Hub name or local folder of diffusers' `AutoencoderKL`."""
+    subfolder: str = ""
+    """Where it lies in that place, such as `vae` in a pipeline's repository."""
+    channels: Positive = 4
+    """Channels of a latent."""
+    factor: Positive = 8
+    """Pixels along the side of one latent cell."""
+    batch: Positive = 32
+    """Images that are encoded or decoded together."""
+    fingerprint: str | None = None
+    """Of its weights; absent: those found when the run starts, which writes them into its own configuration."""
+    mean: list[float] | None = None
+    """Subtracted per channel from a latent; absent: as its configuration says, else measured when the run starts."""
+    std: list[Annotated[float, Field(gt=0)]] | None = None
+    """What a latent is divided by, per channel; absent: as for `mean`."""
+
+
 class PatcherConfig(Settings):
     """How an image becomes rows of patches, and how those enter and leave the backbone."""
 
-    kind: Literal["pixels"] = "pixels"
-    """What a patch is made of."""
+    kind: Literal["pixels", "vae"] = "pixels"
+    """What a patch is made of: pixels, or cells of the latent that an autoencoder makes of an image."""
+    vae: Annotated[VAEConfig, BeforeValidator(_name_to_vae)] = VAEConfig()
+    """The autoencoder of the kind `vae`. A bare name means `name`."""
     channels: int = 3
-    """1 for grey, 3 for RGB."""
+    """Of images: 1 for grey, 3 for RGB."""
     patch_size: Positive = 4
-    """Side of a square patch, pixels."""
+    """Side of a square patch, in pixels or in cells of the latent."""
     image_sizes: list[tuple[Positive, Positive]] = [(16, 16)]
     """Every (height, width) in pixels that the model may see or draw."""
     projection: str = "linear"
@@ -150,27 +177,58 @@ class PatcherConfig(Settings):
     """Width of the bottleneck projection."""
 
     @property
+    def latent(self) -> bool:
+        """Patches are cut out of latents."""
+        return self.kind == "vae"
+
+    @property
+    def side(self) -> int:
+        """Side of a patch in pixels of the image."""
+        return self.patch_size * (self.vae.factor if self.latent else 1)
+
+    @property
+    def pixel_length(self) -> int:
+        """Numbers in one patch of the image itself."""
+        return self.channels * self.side**2
+
+    @property
     def patch_length(self) -> int:
         """Numbers in one patch row, P."""
-        return self.channels * self.patch_size**2
+        return (self.vae.channels if self.latent else self.channels) * self.patch_size**2
 
     @property
     def grids(self) -> list[tuple[int, int]]:
         """The patch grid (rows, columns) of each image size."""
-        return [(height // self.patch_size, width // self.patch_size) for height, width in self.image_sizes]
+        return [(height // self.side, width // self.side) for height, width in self.image_sizes]
 
     def check(self) -> None:
         """Raise ValueError where fields do not fit each other."""
         if self.channels not in (1, 3):
             raise ValueError(f"model.patcher.channels is {self.channels}, must be 1 (grey) or 3 (RGB)")
+        cells = f" of {self.vae.factor} pixels each (model.patcher.vae.factor)" if self.latent else ""
         for height, width in self.image_sizes:
-            if height % self.patch_size or width % self.patch_size:
+            if height % self.side or width % self.side:
                 raise ValueError(
-                    f"image size {height}x{width} is not divisible by patch_size {self.patch_size}: "
+                    f"image size {height}x{width} is not divisible by patch_size {self.patch_size}{cells}: "
                     "change model.patcher.image_sizes or model.patcher.patch_size"
                 )
+        if self.latent:
+            self._check_vae()
         if not self.image_sizes or len(set(self.image_sizes)) != len(self.image_sizes):
             raise ValueError("model.patcher.image_sizes must name at least one size, each once")
+
+    def _check_vae(self) -> None:
+        if not self.vae.name:
+            raise ValueError(
+                "model.patcher.kind is vae, but no autoencoder is named: set model.patcher.vae.name to a hub name or "
+                "to a folder that `python -m data_prep.train_vae` wrote"
+            )
+        for name, values in (("mean", self.vae.mean), ("std", self.vae.std)):
+            if values is not None and len(values) != self.vae.channels:
+                raise ValueError(
+                    f"model.patcher.vae.{name} has {len(values)} numbers for {self.vae.channels} channels "
+                    "(model.patcher.vae.channels)"
+                )
 
 
 class ModelConfig(Settings):

@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmgen.batching import Draw, Feed, Row, Schedule
+from mmgen.batching import Draw, Drawn, Feed, Row, Schedule
 from mmgen.config import SampleConfig
+from mmgen.latent import build_patcher
 from mmgen.model import MMGenModel
-from mmgen.patch import Floats, Grid, PixelPatcher, raster
+from mmgen.patch import Floats, Grid, raster
 from mmgen.sequence import ImageSegment, TextSegment, Writer
 from mmgen.tokenizer import Tokenizer
 
@@ -105,7 +106,7 @@ class Decoder:
         self.model = model
         self.tokenizer = tokenizer
         self.sample = sample
-        self.patcher = PixelPatcher(model.patcher)
+        self.patcher = build_patcher(model.patcher, model.device)
         self.objective = model.objective
         size = int(model.get_input_embeddings().weight.shape[0])
         ids = np.arange(size)
@@ -135,7 +136,7 @@ class Decoder:
         if request.inpaint is not None:
             if request.mode != "image":
                 raise ValueError(f"in-painting draws one image: set mode 'image', not '{request.mode}'")
-            _, grid = self.patcher.encode(request.inpaint.image)
+            _, grid = self.patcher.levels(request.inpaint.image)
             if request.inpaint.keep.shape != grid or request.grid not in (None, grid):
                 raise ValueError(
                     f"the image to paint has a patch grid of {grid}, but `keep` is {request.inpaint.keep.shape} and "
@@ -178,12 +179,13 @@ class Decoder:
             guided = self.sample.guidance_scale != 1.0 and any(request.mode != "text" for request in requests)
             tokens = max([self.sample.max_new_tokens, *(r.max_new_tokens or 0 for r in requests)])
             images = max([self.sample.max_images, *(r.max_images or 0 for r in requests)])
-            schedule = Schedule(self.model, self.tokenizer, self.sample, rows, guided, tokens, images, previews)
+            schedule = Schedule(
+                self.model, self.tokenizer, self.patcher, self.sample, rows, guided, tokens, images, previews
+            )
             while schedule.busy:
                 with torch.inference_mode():
                     schedule.tick()
-                for number, x_NP, grid in schedule.previews():
-                    events.append(Event(number, "preview", image=self.patcher.decode(x_NP, grid)))
+                events += [Event(number, "preview", image=image) for number, image in schedule.previews()]
                 yield from events
                 events.clear()
             yield from events
@@ -226,13 +228,11 @@ class Decoder:
                 row, column = raster(grid)[order_N[0]]
                 first = int(row), int(column)
                 writer.size(grid, first)
-                opening = yield self._feed(writer, self._text, rng)
-                assert not isinstance(opening, np.ndarray)
-                x_NP = yield Draw(grid, order_N, first, rng, writer.position, opening[1], given)
-                assert isinstance(x_NP, np.ndarray)
-                image = self.patcher.decode(x_NP, grid)
-                result.segments.append(image)
-                emit(Event(number, "image", image=image))
+                _, opening_D = yield self._feed(writer, self._text, rng)
+                drawn: Drawn = yield Draw(grid, order_N, first, rng, writer.position, opening_D, given)
+                x_NP = drawn.x_NP
+                result.segments.append(drawn.image)
+                emit(Event(number, "image", image=drawn.image))
                 images += 1
                 if request.mode == "image":
                     return end(True)

@@ -25,8 +25,8 @@ Levels = NDArray[np.uint8]
 Numbers = TypeVar("Numbers", np.float32, np.uint8)
 
 
-class PixelPatcher:
-    """Pixels in [-1, 1], cut into square patches in raster order; within a patch the order is row, column, channel."""
+class Patcher(ABC):
+    """Images to patch rows and back."""
 
     def __init__(self, settings: PatcherConfig) -> None:
         self.settings = settings
@@ -39,25 +39,47 @@ class PixelPatcher:
         return fit(image, self.settings.channels, self.settings.image_sizes)
 
     def levels(self, image: Image.Image) -> tuple[Levels, Grid]:
-        """Patch rows [N, P] in 0..255 and their grid (rows, columns)."""
+        """The image's pixels in 0..255, one row per patch [N, pixels of a patch], and their grid (rows, columns)."""
         pixels = np.asarray(self.fit(image))
-        return cut(pixels.reshape(*pixels.shape[:2], -1), self.settings.patch_size)
+        return cut(pixels.reshape(*pixels.shape[:2], -1), self.settings.side)
 
-    def scale(self, levels_NP: Levels) -> Floats:
-        """Levels in 0..255 to the model's [-1, 1]."""
-        scaled: Floats = levels_NP.astype(np.float32) / 127.5 - 1
-        return scaled
-
+    @abstractmethod
     def encode(self, image: Image.Image) -> tuple[Floats, Grid]:
-        """Patch rows [N, P] in [-1, 1] and their grid (rows, columns)."""
-        levels_NP, grid = self.levels(image)
-        return self.scale(levels_NP), grid
+        """Patch rows [N, P] of an image and their grid (rows, columns)."""
+
+    @abstractmethod
+    def pictures(self, x_RNP: Floats, grid: Grid) -> list[Image.Image]:
+        """The inverse of `encode`, for several images of one grid; values that no pixel has are clipped."""
 
     def decode(self, x_NP: Floats, grid: Grid) -> Image.Image:
-        """The inverse of `encode`; values outside [-1, 1] are clipped."""
-        pixels = join(x_NP, grid, self.settings.patch_size)
-        levels = np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
-        return Image.fromarray(levels.squeeze(-1) if self.settings.channels == 1 else levels)
+        """The inverse of `encode` for one image."""
+        return self.pictures(x_NP[None], grid)[0]
+
+    def load(self) -> None:  # noqa: B027  # pixels need nothing
+        """Read now what would be read when first needed; raises ValueError where that is not possible."""
+
+
+class PixelPatcher(Patcher):
+    """Pixels in [-1, 1], cut into square patches in raster order; within a patch the order is row, column, channel."""
+
+    def encode(self, image: Image.Image) -> tuple[Floats, Grid]:
+        levels_NP, grid = self.levels(image)
+        return scale(levels_NP), grid
+
+    def pictures(self, x_RNP: Floats, grid: Grid) -> list[Image.Image]:
+        return [to_image(join(x_NP, grid, self.settings.patch_size)) for x_NP in x_RNP]
+
+
+def scale(levels: Levels) -> Floats:
+    """Levels in 0..255 to [-1, 1]."""
+    scaled: Floats = levels.astype(np.float32) / 127.5 - 1
+    return scaled
+
+
+def to_image(pixels_HWC: Floats) -> Image.Image:
+    """An image of pixels in [-1, 1]; values outside are clipped."""
+    levels = np.clip(np.rint((pixels_HWC + 1) * 127.5), 0, 255).astype(np.uint8)
+    return Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels)
 
 
 def cut(pixels_HWC: NDArray[Numbers], side: int) -> tuple[NDArray[Numbers], Grid]:

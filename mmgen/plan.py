@@ -44,6 +44,7 @@ def plan(config: Config) -> dict[str, Any]:
         "tokens_total": config.train.batch_rows * config.data.row_length * config.train.steps,
         "positions_per_image": [copies * rows * columns + 3 for rows, columns in config.model.patcher.grids],
         "positions_added_by_copies": [(copies - 1) * rows * columns for rows, columns in config.model.patcher.grids],
+        "numbers_per_patch": config.model.patcher.patch_length,
         "processes": world,
         "memory_state_bytes": round(sum(state.values())),
         **{f"memory_{name}_bytes": round(size) for name, size in state.items()},

@@ -214,7 +214,8 @@ class Batch:
     label_at_L: Tensor
     """Flat positions that carry a label."""
     x_IP: Tensor
-    """Clean patch rows, [-1, 1]."""
+    """Clean patch rows, of pixels in [-1, 1] or of latents; uint8, and P pixels of the image, while a VAE has yet to
+    encode them (`mmgen.latent.encoded`)."""
     at_I: Tensor
     """Flat position (row * S + position) of each patch."""
     image_I: Tensor
@@ -252,9 +253,14 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[Sequence[Strip | int]], row_length: int, tokenizer: Tokenizer, nothing: Block, patch_length: int
+    rows: Sequence[Sequence[Strip | int]],
+    row_length: int,
+    tokenizer: Tokenizer,
+    nothing: Block,
+    patch_length: int,
+    dtype: type = np.float32,
 ) -> Batch:
-    """Pack written documents into rows.
+    """Pack written documents into rows; `patch_length` and `dtype` are those of their patch rows.
 
     `nothing` is the objective's block of an image without patches: it gives every draw its name and shape
     also where the rows hold no image.
@@ -272,7 +278,8 @@ def collate(
     block = np.full(shape, -1, dtype=np.int64)
     bidirectional = np.zeros(shape, dtype=bool)
     noised = np.zeros(shape, dtype=bool)
-    placed = [(0, np.zeros((0, patch_length), np.float32), np.zeros((0, 2), np.int64), nothing)]
+    empty: Floats = np.zeros((0, patch_length), dtype)
+    placed = [(0, empty, np.zeros((0, 2), np.int64), nothing)]
     openings: list[tuple[int, tuple[int, int]]] = []
     for b, row in enumerate(rows):
         start = blocks = 0
@@ -309,7 +316,7 @@ def collate(
         noised_BS=torch.from_numpy(noised),
         label_BS=torch.from_numpy(label),
         label_at_L=torch.from_numpy(np.flatnonzero(label != IGNORE)),
-        x_IP=_stack([x for _, x, _, _ in placed], np.float32),
+        x_IP=_stack([x for _, x, _, _ in placed], dtype),
         at_I=_stack(at, np.int64),
         image_I=torch.from_numpy(np.repeat(np.arange(len(placed)) - 1, counts)),  # `nothing` is number -1
         place_I2=_stack([place for _, _, place, _ in placed], np.int64),

@@ -166,7 +166,7 @@ def test_sampling_controls_narrow_the_choice(tmp_path: Path) -> None:
     hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for control in ({"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.3}, {}):
         decoder = decoder_of(tiny(tmp_path), "transfusion", **{"top_p": 1.0, "temperature": 0.8, **control})
-        schedule = batching.Schedule(decoder.model, decoder.tokenizer, decoder.sample, [], False, 1, 1)
+        schedule = batching.Schedule(decoder.model, decoder.tokenizer, decoder.patcher, decoder.sample, [], False, 1, 1)
         allowed = decoder._words
         rng = np.random.default_rng(0)
         feeds = [batching.Feed(Strip(), allowed, rng.gumbel(size=len(allowed))) for _ in range(4000)]

@@ -186,8 +186,8 @@ def test_raster_generation_equals_one_forward_pass(config: Config, monkeypatch: 
     model = model.double().eval()
     config = override(config, {"sample": {"guidance_scale": 1.0}})
     decoder = Decoder(model, tokenizer, config.sample)
-    drawn, decode = [], decoder.patcher.decode
-    decoder.patcher.decode = lambda x_NP, grid: drawn.append(x_NP) or decode(x_NP, grid)
+    drawn, pictures = [], decoder.patcher.pictures
+    decoder.patcher.pictures = lambda x_RNP, grid: drawn.extend(x_RNP) or pictures(x_RNP, grid)
     decoder.generate([Request(["abc"], "image", 9)])
     from mmgen.sequence import ImageSegment, TextSegment, Writer, collate
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmgen.config import Config, PatcherConfig, SourceConfig
 from mmgen.data import store
-from mmgen.data.index import TEXT, ShardIndex, ensure, ensure_all, load, tokens_column
+from mmgen.data.index import LATENT, TEXT, ShardIndex, ensure, ensure_all, load, tokens_column
 from mmgen.data.order import Hashes, Ints, uniform
 from mmgen.data.shards import Bad, Sample
 from mmgen.data.store import Patterns, expand
@@ -63,6 +63,8 @@ def patch_grids(index: Columns, patcher: PatcherConfig) -> Ints:
     sizes = np.stack([index.column("height_s"), index.column("width_s")], axis=1).astype(np.int64)
     declared = np.array(patcher.grids, dtype=np.int64)
     grids = np.zeros_like(sizes)
+    if patcher.latent:
+        sizes[index.column("kind_s") == LATENT] *= patcher.vae.factor
     image = sizes[:, 0] > 0
     if image.any():
         grids[image] = declared[nearest_size(sizes[image], patcher.image_sizes)]
@@ -166,12 +168,20 @@ class Dataset(Measured):
         ensure_all(self.shards, tokenizer, config.data, tell=_tell)
         self.bad: list[Bad] = []
         self.hashes: list[str] = []
+        self.pictures: str | None = None
+        """A shard that holds images as pixels."""
+        self.autoencoders: dict[str, str] = {}
+        """Fingerprint of the autoencoder (empty where unknown) of latents to a shard that holds such."""
         counts = []
         for shard in self.shards:
             index = ensure(shard, tokenizer, config.data)
             counts.append(index.count)
             self.bad += index.meta["bad"]
             self.hashes.append(index.meta["sha256"])
+            if index.meta.get("pictures"):
+                self.pictures = self.pictures or shard
+            for fingerprint in index.meta.get("autoencoders", []):
+                self.autoencoders.setdefault(fingerprint, shard)
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         ends = np.cumsum([0] + [len(part) for part in sources.shards])
         self.counts = [int(self.starts[b] - self.starts[a]) for a, b in pairwise(ends)]
@@ -199,7 +209,7 @@ class Dataset(Measured):
         return facts_of(self.index(shard), tokens_column(self.tokenizer), self.grids(shard))
 
     def _grids(self, shard: int) -> Ints:
-        """The patch grid of each segment of a shard."""
+        """The patch grid [s, 2] of each segment of a shard, (0, 0) at text."""
         return patch_grids(self.index(shard), self.config.model.patcher)
 
     def where(self, index: int) -> tuple[int, int]:

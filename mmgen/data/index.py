@@ -23,7 +23,19 @@ from safetensors.numpy import save
 
 from mmgen.config import DataConfig
 from mmgen.data import store
-from mmgen.data.shards import Bad, BadSample, Group, Picture, Sample, assemble, damage, groups, image_size, parse
+from mmgen.data.shards import (
+    Bad,
+    BadSample,
+    Group,
+    Picture,
+    Sample,
+    assemble,
+    autoencoder_of,
+    damage,
+    groups,
+    image_size,
+    parse,
+)
 from mmgen.data.tar import Damaged
 from mmgen.tokenizer import Tokenizer
 
@@ -169,6 +181,7 @@ def cached_path(shard: str, cache_dir: Path) -> Path:
 def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
     """Read a shard once and return its index as the bytes of a file."""
     builder, bad, duplicates = Builder(), list[Bad](), list[str]()
+    pictures, autoencoders = 0, set[str]()
     name, seen = store.name(shard), set[int]()
     stamp = store.stamp(shard)
     with store.stream(shard, data.limits) as plain:
@@ -184,6 +197,9 @@ def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
                 try:
                     sample = parse(name, group, data)
                     builder.add(sample, group, [segment_facts(segment, data) for segment in sample.segments])
+                    shown = [segment for segment in sample.segments if isinstance(segment, Picture)]
+                    pictures += sum(not picture.latent for picture in shown)
+                    autoencoders |= {autoencoder_of(picture) for picture in shown if picture.latent}
                 except BadSample as error:
                     bad.append({"shard": name, "key": group.key, "reason": str(error)})
         except Damaged as error:
@@ -201,6 +217,8 @@ def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
         "extensions": list(builder.extensions),
         "bad": bad,
         "duplicates": duplicates,
+        "pictures": pictures,
+        "autoencoders": sorted(autoencoders),
     }
     return _file(builder.columns(tokenizer), meta)
 

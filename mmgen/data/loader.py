@@ -12,18 +12,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmgen.config import Config
 from mmgen.data import store
 from mmgen.data.dataset import DROPPED, IMAGE_FIRST, Dataset, Samples
 from mmgen.data.order import Cursors, Mixture, Plan, PlannedDocument, PlannedRow, Position, chances, keyed
-from mmgen.data.shards import Bad, BadSample, Picture, Sample, open_image
+from mmgen.data.shards import Bad, BadSample, Picture, Sample, open_image, open_latent
 from mmgen.data.store import Patterns
 from mmgen.flow.time import stratified
 from mmgen.frame import CENTRE, draft, fit
+from mmgen.latent import LatentPatcher, build_patcher
 from mmgen.objective import ImageSite, objective_class
-from mmgen.patch import Grid, Levels, PixelPatcher
+from mmgen.patch import Floats, Grid, scale
 from mmgen.sequence import Batch, Document, ImageSegment, Strip, TextSegment, Writer, collate
 from mmgen.tokenizer import Tokenizer
 
@@ -59,8 +61,8 @@ def _pinned(batch: Batch) -> Batch:
     return Batch(**plain, draws={name: value.pin_memory() for name, value in batch.draws.items()})
 
 
-Decoded = list[list[int] | tuple[Levels, Grid]]
-"""Segments of a sample: token ids, or patch rows and their grid."""
+Decoded = list[list[int] | tuple[NDArray[Any], Grid]]
+"""Segments of a sample: token ids, or rows of pixels in 0..255 (patch rows of a latent) and their grid."""
 
 
 class Documents(ABC):
@@ -71,13 +73,18 @@ class Documents(ABC):
 
     def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.patcher = PixelPatcher(config.model.patcher)
+        self.patcher = build_patcher(config.model.patcher)
         self.objective = objective_class(config.objective)
         self.copies = self.objective.copies(config.objective)
 
     @abstractmethod
     def segments(self, planned: PlannedDocument) -> tuple[tuple[str, str], Decoded]:
         """(shard, key), and tokens and patch rows, of a planned document; raises `BadSample`."""
+
+    @property
+    @abstractmethod
+    def unencoded(self) -> bool:
+        """Batches carry pixels that the model's device is to encode."""
 
     @abstractmethod
     def name(self, planned: PlannedDocument) -> tuple[str, str]:
@@ -105,12 +112,13 @@ class Documents(ABC):
             if not isinstance(segment, tuple):
                 document.append(TextSegment(segment))
                 continue
-            levels_NP, grid = segment
-            x_NP = self.patcher.scale(levels_NP)
+            x_NP, grid = segment
+            if not self.config.model.patcher.latent:
+                x_NP = scale(x_NP)
             rng = keyed(self.config.run.seed, epoch, shard, key, "noise", image)
             quantile = rng.random() if quantiles is None else quantiles[image]
             before, after = bool(texts) and texts[0] < i, bool(texts) and texts[-1] > i
-            site = ImageSite(grid, x_NP.shape[1], before, after, quantile)
+            site = ImageSite(grid, self.config.model.patcher.patch_length, before, after, quantile)
             document.append(ImageSegment(x_NP, grid, self.objective.layout(self.config.objective, site, rng)))
             image += 1
         return document
@@ -145,7 +153,9 @@ class Documents(ABC):
                 decoded.append(self._rows(sample, i, segment, epoch, next(expected)))
         return decoded
 
-    def _rows(self, sample: Sample, number: int, picture: Picture, epoch: int, grid: Grid) -> tuple[Levels, Grid]:
+    def _rows(self, sample: Sample, number: int, picture: Picture, epoch: int, grid: Grid) -> tuple[NDArray[Any], Grid]:
+        if picture.latent:
+            return self._latent_rows(picture, grid)
         data, patcher = self.config.data, self.config.model.patcher
         centering = CENTRE
         if data.crop == "random":
@@ -157,11 +167,28 @@ class Documents(ABC):
             raise BadSample(f"the image has grid {found}, planned was {grid}")
         return levels_NP, grid
 
+    def _latent_rows(self, picture: Picture, grid: Grid) -> tuple[Floats, Grid]:
+        assert isinstance(self.patcher, LatentPatcher)
+        latent_Chw = open_latent(picture.data)
+        try:
+            x_NP, found = self.patcher.rows(latent_Chw)
+        except ValueError as error:
+            raise BadSample(str(error)) from None
+        if found != grid:
+            height, width = (cells * self.config.model.patcher.vae.factor for cells in latent_Chw.shape[1:])
+            raise BadSample(
+                f"latent {list(latent_Chw.shape)} stands for {height}x{width} pixels, which model.patcher.image_sizes "
+                "does not declare"
+            )
+        return x_NP, grid
+
     def batch(self, rows: Sequence[Sequence[Strip | int]]) -> Batch:
         """Collate written rows."""
-        length = self.config.model.patcher.patch_length
-        nothing = self.objective.context(self.config.objective, (0, 0), length)
-        return collate(rows, self.config.data.row_length, self.tokenizer, nothing, length)
+        patcher, row_length = self.config.model.patcher, self.config.data.row_length
+        nothing = self.objective.context(self.config.objective, (0, 0), patcher.patch_length)
+        if self.unencoded:
+            return collate(rows, row_length, self.tokenizer, nothing, patcher.pixel_length, np.uint8)
+        return collate(rows, row_length, self.tokenizer, nothing, patcher.patch_length)
 
     def written(self, row: PlannedRow, ordinal: int, quantile: Callable[[int], float], step: Step) -> list[Strip | int]:
         """Write the documents of a row and count them in `step`.
@@ -204,6 +231,7 @@ class Corpus(Documents):
     def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config) -> None:
         super().__init__(tokenizer, config)
         self.dataset = Dataset(patterns, tokenizer, config)
+        self._check_kind()
         self.dataset.refuse_overlong()
         self.bad, self.samples = self.dataset.bad, Samples(self.dataset)
         self.start = Position()
@@ -214,6 +242,34 @@ class Corpus(Documents):
         self._fetched: dict[int, Sample | BadSample] = {}
         self._remote = [store.is_url(shard) for shard in self.dataset.shards]
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
+
+    def _check_kind(self) -> None:
+        """Raise ValueError where shards hold latents that the settings do not want, or of another autoencoder."""
+        pictures, latents = self.dataset.pictures, self.dataset.autoencoders
+        if latents and not isinstance(self.patcher, LatentPatcher):
+            raise ValueError(
+                f"{next(iter(latents.values()))} holds latents, but model.patcher.kind is pixels: set it to vae, or "
+                "name shards of images"
+            )
+        if latents and pictures:
+            raise ValueError(
+                f"{next(iter(latents.values()))} holds latents and {pictures} images: name shards of one kind "
+                "(`python -m data_prep.latents` makes latents of images)"
+            )
+        if latents and self.config.data.crop == "random":
+            raise ValueError("data.crop is random, but a stored latent has one crop: set it to center")
+        if isinstance(self.patcher, LatentPatcher):
+            for fingerprint, shard in latents.items():
+                if fingerprint and fingerprint != self.patcher.fingerprint:
+                    raise ValueError(
+                        f"the latents of {shard} come from another autoencoder (fingerprint {fingerprint}) than "
+                        f"'{self.config.model.patcher.vae.name}' (fingerprint {self.patcher.fingerprint}): name that "
+                        "one in model.patcher.vae.name, or make the latents anew with `python -m data_prep.latents`"
+                    )
+
+    @property
+    def unencoded(self) -> bool:
+        return self.config.model.patcher.latent and not self.dataset.autoencoders
 
     @property
     def told(self) -> str:

@@ -316,6 +316,15 @@ def _numpy(file: io.BytesIO) -> Floats:
     return array.reshape(shape, order="F" if fortran else "C")
 
 
+def autoencoder_of(latent: Picture) -> str:
+    """Fingerprint of the autoencoder that a latent names in its safetensors header; empty where it names none."""
+    try:
+        header = json.loads(latent.data[8 : 8 + int.from_bytes(latent.data[:8], "little")])
+        return str(header["__metadata__"]["vae"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
 def open_latent(data: bytes) -> Floats:
     """A precomputed latent [channels, height, width] as float32; raises `BadSample`."""
     try:

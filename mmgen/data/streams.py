@@ -38,7 +38,7 @@ from mmgen.data.order import (
     keyed,
     pack,
 )
-from mmgen.data.shards import Bad, BadSample, Group, Sample, damage, groups, parse
+from mmgen.data.shards import Bad, BadSample, Group, Picture, Sample, damage, groups, parse
 from mmgen.data.store import Patterns, expand
 from mmgen.data.tar import Damaged
 from mmgen.flow.time import stratified
@@ -211,6 +211,10 @@ class Streams:
             if again:
                 raise BadSample(repeated(group))
             sample = parse(name, group, self.config.data)
+            if any(isinstance(segment, Picture) and segment.latent for segment in sample.segments):
+                raise BadSample(
+                    "latents are read through the index alone, which knows their autoencoder: set data.streams to 0"
+                )
             return sample, group, [segment_facts(segment, self.config.data) for segment in sample.segments]
         except BadSample as error:
             return {"shard": name, "key": group.key, "reason": str(error)}
@@ -238,6 +242,10 @@ class StreamCorpus(Documents):
         self.dataset = Streams(expand(patterns), tokenizer, config)
         self.bad: list[Bad] = []
         self.start = Cursors()
+
+    @property
+    def unencoded(self) -> bool:
+        return self.config.model.patcher.latent
 
     @property
     def told(self) -> str:

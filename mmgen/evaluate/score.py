@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmgen import picture
-from mmgen.config import Config, EvalConfig, choose
+from mmgen.config import Config, EvalConfig, choose, override
 from mmgen.data.loader import Corpus
-from mmgen.data.shards import BadSample, Sample, open_image, read
+from mmgen.data.shards import Picture, Sample, open_image, open_latent, read
 from mmgen.data.store import Patterns
 from mmgen.evaluate.judge import Judge, Truth, pixels, truth
 from mmgen.evaluate.metrics import (
@@ -31,29 +31,49 @@ from mmgen.evaluate.metrics import (
 )
 from mmgen.evaluate.tasks import TASKS, Object, Pixels, Task
 from mmgen.generate import Decoder, Request
+from mmgen.latent import LatentPatcher, build_patcher
 from mmgen.model import MMGenModel
-from mmgen.patch import PixelPatcher
+from mmgen.patch import Floats, Grid, Patcher
 from mmgen.tokenizer import Tokenizer
 from mmgen.train.probe import held_out
 from mmgen.train.ranks import Ranks
 
 
 class Pictures:
-    """The readable pictures of shards, at the size and in the colours that the model draws."""
+    """The readable pictures of shards, at the size and in the colours that the model draws; latents are decoded."""
 
-    def __init__(self, patterns: Patterns, patcher: PixelPatcher, bad: list[dict[str, str]]) -> None:
+    def __init__(self, patterns: Patterns, patcher: Patcher, bad: list[dict[str, str]]) -> None:
         self.samples: list[Sample] = []
-        self.images: list[Image.Image] = []
+        found: list[Image.Image | tuple[Floats, Grid]] = []
         for sample in read(patterns, bad):
-            if sample.image is None:
+            picture = next((segment for segment in sample.segments if isinstance(segment, Picture)), None)
+            if picture is None or (picture.latent and not isinstance(patcher, LatentPatcher)):
                 continue
             try:
-                self.images.append(patcher.fit(open_image(sample.image)))
+                if picture.latent and isinstance(patcher, LatentPatcher):
+                    found.append(patcher.rows(open_latent(picture.data)))
+                else:
+                    found.append(patcher.fit(open_image(picture.data)))
                 self.samples.append(sample)
-            except BadSample as error:
+            except ValueError as error:
                 bad.append({"shard": sample.shard, "key": sample.key, "reason": str(error)})
+        self.images = developed(found, patcher)
         self.pixels = [pixels(image) for image in self.images]
         self.truth = [truth(sample) for sample in self.samples]
+
+
+def developed(found: Sequence[Image.Image | tuple[Floats, Grid]], patcher: Patcher) -> list[Image.Image]:
+    """Images as they are, and patch rows decoded, those of one grid together."""
+    grids: dict[Grid, list[int]] = defaultdict(list)
+    images = [item if isinstance(item, Image.Image) else Image.new("RGB", (1, 1)) for item in found]
+    for i, item in enumerate(found):
+        if not isinstance(item, Image.Image):
+            grids[item[1]].append(i)
+    for grid, places in grids.items():
+        x_RNP = np.stack([item[0] for i in places if not isinstance(item := found[i], Image.Image)])
+        for i, image in zip(places, patcher.pictures(x_RNP, grid), strict=True):
+            images[i] = image
+    return images
 
 
 class Real:
@@ -186,11 +206,13 @@ def evaluate(
         ValueError, FileNotFoundError: the eval section names an unknown task, or shards that are missing or unlabelled.
     """
     began = time.monotonic()
+    config = override(config, {"model": {"patcher": model.patcher.model_dump()}})  # what a run found of its autoencoder
     settings = config.eval
     task: Task = choose(TASKS, settings.task, "eval.task")()
     judge = Judge(task, settings.judge)
     bad: list[dict[str, str]] = []
-    train, test = (Pictures(shards, PixelPatcher(model.patcher), bad) for shards in (config.data.train, settings.test))
+    patcher = build_patcher(model.patcher, model.device)
+    train, test = (Pictures(shards, patcher, bad) for shards in (config.data.train, settings.test))
     real = Real(task, train, test, settings.samples)
     tell(f"{settings.task}: judging {settings.samples} images against {len(test.samples)} real ones")
 

@@ -13,10 +13,12 @@ import yaml
 from torch import Tensor
 
 from mmgen.config import Config
+from mmgen.data.latents import settled
 from mmgen.data.loader import Corpus, Step, steps
 from mmgen.data.order import Cursors, Position
 from mmgen.data.shards import worst_shards
 from mmgen.data.streams import training_corpus
+from mmgen.latent import build_patcher, encoded
 from mmgen.tokenizer import Tokenizer
 from mmgen.train import checkpoint, meter
 from mmgen.train.engine import Engine, can_compile, uses_bf16
@@ -43,6 +45,7 @@ def train(config: Config) -> int:
     torch.manual_seed(config.run.seed)
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     found = checkpoint.newest_good(config.run.dir, ranks=ranks)
+    config = ranks.gather_objects(settled(config, tokenizer, found[1] if found else None))[0]
     if found:
         folder, trainer = found
         checkpoint.check_same_run(trainer, config, tokenizer, folder)
@@ -99,6 +102,8 @@ class Run:
         self.corpus = training_corpus(config, tokenizer)
         self.engine = build_engine(config, len(tokenizer), ranks)
         self.model, self.device = self.engine.model, self.engine.device
+        self.patcher = build_patcher(config.model.patcher, self.device)
+        self.patcher.load()  # not when the first image is drawn
         self.saver = Saver(config.run.dir / "checkpoints", self.engine, ranks, tokenizer)
         self.data = self.corpus.dataset.fingerprint
         self.spikes = Spikes(config.train.spike_factor)
@@ -153,7 +158,7 @@ class Run:
                 sums, times = torch.zeros(2, device=self.device), torch.zeros(2, meter.BUCKETS, device=self.device)
                 for i, batch in enumerate(data.micro):
                     self.watchdog.phase("forward", step)
-                    batch = batch.to(self.device)
+                    batch = encoded(batch, self.patcher).to(self.device)
                     losses = engine.forward(batch)
                     parts = torch.stack([losses.text, losses.image]) / counts
                     self.watchdog.phase("backward", step)
@@ -208,7 +213,7 @@ class Run:
         check_space(
             config,
             int(self.ranks.sums([state])[0]),
-            positions * (60 + 8 * config.model.patcher.patch_length),
+            positions * (60 + 8 * config.model.patcher.patch_length + config.model.patcher.pixel_length),
         )
         if self.ranks.rank == 0:
             run.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.data.shards import read
 from mmgen.generate import Decoder, Request
+from mmgen.latent import build_patcher, encoded
 from mmgen.model import Losses, MMGenModel
 from mmgen.sequence import Batch
 from mmgen.tokenizer import Tokenizer
@@ -30,11 +31,11 @@ def held_out(model: MMGenModel, corpus: Corpus, ranks: Ranks) -> Iterator[tuple[
     """Each batch of one epoch of a corpus and its losses, with fixed noise; a rank gets its share of every step."""
     training = model.training
     model.eval()
-    rows = corpus.plan.epoch_rows(0)
+    rows, patcher = corpus.plan.epoch_rows(0), build_patcher(corpus.config.model.patcher, model.device)
     number = 0
     while chunk := list(islice(rows, corpus.config.train.batch_rows)):
         for batch in corpus.step(number, chunk, Position(), ranks.rank, ranks.world).micro:
-            batch = batch.to(model.device)
+            batch = encoded(batch, patcher).to(model.device)
             yield batch, model(batch)
         number += 1
     model.train(training)
