@@ -101,8 +101,35 @@ def test_killed_runs_resume_bit_for_bit() -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_after_saving(config: Config, tmp_path: Path) -> None:
-    """As a user: torchrun, a SIGUSR1 that only one process gets, and the same command again."""
+@pytest.mark.parametrize("fault", ["moments", "early_prune"])
+def test_killed_runs_that_lose_something_are_told(fault: str) -> None:
+    code, found = command("kill_matrix", "--points", 9, "--inject", fault)
+    assert code == 1
+    kept = found["resumed"] if fault == "early_prune" else found["bit_equal"]
+    assert kept < found["points"] == 9, found
+
+
+@pytest.mark.slow
+def test_bytes_of_state_and_messages_are_those_of_theory() -> None:
+    code, found = command("accounts")
+    assert (code, len(found["cells"])) == (0, 24), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["whole_averages", "sent_twice"])
+def test_bytes_too_many_are_told(fault: str) -> None:
+    code, found = command("accounts", "--world", 2, "--inject", fault)
+    assert code == 1
+    assert not any(cell["holds"] for cell in found["cells"]), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "to"), [(signal.SIGUSR1, "rank"), (signal.SIGTERM, "rank"), (signal.SIGINT, "rank"),
+                       (signal.SIGTERM, "launcher")], ids=str,
+)  # fmt: skip
+def test_a_signal_stops_all_ranks_after_saving(config: Config, tmp_path: Path, number: int, to: str) -> None:
+    """As a user: torchrun, a signal that only one process gets, and the same command again."""
     settings = {"steps": 30, "save_every": 100, "zero_stage": 2, "timeout": 60}
     run = override(config, {"train": settings, "run": {"dir": str(tmp_path / "signalled")}})
     file = tmp_path / "run.yaml"
@@ -121,12 +148,14 @@ def test_a_signal_to_one_rank_stops_all_after_saving(config: Config, tmp_path: P
         time.sleep(0.05)
         assert process.poll() is None
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGUSR1)
+    os.kill(int(children[-1]) if to == "rank" else process.pid, number)
     told = process.communicate(timeout=120)[1]
     assert "the same command continues" in told
-    assert f"exitcode  : {guard.INTERRUPTED}" in told
+    if to == "rank":  # a launcher that was told to stop names no codes
+        assert f"exitcode  : {guard.INTERRUPTED}" in told
     stopped = len(losses(run))
     assert stopped < 30
+    assert checkpoint.read_trainer(checkpoint.latest(run.run.dir))["step"] == stopped
     subprocess.run([*words, "train", "--config", file], env=ENVIRONMENT, check=True, capture_output=True)
     assert [step for step, *_ in losses(run)] == list(range(1, 31))
 

@@ -1,6 +1,6 @@
 """Bytes of state per rank and bytes sent per step, counted from the tensors, beside ZeRO's theory.
 
-`python -m tests.faults.accounts [--json]`; ends with code 1 where a count is off
+`python -m tests.faults.accounts [--inject whole_averages|sent_twice] [--json]`; ends with code 1 where a count is off
 by more than padding.
 """
 
@@ -36,6 +36,7 @@ SENT = {
     "reduce": 2.0,
 }
 MICRO = 2
+FAULTS = ("whole_averages", "sent_twice")
 
 
 def configure(folder: Path, stage: int, world: int, precision: str) -> Config:
@@ -57,9 +58,12 @@ def unique(tensors: Any) -> int:
     return sum(held.values())
 
 
-def count(config: Config, out: Path, rank: int) -> int:
+def count(config: Config, out: Path, fault: str | None, rank: int) -> int:
     sent = [0.0, 0.0]
     spy(sent, int(config.train.batch_rows / 2))  # before DeepSpeed looks the functions up
+    if fault == "sent_twice":
+        for name in SENT:
+            setattr(dist, name, lambda *a, f=getattr(dist, name), **named: (f(*a, **named), f(*a, **named))[1])
     ranks = start(config)
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     torch.manual_seed(0)
@@ -78,6 +82,10 @@ def count(config: Config, out: Path, rank: int) -> int:
     flats = list({id(f.flat): f.flat for f in engine.fragments}.values())
     weights = [p.ds_tensor if stage == 3 else p for p in engine.model.parameters()]
     states = [engine.optimizer.state[flat] for flat in flats]
+    if fault == "whole_averages":  # every rank with a copy of the model
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters()]
+        for state in states:
+            state["ema"] = torch.zeros(sum(sizes))
     low = unique(weights)
     found = {
         "weights": low,
@@ -128,13 +136,13 @@ def spy(sent: list[float], world: int) -> None:
         setattr(dist, name, wrap(name, getattr(dist, name)))
 
 
-def check(chosen: list[tuple[int, int, str]], folder: Path) -> list[dict[str, Any]]:
+def check(chosen: list[tuple[int, int, str]], fault: str | None, folder: Path) -> list[dict[str, Any]]:
     results = []
     for stage, world, precision in chosen:
         name = f"stage{stage}-world{world}-{precision}"
         config = configure(folder / name, stage, world, precision)
         out = folder / f"{name}.json"
-        codes = run_ranks(world, partial(count, config, out))
+        codes = run_ranks(world, partial(count, config, out, fault))
         if any(codes):
             results.append({"cell": name, "holds": False, "codes": codes})
             continue
@@ -154,11 +162,12 @@ def check(chosen: list[tuple[int, int, str]], folder: Path) -> list[dict[str, An
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", type=int, choices=(1, 2, 4), help="only cells of so many processes")
+    parser.add_argument("--inject", choices=FAULTS)
     parser.add_argument("--json", action="store_true")
     words = parser.parse_args()
     chosen = [cell for cell in CELLS if words.world in (None, cell[1])]
     with tempfile.TemporaryDirectory() as folder:
-        results = check(chosen, Path(folder))
+        results = check(chosen, words.inject, Path(folder))
     holds = all(result["holds"] for result in results)
     if words.json:
         print(json.dumps({"holds": holds, "cells": results}))

@@ -1,8 +1,9 @@
 """SIGKILL at every phase of a step and of a save, in one rank or all; then the same run again.
 
-`python -m tests.faults.kill_matrix [--points 40] [--json]`. Each point kills a run of two processes, checks that the
-checkpoint that `latest` names is whole, starts the run again, and compares losses of all steps, and weights, moments
-and averages of the last one, with a run that was never killed, bit for bit. Stages 0 to 3 take turns.
+`python -m tests.faults.kill_matrix [--points 40] [--inject moments|early_prune] [--json]`. Each point kills a run of two
+processes, checks that the checkpoint that `latest` names is whole, starts the run again, and compares losses of all
+steps, and weights, moments and averages of the last one, with a run that was never killed, bit for bit. Stages 0 to 3
+take turns.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from mmgen.train.fragments import Store
 from mmgen.train.guard import Watchdog
 from mmgen.train.loop import train
 from tests.faults.launch import run_ranks, small
+from tests.faults.resume import run
 
 STEP_PHASES = ("data", "forward", "backward", "step", "sample")
 SAVE_PHASES = (
@@ -41,6 +44,7 @@ SAVE_PHASES = (
     "pruned",
 )
 OF_EVERY_RANK = ("save", "copied", "writing", "written")
+FAULTS = ("moments", "early_prune")
 KILLED_STEP, KILLED_SAVE = 8, 6
 ALL = -1
 Point = tuple[str, int]
@@ -54,11 +58,11 @@ def points() -> list[Point]:
 
 
 def configure(folder: Path, stage: int) -> Config:
-    settings = {"steps": 10, "save_every": 3, "keep_last": 1, "zero_stage": stage, "timeout": 20, "micro_rows": 1}
+    settings = {"steps": 10, "save_every": 3, "keep_last": 1, "zero_stage": stage, "timeout": 60, "micro_rows": 1}
     return small(folder, train=settings)
 
 
-def victim(config: Config, point: Point, rank: int) -> int:
+def victim(config: Config, point: Point, fault: str | None, rank: int) -> int:
     """The trainer, which kills itself at the point."""
     phase, who = point
 
@@ -118,14 +122,15 @@ def victim(config: Config, point: Point, rank: int) -> int:
 
     def begins(self: saver.Saver, step: int, *rest: Any) -> None:
         now[0] = step
+        if fault == "early_prune" and rank == 0:
+            for old in self.folder.glob("step-*"):
+                shutil.rmtree(old)
         begin(self, step, *rest)
 
-    seen: set[str] = set()
     watch = Watchdog.phase
 
     def phased(self: Watchdog, name: str, step: int) -> None:
         reach(name, step == (due if name == "save" else KILLED_STEP))
-        seen.add(name)
         watch(self, name, step)
 
     Watchdog.phase, saver.Saver._copy, saver.Saver.begin, saver.write = phased, copied, begins, wrote
@@ -156,21 +161,21 @@ def inspect(config: Config, out: Path, rank: int) -> int:
     return 0
 
 
-def check(chosen: list[Point], folder: Path) -> list[dict[str, Any]]:
+def check(chosen: list[Point], fault: str | None, folder: Path) -> list[dict[str, Any]]:
     results = []
     for i, point in enumerate(chosen):
         stage = i % 4
         whole = configure(folder / f"whole-{stage}", stage)
         if not (whole.run.dir / "metrics.jsonl").exists():
-            assert run_ranks(2, partial(plainly, whole)) == [0, 0]
+            assert run_ranks(2, partial(run, whole, None)) == [0, 0]
         config = override(whole, {"run": {"dir": str(folder / f"point-{i}")}})
-        killed = run_ranks(2, partial(victim, config, point), grace=30)
+        killed = run_ranks(2, partial(victim, config, point, fault), grace=120)
         out = folder / "answer.json"
         verified = run_ranks(1, partial(inspect, config, out)) == [0]
         left = json.loads(out.read_text()) if verified else -1
         # The save that was killed may be lost, or one that was still being written; never one before it.
         enough = left >= (KILLED_SAVE if point[0] in ("linked", "prune", "pruned") else 3)
-        codes = run_ranks(2, partial(plainly, config)) if verified else [1]
+        codes = run_ranks(2, partial(run, config, fault)) if verified else [1]
         # The other rank ends by itself, with an error, long before it would be killed.
         ended = point[1] == ALL or -signal.SIGKILL not in [c for r, c in enumerate(killed) if r != point[1]]
         resumed = -signal.SIGKILL in killed and ended and verified and enough and codes == [0, 0]
@@ -182,21 +187,21 @@ def check(chosen: list[Point], folder: Path) -> list[dict[str, Any]]:
             "phase": phase, "killed": "all" if who == ALL else f"rank {who}", "stage": stage, "codes": killed,
             "resumed_from": left, "resumed": resumed, "bit_equal": equal,
         })  # fmt: skip
+        print(*results[-1].values(), file=sys.stderr, flush=True)
     return results
-
-
-def plainly(config: Config, rank: int) -> int:
-    return train(config)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--points", type=int, default=40)
+    parser.add_argument("--points", type=int, default=40, help="so many, evenly out of all")
+    parser.add_argument("--inject", choices=FAULTS)
     parser.add_argument("--json", action="store_true")
     words = parser.parse_args()
-    chosen = points()[: words.points] if words.points < len(points()) else points()
+    known = points()
+    number = min(words.points, len(known))
+    chosen = [known[i * len(known) // number] for i in range(number)]
     with tempfile.TemporaryDirectory() as folder:
-        results = check(chosen, Path(folder))
+        results = check(chosen, words.inject, Path(folder))
     summary = {
         "points": len(results),
         "resumed": sum(result["resumed"] for result in results),
