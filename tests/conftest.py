@@ -20,6 +20,7 @@ from PIL import Image
 from tokenizers import Tokenizer as TextTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from mmgen import cli
 from mmgen.config import Config, override
 from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.tokenizer import Tokenizer
@@ -115,3 +116,13 @@ def _fresh_accelerate() -> None:
 def config(tmp_path: Path) -> Config:
     shard = write_tar(tmp_path / "train-000.tar", pairs(40))
     return tiny(tmp_path, data={"train": [str(shard)], "val": [str(shard)]})
+
+
+def run(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str, str]:
+    """Exit code, output and errors of the command `mmgen`, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mmgen", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    captured = capsys.readouterr()
+    return int(stop.value.code), captured.out, captured.err

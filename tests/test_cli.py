@@ -9,17 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmgen import cli
 from mmgen.config import Config, field_names, load, override
-
-
-def run(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str, str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["mmgen", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    captured = capsys.readouterr()
-    return int(stop.value.code), captured.out, captured.err
+from tests.conftest import run
 
 
 @pytest.fixture

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from mmgen.flow.solve import runge_kutta, solve
 from mmgen.flow.time import uniform_grid
 from mmgen.lab.catalog import EXPERIMENTS, execute, run_all
 from mmgen.lab.nets import Preconditioned
+from tests.conftest import run
 
 EXACT = [name for name, found in EXPERIMENTS.items() if found.run.__module__.endswith("exact")]
 FAULTY = [(name, fault) for name in EXPERIMENTS for fault in EXPERIMENTS[name].faults]
@@ -51,6 +49,7 @@ class Silent(torch.nn.Module):
         return torch.zeros_like(z)
 
 
+@pytest.mark.slow
 def test_experiments_side_by_side(tmp_path: Path) -> None:
     """Two at a time, in their order, with the figures of one at a time."""
     names = ["paths", "gaussian_likelihood", "band_power"]
@@ -60,11 +59,6 @@ def test_experiments_side_by_side(tmp_path: Path) -> None:
     assert together[2]["figures"] == execute("band_power", fast=True, out=tmp_path)["figures"]
     with pytest.raises(ValueError, match="at least one experiment"):
         next(run_all(names, 0))
-
-
-def mmgen(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "mmgen.cli", *arguments], capture_output=True, text=True, env=env)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -93,16 +87,18 @@ def test_every_fault_is_answered_by_an_exact_experiment() -> None:
     assert {fault for _, fault in FAULTY} == {"sign", "half", "minus_s2", "shifted_t"}
 
 
-def test_command(tmp_path: Path) -> None:
-    listed = mmgen("lab", "list", "--json")
-    assert listed.returncode == 0, listed.stderr
-    assert {row["name"] for row in json.loads(listed.stdout)} == set(EXPERIMENTS)
-    run = mmgen("lab", "run", "gaussian_likelihood", "--fast", "--json", "--out", str(tmp_path))
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout)["holds"] is True
-    red = mmgen("lab", "run", "gaussian_likelihood", "--inject", "sign", "--out", str(tmp_path))
-    assert red.returncode == 1
-    assert "FAILS  gaussian_likelihood" in red.stderr
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, listed, told = run(capsys, "lab", "list", "--json")
+    assert code == 0, told
+    assert {row["name"] for row in json.loads(listed)} == set(EXPERIMENTS)
+    code, found, told = run(capsys, "lab", "run", "gaussian_likelihood", "--fast", "--json", "--out", str(tmp_path))
+    assert code == 0, told
+    assert json.loads(found)["holds"] is True
+    code, _, told = run(
+        capsys, "lab", "run", "gaussian_likelihood", "--fast", "--inject", "sign", "--out", str(tmp_path)
+    )
+    assert code == 1
+    assert "FAILS  gaussian_likelihood" in told
 
 
 @pytest.mark.parametrize(
@@ -113,10 +109,10 @@ def test_command(tmp_path: Path) -> None:
         (["guidance", "--inject", "minus_s2"], "answers to no fault 'minus_s2'"),
     ],
 )
-def test_bad_input_is_named(arguments: list[str], message: str) -> None:
-    found = mmgen("lab", "run", *arguments)
-    assert found.returncode == 2
-    assert message in found.stderr
+def test_bad_input_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, told = run(capsys, "lab", "run", *arguments)
+    assert code == 2
+    assert message in told
 
 
 @pytest.mark.slow

@@ -408,6 +408,7 @@ def test_langevin_keeps_the_marginal() -> None:
     assert all(1.8 < slope < 2.3 for slope in slopes(errors)), errors
 
 
+@pytest.mark.slow
 def test_annealed_langevin_reaches_the_data() -> None:
     path = VEPath(0.01, 10.0)
     moments = Moments(path)
