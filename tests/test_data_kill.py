@@ -34,7 +34,9 @@ def consume(config: Config, folder: Path, world: int, every: int, fault: str | N
     saved, record = folder / "saved.json", folder / "record.jsonl"
     state = json.loads(saved.read_text()) if saved.exists() else {"step": 0, "position": corpus.start.as_dict()}
     kept = record.read_text().splitlines()[: state["step"]] if record.exists() else []
-    record.write_text("".join(line + "\n" for line in kept))
+    # All or nothing, or a kill in between would lose what was recorded.
+    (folder / "record.part").write_text("".join(line + "\n" for line in kept))
+    os.replace(folder / "record.part", record)
     ranks = [steps(corpus, state["step"], LAST, stands(state["position"]), rank, world) for rank in range(world)]
     with record.open("a") as file:
         for number, shares in enumerate(zip(*ranks, strict=True), state["step"] + 1):
