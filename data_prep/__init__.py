@@ -8,10 +8,15 @@ from collections.abc import Callable
 import cyclopts
 
 
+def tell(message: str) -> None:
+    """One line for people, on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def run(main: Callable[..., None]) -> None:
     """Run a script's command; errors of the user's making become one message and exit code 2."""
     try:
         cyclopts.run(main)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         sys.exit(2)

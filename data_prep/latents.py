@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import torch
 from safetensors.numpy import save
 from webdataset import TarWriter
 
-from data_prep import run
+from data_prep import run, tell
 from mmgen.config import Config, differences, load
 from mmgen.data import store
 from mmgen.data.latents import device
@@ -70,11 +69,6 @@ def main(
 def plain(name: str) -> str:
     """The name of a shard that is not compressed."""
     return re.sub(r"(\.tar)?\.(gz|tgz|zst)$", ".tar", name)
-
-
-def tell(message: str) -> None:
-    """One line for people, on standard error."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def _same_as_before(out: Path, config: Config, patcher: LatentPatcher, half: bool) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep import run
+from data_prep import run, tell
 from mmgen.config import Config, differences, load, override
 from mmgen.data.latents import device, measure
 from mmgen.data.loader import Corpus
@@ -72,12 +71,14 @@ class Batches(Dataset[dict[Grid, Tensor]]):
         grids: dict[Grid, list[Tensor]] = defaultdict(list)
         wanted = self.settings.batch
         for index in rng.integers(len(self.corpus.samples), size=4 * wanted).tolist():
+            if not wanted:
+                break
             try:
                 _, decoded = self.corpus.decoded(step, index)
             except BadSample:
                 continue
             shown = [segment for segment in decoded if isinstance(segment, tuple)]
-            if shown and wanted:
+            if shown:
                 levels, grid = shown[int(rng.integers(len(shown)))]
                 grids[grid].append(torch.from_numpy(levels))
                 wanted -= 1
@@ -242,11 +243,6 @@ def quality(corpus: Corpus, patcher: LatentPatcher, images: int = 512) -> float:
         back = np.stack([np.asarray(image) for image in shown]).reshape(pixels.shape)
         squares, count = squares + float(((pixels.astype(np.float64) - back) ** 2).sum()), count + pixels.size
     return 10 * math.log10(255**2 / max(squares / count, 1e-12))
-
-
-def tell(message: str) -> None:
-    """One line for people, on standard error."""
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

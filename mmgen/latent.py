@@ -155,18 +155,21 @@ class LatentPatcher(Patcher):
 
     def pixels(self, levels_MNL: Tensor, grid: Grid) -> Tensor:
         """Images [M, C, H, W] of rows of pixels in raster order."""
-        (rows, columns), side, m = grid, self.settings.side, len(levels_MNL)
-        blocks = levels_MNL.view(m, rows, columns, side, side, -1).permute(0, 5, 1, 3, 2, 4)
-        return blocks.reshape(m, -1, rows * side, columns * side)
+        return _joined(levels_MNL, grid, self.settings.side)
+
+    @cached_property
+    def _normal(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [C, 1, 1] on this patcher's device."""
+        mean, std = (torch.from_numpy(values).to(self.device).view(-1, 1, 1) for values in self.statistics)
+        return mean, std
 
     @torch.no_grad()
     def encode_rows(self, levels_MNL: Tensor, grid: Grid) -> Tensor:
         """Rows of pixels 0..255 in raster order, as `levels` gives them, to patch rows [M, N, P]."""
-        (rows, columns), patch, m = grid, self.settings.patch_size, len(levels_MNL)
-        mean, std = (torch.from_numpy(values).to(self.device).view(-1, 1, 1) for values in self.statistics)
+        (rows, columns), patch, (mean, std) = grid, self.settings.patch_size, self._normal
         latents = (self.latents(self.pixels(levels_MNL, grid)) - mean) / std
-        blocks = latents.view(m, -1, rows, patch, columns, patch)
-        return blocks.permute(0, 2, 4, 3, 5, 1).reshape(m, rows * columns, -1)
+        blocks = latents.view(len(latents), -1, rows, patch, columns, patch)
+        return blocks.permute(0, 2, 4, 3, 5, 1).reshape(len(latents), rows * columns, -1)
 
     def encode(self, image: Image.Image) -> tuple[Floats, Grid]:
         levels_NL, grid = self.levels(image)
@@ -174,16 +177,21 @@ class LatentPatcher(Patcher):
 
     @torch.no_grad()
     def pictures(self, x_RNP: Floats, grid: Grid) -> list[Image.Image]:
-        (rows, columns), patch = grid, self.settings.patch_size
-        mean, std = (torch.from_numpy(values).to(self.device).view(-1, 1, 1) for values in self.statistics)
+        mean, std = self._normal
         images: list[Image.Image] = []
         for part in torch.from_numpy(np.asarray(x_RNP, dtype=np.float32)).split(self.settings.vae.batch):
-            blocks = part.to(self.device).view(len(part), rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
-            latents = blocks.reshape(len(part), -1, rows * patch, columns * patch) * std + mean
+            latents = _joined(part.to(self.device), grid, self.settings.patch_size) * std + mean
             with torch.autocast(self.device.type, enabled=False):
                 pixels = self.autoencoder.module.decode(latents).sample
             images += [to_image(shown) for shown in pixels.permute(0, 2, 3, 1).cpu().numpy()]
         return images
+
+
+def _joined(rows_MNP: Tensor, grid: Grid, side: int) -> Tensor:
+    """Patch rows [M, N, P] in raster order to [M, C, H, W]: what `patch.join` does, for a batch on any device."""
+    (rows, columns), m = grid, len(rows_MNP)
+    blocks = rows_MNP.view(m, rows, columns, side, side, -1).permute(0, 5, 1, 3, 2, 4)
+    return blocks.reshape(m, -1, rows * side, columns * side)
 
 
 def build_patcher(settings: PatcherConfig, device: Device = "cpu") -> Patcher:

@@ -37,9 +37,9 @@ def test_a_permutation_hits_everything_once(count: int, seed: int) -> None:
 
 def test_a_permutation_looks_random() -> None:
     """Places and images are independent, and every image is equally likely (chi square, p above 1e-4)."""
-    images = np.stack([permuted(np.arange(10), 10, seed) for seed in range(500)])
+    images = np.stack([permuted(np.arange(10), 10, seed) for seed in range(1000)])
     table = np.stack([np.bincount(images[:, place], minlength=10) for place in range(10)])
-    assert stats.chi2.sf(((table - 50) ** 2 / 50).sum(), 81) > 1e-4
+    assert stats.chi2.sf(((table - 100) ** 2 / 100).sum(), 81) > 1e-4
     pairs_seen = np.bincount(images[:, 0] * 10 + images[:, 1], minlength=100)
     off = pairs_seen[[i for i in range(100) if i // 10 != i % 10]]
     assert stats.chisquare(off).pvalue > 1e-4

@@ -64,16 +64,16 @@ class Pictures:
 
 def developed(found: Sequence[Image.Image | tuple[Floats, Grid]], patcher: Patcher) -> list[Image.Image]:
     """Images as they are, and patch rows decoded, those of one grid together."""
-    grids: dict[Grid, list[int]] = defaultdict(list)
-    images = [item if isinstance(item, Image.Image) else Image.new("RGB", (1, 1)) for item in found]
+    images: dict[int, Image.Image] = {}
+    grids: dict[Grid, dict[int, Floats]] = defaultdict(dict)
     for i, item in enumerate(found):
-        if not isinstance(item, Image.Image):
-            grids[item[1]].append(i)
-    for grid, places in grids.items():
-        x_RNP = np.stack([item[0] for i in places if not isinstance(item := found[i], Image.Image)])
-        for i, image in zip(places, patcher.pictures(x_RNP, grid), strict=True):
-            images[i] = image
-    return images
+        if isinstance(item, Image.Image):
+            images[i] = item
+        else:
+            grids[item[1]][i] = item[0]
+    for grid, rows in grids.items():
+        images |= zip(rows, patcher.pictures(np.stack([*rows.values()]), grid), strict=True)
+    return [images[i] for i in range(len(found))]
 
 
 class Real:
