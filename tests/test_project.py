@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,11 @@ def test_readme_commands_run(tmp_path: Path) -> None:
             command += f" {SMALL[words[1]]}"
         if "bench" in words:
             command += " --rounds 2"
+        began = time.monotonic()
         done = subprocess.run(
             command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == ("--inject" in words), (command, done.stderr[-2000:])
+        print(f"{time.monotonic() - began:6.1f} s  {command}", flush=True)
         ran.append(words[1])
     assert {"train", "eval", "sample", "caption", "bench", "lab"} <= set(ran)

@@ -1,0 +1,99 @@
+"""A table of images and captions as shards: `python -m data_prep.table list.csv --out data/mine`.
+
+CSV, TSV, JSON lines or Parquet (`pip install "mmgen[prep]"`). A cell of the image column is a path, seen from the
+folder of the table or from `--images`; in Parquet also the bytes of an image, or the `{"bytes", "path"}` of Hugging
+Face datasets.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+
+from data_prep import run
+from data_prep.shards import LeftOut, Sample, image_member, write
+
+Row = Mapping[str, Any]
+READERS = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def main(
+    table: Annotated[Path, cyclopts.Parameter(help=f"One of {', '.join(READERS)}.")],
+    *,
+    out: Annotated[Path, cyclopts.Parameter(help="Folder to write.")],
+    image: Annotated[str, cyclopts.Parameter(help="Column of images.")] = "image",
+    caption: Annotated[str, cyclopts.Parameter(help="Column of captions.")] = "caption",
+    images: Annotated[Path | None, cyclopts.Parameter(help="Folder that relative paths start from.")] = None,
+    name: Annotated[str, cyclopts.Parameter(help="What shards are called.")] = "train",
+    per_shard: Annotated[int, cyclopts.Parameter(help="Rows per shard.")] = 1000,
+) -> None:
+    """Write the images and captions of a table as shards; repeat the command to go on."""
+    if table.suffix.lower() not in READERS or not table.is_file():
+        raise ValueError(f"{table} is no file that ends in {', '.join(READERS)}")
+    columns = next((list(row) for row in rows(table)), [])
+    for column in (image, caption):
+        if columns and column not in columns:
+            raise ValueError(f"{table} has no column {column!r}, but {columns}: name it with --image or --caption")
+    made = {"table": table.name, "bytes": table.stat().st_size, "image": image, "caption": caption}
+    write(out, name, enumerate(rows(table)), partial(sample, images or table.parent, image, caption), per_shard, made)
+
+
+def rows(table: Path) -> Iterator[Row]:
+    """The rows of a table, a few in memory at a time; raises ValueError where it cannot be read."""
+    if table.suffix.lower() == ".parquet":
+        yield from _parquet(table)
+        return
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        if table.suffix.lower() == ".jsonl":
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line) if line.strip() else None
+                except ValueError as error:
+                    raise ValueError(f"{table}, line {number}: {error}") from None
+                if row is not None and not isinstance(row, dict):
+                    raise ValueError(f"{table}, line {number}: not an object")
+                if row is not None:
+                    yield row
+        else:
+            yield from csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+
+
+def _parquet(table: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError('Parquet needs pyarrow: pip install "mmgen[prep]"') from None
+    try:
+        for batch in ParquetFile(table).iter_batches(batch_size=64):
+            yield from batch.to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{table}: {error}") from None
+
+
+def sample(root: Path, image: str, caption: str, numbered: tuple[int, Row]) -> Sample:
+    """One row: its image, its caption, and where they came from; raises `LeftOut`."""
+    number, row = numbered
+    name, cell, text = f"row {number + 1}", row.get(image), row.get(caption)
+    if not isinstance(text, str) or not text.strip():
+        raise LeftOut(f"{name}: no caption")
+    path = cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else None
+    data = cell.get("bytes") if isinstance(cell, dict) else cell if isinstance(cell, bytes) else None
+    if data is None:
+        if not path:
+            raise LeftOut(f"{name}: no image")
+        try:
+            data = (root / path).read_bytes()
+        except OSError as error:
+            raise LeftOut(f"{name}: {error}") from None
+    return {**image_member(data, name), "json": {"caption": text.strip(), "source": path or name}}
+
+
+if __name__ == "__main__":
+    run(main)
