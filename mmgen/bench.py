@@ -197,10 +197,10 @@ def bench_step(config: Config, rounds: int, tell: Callable[[str], None]) -> dict
 def bench_samplers(rounds: int) -> dict[str, Any]:
     """What each sampler adds to its network's calls, as a share of their time: medians of interleaved rounds.
 
-    The network is a dozen products that take a millisecond or more, on rows of 64 numbers, an eighth of its width. The
+    The network is two dozen products that take some milliseconds, on rows of 64 numbers, an eighth of its width. The
     clock runs around its calls and around the whole solution, so that what else the machine does disturbs both alike.
     """
-    sizes = [64, *[512] * 11, 64]
+    sizes = [64, *[512] * 23, 64]
     weights = [torch.randn(into, out) / into**0.5 for into, out in pairwise(sizes)]
     z, times = torch.randn(64, 64), uniform_grid(20)
     samplers = [name for name in SOLVERS if name not in ("langevin", "annealed_langevin")]

@@ -1,8 +1,10 @@
 """What the trainer adds to a bare loop over the same engine, and what saving adds to steps.
 
 `python -m tests.faults.overhead [--world 2] [--stage 2] [--json]`. After every step of the trainer the same batches go
-once more through forward, backward and step alone, so both are timed in turns. Windows of 50 steps with one
-asynchronous save in them take turns with windows without. Run it on an idle machine.
+once more through forward, backward and step alone, so both are timed in turns: once with batches that were made before
+(`overhead`), once with those that the loader makes meanwhile, on the same cores (`overhead_with_loader`; `mmgen bench
+data` measures the loader itself). Windows of 50 steps with one asynchronous save in them take turns with windows
+without. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 
 from mmgen.config import Config
 from mmgen.train import loop
+from tests.conftest import pairs, write_tar
 from tests.faults.launch import run_ranks, small
 
 WINDOW = 50
@@ -32,11 +35,13 @@ def configure(folder: Path, stage: int, steps: int, width: int, save_every: int)
         "steps": steps, "batch_rows": 16, "zero_stage": stage, "precision": "fp32", "log_every": 20, "timeout": 300,
         "save_every": save_every, "peak_tflops": 1.0,
     }  # fmt: skip
-    data = {"row_length": 64, "workers": 1}
+    folder.mkdir()
+    shard = str(write_tar(folder / "many-000.tar", pairs(2000)))  # an epoch of a few samples would plan anew every step
+    data = {"row_length": 64, "workers": 1, "window": 1024, "train": [shard]}
     return small(folder, data=data, train=settings, model={"backbone": backbone})
 
 
-def timed(config: Config, bare: bool, out: Path, rank: int) -> int:
+def timed(config: Config, bare: bool, prepared: bool, out: Path, rank: int) -> int:
     """Write the seconds of every step of the trainer, and of a bare step after it."""
     ours: list[float] = []
     theirs: list[float] = []
@@ -61,6 +66,9 @@ def timed(config: Config, bare: bool, out: Path, rank: int) -> int:
         now[0] = time.perf_counter()
 
     loop.Run._tell, loop.Run._probe = noting, measured
+    if prepared:
+        stream = loop.Run._stream
+        loop.Run._stream = lambda self: iter([*stream(self)])
     code = loop.train(config)
     if rank == 0:
         out.write_text(json.dumps({"ours": ours, "bare": theirs}))
@@ -79,18 +87,19 @@ def main() -> int:
     result: dict[str, Any] = {"world": words.world, "stage": words.stage, "width": words.width}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "times.json"
-        config = configure(Path(folder) / "bare", words.stage, words.steps, words.width, 10**6)
-        assert not any(run_ranks(words.world, partial(timed, config, True, out), timeout=3000))
-        times = json.loads(out.read_text())
-        ours, bare = times["ours"][5:-1], times["bare"][5:-1]
-        result |= {
-            "bare_seconds": statistics.median(bare),
-            "trainer_seconds": statistics.median(ours),
-            "overhead": statistics.median(a / b for a, b in zip(ours, bare, strict=True)) - 1,
-        }
+        for name, prepared in (("", True), ("_with_loader", False)):
+            config = configure(Path(folder) / f"bare{name}", words.stage, words.steps, words.width, 10**6)
+            assert not any(run_ranks(words.world, partial(timed, config, True, prepared, out), timeout=3000))
+            times = json.loads(out.read_text())
+            ours, bare = times["ours"][5:-1], times["bare"][5:-1]
+            result |= {
+                f"bare_seconds{name}": statistics.median(bare),
+                f"trainer_seconds{name}": statistics.median(ours),
+                f"overhead{name}": statistics.median(a / b for a, b in zip(ours, bare, strict=True)) - 1,
+            }
         steps = 2 * WINDOW * words.windows + WINDOW
         config = configure(Path(folder) / "saving", words.stage, steps + 1, words.width, 2 * WINDOW)
-        assert not any(run_ranks(words.world, partial(timed, config, False, out), timeout=3000))
+        assert not any(run_ranks(words.world, partial(timed, config, False, True, out), timeout=3000))
         times = json.loads(out.read_text())["ours"]
         # Steps 51 to 99 save nothing; the save of step 100 is copied at its end and written during the next ones.
         plain = [sum(times[i + WINDOW : i + 2 * WINDOW - 1]) for i in range(0, steps - WINDOW, 2 * WINDOW)]
