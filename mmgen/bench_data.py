@@ -6,6 +6,8 @@ one thread, in alternating rounds; seconds are processor time, so that other pro
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import statistics
 import time
@@ -31,10 +33,12 @@ SIMULATED = 10**8
 POSITIONS = (10, 10**4, 10**6)
 
 
-def webdataset_pipeline(shards: list[str], corpus: Corpus) -> Iterator[Any]:
-    """Token ids and patch rows of every captioned image, through webdataset's reader, grouping and map."""
-    import webdataset
+Decoder = Callable[[dict[str, Any]], Any]
+"""From the members of a sample, extension to bytes, to its token ids and patch rows."""
 
+
+def decoder(corpus: Corpus) -> Decoder:
+    """What every pipeline does with a captioned image."""
     data, patcher = corpus.config.data, corpus.config.model.patcher
 
     def rows(sample: dict[str, Any]) -> Any:
@@ -44,8 +48,34 @@ def webdataset_pipeline(shards: list[str], corpus: Corpus) -> Iterator[Any]:
         caption = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])["caption"]
         return corpus.tokenizer.encode(caption), corpus.patcher.levels(framed)
 
+    return rows
+
+
+def webdataset_pipeline(shards: list[str], rows: Decoder) -> Iterator[Any]:
+    """webdataset's reader, grouping and map."""
+    import webdataset
+
     pipeline = webdataset.WebDataset(shards, shardshuffle=False, handler=webdataset.reraise_exception)
     return iter(pipeline.map(rows))
+
+
+def spdl_pipeline(shards: list[str], rows: Decoder) -> Iterator[Any]:
+    """SPDL's tar reader, and its pipeline with one thread for the decoding."""
+    from spdl.io import iter_tarfile
+    from spdl.pipeline import PipelineBuilder
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for shard in shards:
+            with open(shard, "rb") as file:
+                split = ((*path.rsplit(".", 1), data) for path, data in iter_tarfile(file))
+                for _, members in itertools.groupby(split, key=lambda member: member[0]):
+                    yield {extension: data for _, extension, data in members}
+
+    pipeline = (
+        PipelineBuilder().add_source(samples()).pipe(rows, output_order="input").add_sink(16).build(num_threads=1)
+    )
+    with pipeline.auto_stop():
+        yield from pipeline
 
 
 def _timed(work: Callable[[], int]) -> float:
@@ -71,15 +101,16 @@ def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], 
     if store.is_url(shards[0]):
         raise ValueError("mmgen bench data reads local shards: give paths in data.train")
 
-    def theirs() -> int:
-        source = webdataset_pipeline(shards, cold)
-        return sum(1 for _, _ in zip(range(count), source, strict=False))
+    def theirs(pipeline: Callable[[list[str], Decoder], Iterator[Any]]) -> Callable[[], int]:
+        return lambda: sum(1 for _ in itertools.islice(pipeline(shards, decoder(cold)), count))
 
     def through(corpus: Corpus) -> Callable[[], int]:
         return lambda: len([corpus.decoded(0, index) for index in order])
 
     through(warm)()
-    contestants = {"webdataset": theirs, "cold": through(cold), "warm": through(warm)}
+    contestants = {"webdataset": theirs(webdataset_pipeline), "cold": through(cold), "warm": through(warm)}
+    if importlib.util.find_spec("spdl"):
+        contestants["spdl"] = theirs(spdl_pipeline)
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds):
         for name, work in contestants.items():
@@ -98,6 +129,7 @@ def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], 
     return {
         "cold_vs_webdataset": medians["cold"] / medians["webdataset"],
         "warm_vs_webdataset": medians["warm"] / medians["webdataset"],
+        **({"cold_vs_spdl": medians["cold"] / medians["spdl"]} if "spdl" in medians else {}),
         **{f"{name}_samples_per_second": value for name, value in medians.items()},
         "wait_fraction": wait_fraction(config, warm, rounds),
         "packing_fill": positions[0] / positions[1],
