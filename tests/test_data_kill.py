@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from mmgen.config import Config, override
-from mmgen.data.loader import steps
+from mmgen.data.loader import _begin_worker, steps
 from mmgen.data.order import Cursors, Position
 from mmgen.data.streams import training_corpus
 from mmgen.tokenizer import Tokenizer
@@ -92,6 +93,32 @@ def test_a_killed_reader_loses_and_repeats_nothing(tmp_path: Path, streams: int)
     assert killed_and_resumed(config, tmp_path / "killed", 4, streams) == expected
     for fault in ("repeats", "forgets"):
         assert killed_and_resumed(config, tmp_path / fault, 2, 5, fault) != expected, "a wrong position must show"
+
+
+def stuck_worker(folder: Path) -> None:
+    """A reader with a loader's worker that waits for ever, as one does whose queue nobody empties."""
+
+    def wait() -> None:
+        _begin_worker(0)
+        (folder / "worker").write_text(str(os.getpid()))
+        time.sleep(600)
+
+    get_context("fork").Process(target=wait).start()
+    time.sleep(600)
+
+
+def test_a_worker_of_a_killed_reader_ends(tmp_path: Path) -> None:
+    reader = get_context("fork").Process(target=stuck_worker, args=(tmp_path,))
+    reader.start()
+    while not (tmp_path / "worker").exists() or not (tmp_path / "worker").read_text():
+        time.sleep(0.01)
+    worker = psutil.Process(int((tmp_path / "worker").read_text()))
+    os.kill(reader.pid or 0, signal.SIGKILL)
+    reader.join()
+    _, alive = psutil.wait_procs([worker], timeout=10)
+    for left in alive:
+        left.kill()
+    assert not alive
 
 
 @pytest.mark.slow

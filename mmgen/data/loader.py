@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -384,11 +386,19 @@ def steps(corpus: Documents, first: int, last: int, start: Any, rank: int = 0, w
 
 def ahead(source: IterableDataset[Any], workers: int, pinned: bool) -> Iterator[Any]:
     """The items of `source`, made ahead in `workers` processes; 0 makes them here."""
-    options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _ignore_interrupt} if workers else {}
+    options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _begin_worker} if workers else {}
     return iter(DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pinned, **options))
 
 
-def _ignore_interrupt(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """Signals reach the whole process group; only the training process answers, and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose training process was killed would wait for ever to hand over its last step."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
