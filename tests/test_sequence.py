@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from itertools import count, pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -152,6 +155,132 @@ def test_layout_of_the_design() -> None:
     assert batch.size_at_M.tolist() == [4, 13]
 
 
+def random_image(rng: np.random.Generator, grid: tuple[int, int], kinds: list[tuple[bool, bool]]) -> ImageSegment:
+    """Blocks in random orders, each with draws of its own; patches of the first are learned here and there."""
+    n = grid[0] * grid[1]
+    blocks = [
+        Block(
+            rng.permutation(n), {"t": rng.random(n, dtype=np.float32), "eps": rng.random((n, 2), dtype=np.float32)},
+            both, noised, rng.random(n) < 0.5 if i == 0 else bool(rng.integers(2)),
+        )
+        for i, (both, noised) in enumerate(kinds)
+    ]  # fmt: skip
+    return ImageSegment(rng.random((n, P), dtype=np.float32), grid, blocks)
+
+
+def walked(rows: list, length: int) -> dict[str, list]:
+    """Every field of a batch, written down one position after another."""
+    t = TOK
+    found: dict[str, list] = {f.name.split("_")[0]: [] for f in fields(Batch) if f.name != "draws"}
+    found |= {"t": [], "eps": [], "label_at": [], "loss_at": [], "size_at": []}
+    images = 0
+    for b, row in enumerate(rows):
+        line: list[tuple] = []  # id, position, document, block, both ways, noised
+        blocks = 0
+        for d, document in enumerate(row):
+            if isinstance(document, int):
+                line += [(t.pad, None, -1, -1, False, False)] * document
+                continue
+            position = 0
+
+            def token(i: int, d: int = d, line: list[tuple] = line) -> None:
+                nonlocal position
+                line.append((i, position, d, -1, False, False))
+                position += 1
+
+            token(t.bos)
+            for segment in document:
+                if isinstance(segment, TextSegment):
+                    for i in segment.ids:
+                        token(i)
+                    continue
+                token(t.boi)
+                found["size_at"].append(b * length + len(line))
+                last = int(segment.blocks[-1].order_N[0])
+                found["first"].append([last // segment.grid[1], last % segment.grid[1]])
+                token(t.size[segment.grid])
+                for copy in segment.blocks:
+                    learned = np.broadcast_to(copy.loss, len(copy.order_N))
+                    for place, patch in enumerate(copy.order_N.tolist()):
+                        if learned[place]:
+                            found["loss_at"].append(len(found["at"]))
+                        found["at"].append(b * length + len(line))
+                        found["x"].append(segment.x_NP[patch].tolist())
+                        found["image"].append(images)
+                        found["place"].append([patch // segment.grid[1], patch % segment.grid[1]])
+                        found["t"].append(float(copy.draws["t"][place]))
+                        found["eps"].append(copy.draws["eps"][place].tolist())
+                        line.append((t.pad, position, d, blocks, copy.bidirectional, copy.noised))
+                    images, blocks = images + 1, blocks + 1
+                position += 1
+                token(t.eoi)
+            token(t.eos)
+        line += [(t.pad, None, -1, -1, False, False)] * (length - len(line))
+        spare = count()
+        line = [(i, next(spare) if p is None else p, *rest) for i, p, *rest in line]
+        for name, values in zip(
+            ("ids", "position", "document", "block", "bidirectional", "noised"), zip(*line, strict=True), strict=True
+        ):
+            found[name].append([*values])
+        labels = [IGNORE] * length
+        for i, (here, there) in enumerate(pairwise(line)):
+            if here[2] == there[2] >= 0 and here[3] < 0 and there[3] < 0 and there[0] != t.eoi:
+                labels[i] = there[0]
+                found["label_at"].append(b * length + i)
+        found["label"].append(labels)
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_every_field_of_a_batch(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+
+    def segment() -> TextSegment | ImageSegment:
+        if rng.random() < 0.4:
+            return TextSegment(rng.integers(0, 256, rng.integers(1, 4)).tolist())
+        kinds = [(bool(rng.integers(2)), bool(rng.integers(2))) for _ in range(rng.integers(1, 3))]
+        return random_image(rng, GRIDS[rng.integers(2)], kinds)
+
+    def document() -> list | int:
+        return int(rng.integers(1, 5)) if rng.random() < 0.2 else [segment() for _ in range(rng.integers(1, 4))]
+
+    rows = [[document() for _ in range(rng.integers(0, 4))] for _ in range(rng.integers(1, 4))]
+    nothing = Block(np.arange(0), {"t": np.zeros(0, np.float32), "eps": np.zeros((0, 2), np.float32)})
+    strips = [[doc if isinstance(doc, int) else Writer(TOK).document(doc) for doc in row] for row in rows]
+    batch, expected = collate(strips, 130, TOK, nothing, P), walked(rows, 130)
+    for f in fields(Batch):
+        if f.name == "draws":
+            continue
+        value = getattr(batch, f.name)
+        name = f.name.rsplit("_", 1)[0]
+        assert value.tolist() == expected[name], f.name
+        kind = {"x_IP": torch.float32, "bidirectional_BS": torch.bool, "noised_BS": torch.bool}
+        assert value.dtype == kind.get(f.name, torch.int64), f.name
+    assert batch.place_I2.shape[1:] == batch.first_M2.shape[1:] == (2,)
+    assert batch.x_IP.shape[1] == P
+    for name, draw in batch.draws.items():
+        assert draw.tolist() == expected[name]
+        assert draw.dtype == torch.float32
+
+
+def test_a_batch_moves_whole() -> None:
+    """To another device, and its patches and draws to another type, without the batch that it came from changing."""
+    batch = pack([[[TextSegment([5]), image((2, 2))]]], 16)
+    moved, wide = batch.to("meta"), batch.to("cpu", torch.float64)
+    for f in fields(Batch):
+        if f.name == "draws":
+            continue
+        old, far, new = (getattr(b, f.name) for b in (batch, moved, wide))
+        assert (far.device.type, far.dtype, far.shape) == ("meta", old.dtype, old.shape)
+        assert new.dtype == (torch.float64 if old.is_floating_point() else old.dtype)
+        assert torch.equal(old, new.to(old.dtype))
+    assert batch.draws.keys() == moved.draws.keys() == wide.draws.keys()
+    assert (moved.draws["t"].device.type, moved.draws["t"].dtype) == ("meta", torch.float32)
+    assert wide.draws["t"].dtype == torch.float64
+    assert torch.equal(batch.draws["t"], wide.draws["t"].float())
+
+
 def test_labels() -> None:
     """EOI is never a target, the size token only where there is a choice, nothing crosses documents."""
     for tokenizer in (TOK, ONE):
@@ -180,8 +309,8 @@ def test_a_row_that_is_too_short_is_refused() -> None:
 
 
 def test_an_undeclared_grid_is_refused() -> None:
-    with pytest.raises(ValueError, match="patch grid 5x5 was never declared"):
-        Writer(TOK).open_image((5, 5))
+    with pytest.raises(ValueError, match=r"^patch grid 5x4 was never declared \(declared: 2x2, 3x2\)$"):
+        Writer(TOK).open_image((5, 4))
 
 
 def test_user_text_is_never_a_special_token() -> None:
