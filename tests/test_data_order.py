@@ -16,7 +16,21 @@ from scipy import stats
 from mmgen.config import Config, SourceConfig, override
 from mmgen.data.check import FAULTS, check, greedy_fill
 from mmgen.data.loader import Corpus, Step, steps
-from mmgen.data.order import Mixture, Plan, Position, epoch_order, mix, pack, permuted, smooth, uniform
+from mmgen.data.order import (
+    Cursor,
+    Cursors,
+    Mixture,
+    Plan,
+    Position,
+    chances,
+    epoch_order,
+    keyed,
+    mix,
+    pack,
+    permuted,
+    smooth,
+    uniform,
+)
 from mmgen.data.shards import worst_shards
 from mmgen.tokenizer import Tokenizer
 from tests.conftest import pairs, write_tar
@@ -33,6 +47,25 @@ def test_a_permutation_hits_everything_once(count: int, seed: int) -> None:
     assert sorted(found.tolist()) == list(range(count))
     some = np.arange(0, count, 7)
     assert (permuted(some, count, seed) == found[some]).all(), "each image is known alone"
+
+
+def test_the_order_never_changes() -> None:
+    """A checkpoint of an earlier version goes on in the same order with the same noise: these numbers are a contract."""
+    assert keyed(1, "a").random(2).tolist() == [0.09143962623932189, 0.9591230913944044]
+    assert chances(1, "a") == (0.2454896402740172, 0.7807259098497251)
+    assert uniform(np.array([0, 1, 2**63], np.uint64), "u").tolist() == [
+        0.9781408763195766, 0.29581443070050006, 0.64939090228913,
+    ]  # fmt: skip
+    assert permuted(np.arange(20), 20, 3, "x").tolist() == [
+        9, 13, 1, 16, 2, 10, 17, 4, 19, 8, 3, 7, 15, 0, 5, 6, 14, 18, 11, 12,
+    ]  # fmt: skip
+    assert permuted(np.arange(5), 10**8, 3).tolist() == [67337627, 37641385, 86148140, 35072467, 2773367]
+    assert epoch_order(20, 7, 2, block=4).tolist() == [
+        9, 10, 11, 12, 5, 6, 7, 8, 13, 14, 15, 16, 1, 2, 3, 4, 17, 18, 19, 0,
+    ]  # fmt: skip
+    epochs, indices = Mixture([5, 9], [1, 3], 7, 2).documents(3, 18)
+    assert epochs.tolist() == [0] * 9 + [1, 0, 1, 1, 1, 0]
+    assert indices.tolist() == [11, 12, 2, 13, 5, 8, 4, 9, 10, 6, 0, 7, 8, 9, 3]
 
 
 def test_a_permutation_looks_random() -> None:
@@ -134,6 +167,16 @@ def test_rows_stream_across_windows_and_epochs() -> None:
         rest = plan.rows(found[at][1])
         assert [next(rest) for _ in range(11 - at)] == found[at + 1 :]
     assert [len(list(plan.epoch_rows(epoch))) for epoch in (0, 1)] == [5, 5]
+
+
+def test_positions_survive_a_checkpoint() -> None:
+    assert Position(1, 2, 3).as_dict() == {"epoch": 1, "window": 2, "row": 3}
+    one, two = Cursors({4: Cursor(1, 2, 3, 4, 5)}), Cursors({0: Cursor(6)})
+    both = Cursors.union([one, two])
+    assert both.as_dict() == {"streams": [[0, 6, 0, 0, 0, 0], [4, 1, 2, 3, 4, 5]]}
+    assert Cursors.of(both.as_dict()) == both
+    assert both.of_stream(4) == Cursor(1, 2, 3, 4, 5)
+    assert both.of_stream(3) == Cursor(), "a stream that nobody has read stands at its beginning"
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [3, 1], [5, 2, 1], [0.01, 1]])

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mmgen.flow.path import Path
 from mmgen.flow.schedule import CosinePath, DDPMPath, LinearBetaPath, LinearPath, ScaledNoise, VEPath
-from mmgen.flow.solve import SOLVERS, build_solver, langevin, solve
+from mmgen.flow.solve import SOLVERS, build_solver, langevin, normal, solve, solve_adaptive
+from mmgen.flow.time import uniform_grid
 
 STEPS = 5
 
@@ -404,3 +405,51 @@ def test_rows_that_are_done_get_no_corrections() -> None:
     assert end[1].item() == pytest.approx(0.4 * 1.1 + 0.1, abs=1e-12)
     alone = build_solver("predictor_corrector", z[:1], grids[:, 0], LinearPath(), **options)
     assert end[0].item() == pytest.approx(solve(alone, lambda z, t: 0.4 * z + 0.1).item(), abs=1e-12)
+
+
+def test_noise_follows_its_generator() -> None:
+    z = torch.zeros(3, 5, dtype=torch.float64)
+    expected = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(normal(torch.Generator().manual_seed(7))(z), expected)
+    assert torch.equal(normal(torch.Generator().manual_seed(7))(z.T.contiguous().T), expected), "strides do not matter"
+    torch.manual_seed(7)
+    assert torch.equal(normal()(z), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("langevin", "annealed_langevin")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_grid_per_row_keeps_the_type(name: str, dtype: torch.dtype) -> None:
+    """Times come in single precision or better, also where z is shorter."""
+    grids = torch.stack([uniform_grid(4), uniform_grid(4).clamp(min=0.25)], 1)
+    solver = build_solver(name, torch.ones(2, 3, dtype=dtype), grids, LinearPath())
+
+    def field(z: Tensor, t: Tensor) -> Tensor:
+        assert (z.dtype, t.dtype, t.shape) == (dtype, torch.float32, (2, 1))
+        return 0.5 * z
+
+    assert solve(solver, field).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("heun", r"^solver 'heun' \(it is deterministic\) has no option 'eta' \(it has: end\)$"),
+        ("ancestral", r"^solver 'ancestral' has no option 'eta' \(it has: none\)$"),
+        ("euler_maruyama", r"^solver 'euler_maruyama' has no option 'eta' \(it has: end, level\)$"),
+    ],
+)
+def test_options_that_a_solver_has(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_solver(name, torch.ones(2, 3), uniform_grid(4), LinearPath(), eta=0.5)
+
+
+def test_adaptive_steps_keep_to_their_tolerances() -> None:
+    """dz/dt = -5 z: a looser tolerance is cheaper and further off; the defaults are 1e-5 and 1e-6."""
+    found = {}
+    for name, options in {"default": {}, "rtol": {"rtol": 1e-2}, "both": {"rtol": 1e-2, "atol": 1e-2}}.items():
+        calls = []
+        end = solve_adaptive(lambda z, t, calls=calls: calls.append(1) or -5 * z, torch.ones(3), **options)
+        assert end.dtype == torch.float32
+        found[name] = len(calls), float((end - math.exp(-5)).abs().max())
+    assert found["default"][0] > found["rtol"][0] >= found["both"][0]
+    assert found["default"][1] < 2e-6 < found["both"][1]
