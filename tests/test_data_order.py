@@ -171,11 +171,11 @@ def test_rows_stream_across_windows_and_epochs() -> None:
 
 def test_positions_survive_a_checkpoint() -> None:
     assert Position(1, 2, 3).as_dict() == {"epoch": 1, "window": 2, "row": 3}
-    one, two = Cursors({4: Cursor(1, 2, 3, 4, 5)}), Cursors({0: Cursor(6)})
+    one, two = Cursors({4: Cursor(1, 2, 3, 4, 5, 6)}), Cursors({0: Cursor(6)})
     both = Cursors.union([one, two])
-    assert both.as_dict() == {"streams": [[0, 6, 0, 0, 0, 0], [4, 1, 2, 3, 4, 5]]}
+    assert both.as_dict() == {"streams": [[0, 6, 0, 0, 0, 0, 0], [4, 1, 2, 3, 4, 5, 6]]}
     assert Cursors.of(both.as_dict()) == both
-    assert both.of_stream(4) == Cursor(1, 2, 3, 4, 5)
+    assert both.of_stream(4) == Cursor(1, 2, 3, 4, 5, 6)
     assert both.of_stream(3) == Cursor(), "a stream that nobody has read stands at its beginning"
 
 
