@@ -66,6 +66,10 @@ def test_the_order_never_changes() -> None:
     epochs, indices = Mixture([5, 9], [1, 3], 7, 2).documents(3, 18)
     assert epochs.tolist() == [0] * 9 + [1, 0, 1, 1, 1, 0]
     assert indices.tolist() == [11, 12, 2, 13, 5, 8, 4, 9, 10, 6, 0, 7, 8, 9, 3]
+    rows = Plan(Mixture([12], [1.0], 5, 2), 6, 200, lambda e, i: (np.full(len(i), 100), 0 * i, 0 * i)).rows(Position())
+    assert [[document.index for document in next(rows)[0]] for _ in range(9)] == [
+        [3, 11], [0, 5], [4, 6], [10, 2], [9, 8], [7, 1], [8, 4], [0, 9], [1, 5],
+    ]  # fmt: skip
 
 
 def test_a_permutation_looks_random() -> None:
@@ -199,6 +203,22 @@ def test_mixtures_keep_their_proportions(weights: list[float]) -> None:
             )
     window = smooth(weights, 1 << 14)[:400]
     assert np.abs(np.bincount(window, minlength=len(weights)) / 400 - np.array(weights) / sum(weights)).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([3, 1], [0, 0, 1, 0, 0, 0, 1, 0]),
+        ([1, 1, 1], [0, 1, 2, 0, 1, 2, 0, 1]),
+        ([0.01, 1], [1, 1, 0, 1, 1, 1]),
+        ([5, 2, 1], [0, 1, 0, 0, 0, 1, 2, 0, 0, 1, 0]),
+    ],
+)
+def test_sources_are_dealt_evenly(weights: list[float], expected: list[int]) -> None:
+    """By largest remainder, at least one each, every prefix within one of its share."""
+    dealt = smooth(weights, len(expected))
+    assert dealt.tolist() == expected
+    assert dealt.dtype == np.int64
 
 
 def test_sources_with_weights_train(config: Config, tmp_path: Path) -> None:
