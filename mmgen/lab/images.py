@@ -256,7 +256,9 @@ def digit_networks(run: Run) -> Figure:
         }
         for mistake, least in (("2 steps", 1.5), ("wrong schedule", 1.2)):
             ratio = scores[name][mistake] / scores[name]["as trained"]
-            run.bound(f"Frechet distance, {mistake} over as trained, {name}", ratio, at_least=least)
+            why = "the MLP's field bends less: worse than the U-Net's as trained, better at two steps"
+            reason = why if (name, mistake) == ("MLP", "2 steps") else ""
+            run.bound(f"Frechet distance, {mistake} over as trained, {name}", ratio, at_least=least, why=reason)
     run.note(frechet=scores, frechet_of_real_digits=distance(x[: len(x_test)], x_test))
     return draw.images(torch.stack(list(shown.values())), list(shown))
 
