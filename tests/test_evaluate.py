@@ -120,6 +120,7 @@ def test_unbiased_frechet_is_that_of_the_distributions() -> None:
         found = np.mean([frechet_unbiased(a, b) for a, b in pairs])
         assert plain - exact > 8
         assert abs(found - exact) < 0.1 * (plain - exact)
+    assert frechet_unbiased(rng.normal(size=(129, 64)), rng.normal(size=(400, 64))) is None, "too few to tell"
 
 
 def test_nearest_distance_is_scipys() -> None:

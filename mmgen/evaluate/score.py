@@ -98,8 +98,8 @@ class Real:
         """Fréchet distance to the held-out pictures, in (at most 64) pixel components."""
         return frechet(*self._pair(pictures))
 
-    def frechet_unbiased(self, pictures: Sequence[Pixels]) -> float:
-        """The same without what so few pictures add to it."""
+    def frechet_unbiased(self, pictures: Sequence[Pixels]) -> float | None:
+        """The same without what so few pictures add to it; None where they are too few to tell."""
         return frechet_unbiased(*self._pair(pictures))
 
     def separable(self, pictures: Sequence[Pixels]) -> float:
@@ -138,7 +138,9 @@ def agreement(read_back: Sequence[Truth | None], wanted: Sequence[Truth]) -> flo
     return float(np.mean([a == b for a, b in zip(read_back, wanted, strict=True)]))
 
 
-def score_pictures(pictures: Sequence[Pixels], wanted: Sequence[Truth], real: Real, judge: Judge) -> dict[str, float]:
+def score_pictures(
+    pictures: Sequence[Pixels], wanted: Sequence[Truth], real: Real, judge: Judge
+) -> dict[str, float | None]:
     """The scores that a generator and its imitations share."""
     digits = digits_by_class(real.task, pictures, wanted)
     variance = within_class_variance({k: rows(v) for k, v in digits.items()}) if digits else 0.0
