@@ -6,14 +6,16 @@ The caption of `a/b.jpg` is in `a/b.txt`, `a/b.caption` or `a/b.json` (`{"captio
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
 
-from data_prep import run
-from data_prep.shards import LeftOut, Sample, identity, image_member, write
+from data_prep import run, tell
+from data_prep.shards import LeftOut, Sample, as_json, identity, image_member, walk, write
+from data_prep.table import READERS
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 CAPTIONS = (".txt", ".caption", ".json")
@@ -30,37 +32,43 @@ def main(
     """Write a folder of images with sidecar captions as shards; repeat the command to go on."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = list(walk(folder, without=out))
     images = [path for path in found if path.suffix.lower() in IMAGES]
-    captions = [path for path in found if path.suffix.lower() in CAPTIONS]
-    made = {"files": identity([*images, *captions], folder), "captionless": captionless}
-    write(out, name, images, partial(sample, folder, captionless), per_shard, made)
+    captions = {path.with_suffix(path.suffix.lower()): path for path in found if path.suffix.lower() in CAPTIONS}
+    for table in (path for path in found if path.stem == "metadata" and path.suffix in READERS):
+        tell(f"{table} is a table of captions: python -m data_prep.table {table} --image file_name --caption text")
+    made = {"files": identity([*images, *captions.values()], folder), "captionless": captionless}
+    write(out, name, images, partial(sample, folder, captions, captionless), per_shard, made)
 
 
-def sample(folder: Path, captionless: bool, image: Path) -> Sample:
+def sample(folder: Path, captions: dict[Path, Path], captionless: bool, image: Path) -> Sample:
     """The image, and as JSON its caption and where it came from."""
-    source = str(image.relative_to(folder))
-    meta = caption(image)
-    if not meta.get("caption") and not captionless:
-        raise LeftOut(f"{source}: no caption beside it ({', '.join(CAPTIONS)}); --captionless keeps it")
-    return {**image_member(image.read_bytes(), source), "json": {**meta, "source": source}}
+    source = os.fsencode(image.relative_to(folder)).decode("utf-8", "replace")
+    try:
+        meta = caption(image, captions)
+        if not meta["caption"] and not captionless:
+            raise LeftOut(f"{source}: no caption beside it ({', '.join(CAPTIONS)}); --captionless keeps it")
+        return {**image_member(image.read_bytes(), source), "json": as_json({**meta, "source": source})}
+    except OSError as error:
+        raise LeftOut(f"{source}: {error}") from None
 
 
-def caption(image: Path) -> dict[str, Any]:
-    """What the first sidecar says; raises `LeftOut` where it cannot be read."""
+def caption(image: Path, captions: dict[Path, Path]) -> dict[str, Any]:
+    """What the first sidecar says, its caption empty where there is none; raises `LeftOut` where it cannot be read."""
     for suffix in CAPTIONS:
-        sidecar = image.with_suffix(suffix)
-        if not sidecar.exists():
+        sidecar = captions.get(image.with_suffix(suffix))
+        if sidecar is None:
             continue
         try:
-            text = sidecar.read_text("utf-8")
-            meta = json.loads(text) if suffix == ".json" else {"caption": text.strip()}
+            text = sidecar.read_text("utf-8-sig")
+            meta = json.loads(text) if suffix == ".json" else {"caption": text}
         except (ValueError, RecursionError) as error:
             raise LeftOut(f"{sidecar}: cannot be read: {error}") from None
-        if not isinstance(meta, dict) or not isinstance(meta.get("caption", ""), str):
+        told = meta.get("caption") or "" if isinstance(meta, dict) else None
+        if not isinstance(told, str):
             raise LeftOut(f'{sidecar}: is not {{"caption": "..."}}')
-        return meta
-    return {}
+        return {**meta, "caption": told.strip()}
+    return {"caption": ""}
 
 
 if __name__ == "__main__":

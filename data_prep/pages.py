@@ -8,6 +8,8 @@ are files of the same folder or `data:` addresses: nothing is fetched. A long pa
 from __future__ import annotations
 
 import base64
+import io
+import os
 import re
 from binascii import Error as NotBase64
 from collections.abc import Callable, Iterator
@@ -15,29 +17,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, unquote_to_bytes, urljoin, urlsplit
 
 import cyclopts
+from PIL import Image
 
 from data_prep import run, tell
-from data_prep.shards import LeftOut, Sample, identity, image_member, measure, pieces, write
+from data_prep.shards import LeftOut, Sample, as_json, identity, image_member, measure, pieces, walk, write
 
 SUFFIXES = (".html", ".htm", ".xhtml")
-# What readers of a page do not read.
-DROPPED = (
-    "script",
-    "style",
-    "noscript",
-    "template",
-    "head",
-    "nav",
-    "header",
-    "footer",
-    "aside",
-    "form",
-    "button",
-    "svg",
-)
+# What readers of a page do not read. A form may hold the whole page, an article's header its title.
+DROPPED = ("script", "style", "noscript", "template", "title", "nav", "aside", "button", "select", "textarea", "svg")
+OUTER = ("header", "footer")
+LAZY = ("data-src", "data-lazy-src", "data-original", "src")
+"""Where the address of a picture may stand; until it is seen, `src` names a spacer."""
+SPACER = 2
+"""Pixels a side of what only moves text or counts readers."""
 # What does not end a line of text.
 INLINE = {
     "a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "del", "dfn", "em", "font", "i", "ins", "kbd", "label",
@@ -72,12 +67,12 @@ def main(
         raise ValueError("--length and --images must be at least 1")
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
-    root = folder.resolve()
-    files = sorted(path for path in root.rglob("*") if path.is_file())
+    root = folder.absolute()
+    files = list(walk(root, without=out))
     pages = [path for path in files if path.suffix.lower() in SUFFIXES]
-    size, parse = measure(tokenizer), parser()
+    (size, counted), parse = measure(tokenizer), parser()
     cut = ((page, part) for page in pages for part in documents(read(page, root, parse), length, images, size))
-    made = {"files": identity(files, root), "length": length, "images": images, "tokenizer": str(tokenizer or "")}
+    made = {"files": identity(files, root), "length": length, "images": images, "tokenizer": counted}
     write(out, name, cut, partial(sample, root), per_shard, made)
 
 
@@ -100,8 +95,14 @@ def read(page: Path, root: Path, parse: Callable[[bytes], Any]) -> list[Segment]
     except RecursionError:
         tell(f"left out: {page}: nested too deeply")
         return []
-    for tag in soup(DROPPED):
+    base = next((str(tag["href"]) for tag in soup("base", href=True)), "")
+    # Where a page leaves out the end of its head, the body stands inside.
+    top = soup.body.extract() if soup.body else soup
+    for tag in top(DROPPED):
         tag.decompose()
+    for tag in top(OUTER):
+        if not tag.find_parent(("article", "main")):
+            tag.decompose()
     segments: list[Segment] = []
     said: list[str] = []
 
@@ -111,19 +112,27 @@ def read(page: Path, root: Path, parse: Callable[[bytes], Any]) -> list[Segment]
             segments.append(text)
         said.clear()
 
-    for node in _walk(soup.body or soup):
+    for node in _walk(top):
         if isinstance(node, str):
             said.append(node)
             continue
         try:
-            found = find(node.address, page, root)
+            found = find(node.address if is_elsewhere(base) else urljoin(base, node.address), page, root)
         except LeftOut as error:
             tell(f"a picture left out: {error}")
             continue
         flush()
         segments.append(Picture(node.address, found))
     flush()
+    if not segments:
+        tell(f"left out: {page}: no text and no pictures")
     return segments
+
+
+def is_elsewhere(address: str) -> bool:
+    """Whether an address names a scheme or a host."""
+    parts = urlsplit(address)
+    return bool(parts.scheme or parts.netloc)
 
 
 def _walk(top: Any) -> Iterator[Segment]:
@@ -137,9 +146,11 @@ def _walk(top: Any) -> Iterator[Segment]:
             if type(node).__name__ == "NavigableString":  # comments, doctypes and the like are its subclasses
                 yield re.sub(r"\s+", " ", node)
         elif node.name == "img":
-            address = node.get("src") or node.get("data-src")
-            if address:
-                yield Picture(str(address).strip())
+            address = next(
+                (str(node[name]) for name in LAZY if node.get(name)), str(node.get("srcset", "")).split(",")[0]
+            )
+            if address.split():
+                yield Picture(address.strip() if address.startswith("data:") else address.split()[0])
         elif node.name == "br":
             yield "\n"
         else:
@@ -169,7 +180,7 @@ def documents(
 def sample(root: Path, document: Document) -> Sample:
     """A list of segments, and the pictures that it names; raises `LeftOut` where none of them can be had."""
     page, segments = document
-    source, members = str(page.relative_to(root)), Sample()
+    source, members = os.fsencode(page.relative_to(root)).decode("utf-8", "replace"), Sample()
     listed: list[dict[str, str]] = []
     for segment in segments:
         if isinstance(segment, str):
@@ -179,6 +190,8 @@ def sample(root: Path, document: Document) -> Sample:
         try:
             data = segment.found if isinstance(segment.found, bytes) else segment.found.read_bytes()
             ((kind, data),) = image_member(data, where).items()
+            if min(Image.open(io.BytesIO(data)).size) <= SPACER:
+                raise LeftOut(f"{where}: a spacer")
         except (LeftOut, OSError) as error:
             tell(f"a picture left out: {error}")
             continue
@@ -187,7 +200,7 @@ def sample(root: Path, document: Document) -> Sample:
         listed.append({"image": member})
     if not listed:
         raise LeftOut(f"{source}: none of its pictures can be had, and there is no text")
-    return {"json": listed, **members}
+    return {"json": as_json(listed), **members}
 
 
 def find(address: str, page: Path, root: Path) -> Path | bytes:
@@ -204,18 +217,19 @@ def find(address: str, page: Path, root: Path) -> Path | bytes:
         except (NotBase64, ValueError) as error:
             raise LeftOut(f"{where}: {error}") from None
     try:
-        parts = urlsplit(address)
-        path = unquote(parts.path)
-        file = (root / path.lstrip("/") if path.startswith("/") else page.parent / path).resolve()
-        there = file.is_file()
+        if is_elsewhere(address):
+            raise LeftOut(f"{where}: not in the folder, and nothing is fetched")
+        path = unquote(urlsplit(address).path)
+        start = root if path.startswith("/") else page.parent
+        file = Path(os.path.normpath(start / path.lstrip("/")))
+        if not file.is_relative_to(root):
+            raise LeftOut(f"{where}: outside the folder")
+        if not file.is_file():
+            raise LeftOut(f"{where}: not found")
+    except LeftOut:
+        raise
     except (OSError, ValueError) as error:
         raise LeftOut(f"{where}: {error}") from None
-    if parts.scheme or parts.netloc:
-        raise LeftOut(f"{where}: not in the folder, and nothing is fetched")
-    if not file.is_relative_to(root):
-        raise LeftOut(f"{where}: outside the folder")
-    if not there:
-        raise LeftOut(f"{where}: not found")
     return file
 
 

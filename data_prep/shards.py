@@ -5,26 +5,29 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer
 from webdataset import TarWriter
 
 from data_prep import tell
-from mmgen.config import differences
-from mmgen.data.shards import UNDECODABLE
+from mmgen.config import DataConfig, differences
+from mmgen.data.shards import UNDECODABLE, BadSample, Picture, assemble, image_size
 
 T = TypeVar("T")
-Sample = dict[str, Any]
-"""Extension to content, as webdataset's writer takes it."""
-EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+Sample = dict[str, bytes]
+"""Extension to content."""
+# What a phone calls MPO is a JPEG with a second picture behind the first.
+EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
+KEEP = DataConfig(captionless="keep")
 
 
 class LeftOut(ValueError):
@@ -40,56 +43,115 @@ def write(
     `made`, which says what they are and how they become samples: it is kept beside the shards.
 
     Raises:
-        ValueError: the folder holds shards of this name that were made from something else, or nothing was written.
+        ValueError: the folder holds shards of this name that were made from something else, or there is nothing to
+            write.
     """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"--name {name!r}: letters, digits, _ and - only, as a key ends at its first dot")
     if per_shard < 1:
         raise ValueError(f"--per-shard must be at least 1, not {per_shard}")
-    out.mkdir(parents=True, exist_ok=True)
-    note, made = out / f"{name}.source.json", {**made, "per_shard": per_shard}
-    changed = differences(made, json.loads(note.read_text())) if note.exists() else []
-    if changed:
-        raise ValueError(
-            f"{out} holds {name} shards that were made from something else: {'; '.join(changed)}. "
-            "Choose another --out or --name, or remove them"
-        )
-    note.write_text(json.dumps(made, indent=1) + "\n")
+    _same_as_before(out, name, {**made, "per_shard": per_shard})
     source, shards, written, lost = iter(items), 0, 0, 0
-    while chunk := list(islice(source, per_shard)):
+    while (first := next(source, None)) is not None:
+        chunk = chain([first], islice(source, per_shard - 1))
         target = out / f"{name}-{shards:06d}.tar"
         shards += 1
         if target.exists():
-            tell(f"{target}: is there")
+            tell(f"{target}: is there, with {sum(1 for _ in chunk)} items of the source")
             continue
-        made_here = _write_shard(target, f"{name}-{shards - 1:06d}", chunk, sample)
-        tell(f"{target}: {made_here} samples")
-        written, lost = written + made_here, lost + len(chunk) - made_here
-    if not shards:
-        note.unlink()
-        raise ValueError("the source holds nothing to write")
+        done, left = _write_shard(target, f"{name}-{shards - 1:06d}", chunk, per_shard, sample)
+        tell(f"{target}: {done} samples" if done else f"{target}: not written, as all its items were left out")
+        written, lost = written + done, lost + left
+    if not any(out.glob(f"{name}-*.tar")):
+        raise ValueError(
+            f"all {lost} items were left out, for the reasons above" if lost else "the source holds nothing to write"
+        )
     print(f"{shards} shards in {out}; {written} samples written now" + (f", {lost} left out" if lost else ""))
 
 
-def _write_shard(target: Path, prefix: str, chunk: list[T], sample: Callable[[T], Sample]) -> int:
-    part, count = target.with_name(target.name + ".part"), 0
+def _same_as_before(out: Path, name: str, made: dict[str, Any]) -> None:
+    """Note beside the shards what they are made from; raises ValueError where some were made from something else."""
+    note = out / f"{name}.source.json"
+    if note.exists() and any(out.glob(f"{name}-*.tar")):
+        before = json.loads(note.read_text())
+        changed = differences({**made, "files": ""}, {**before, "files": ""})
+        if made.get("files") != before.get("files"):
+            changed.insert(0, "files were added, removed or changed")
+        if changed:
+            raise ValueError(
+                f"{out} holds {name} shards that were made from something else: {'; '.join(changed)}. "
+                f"Choose another --out or --name, or remove them (or {note}, if you know that nothing has changed)"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    part = note.with_suffix(".part")
+    part.write_text(json.dumps(made, indent=1) + "\n")
+    part.replace(note)
+
+
+def _write_shard(
+    target: Path, prefix: str, chunk: Iterable[T], per_shard: int, sample: Callable[[T], Sample]
+) -> tuple[int, int]:
+    """How many samples were written, and how many items left out."""
+    part, done, left = target.with_name(target.name + ".part"), 0, 0
     shown = Console(stderr=True)
-    with part.open("wb") as file, TarWriter(file, encoder=True, mtime=0, format="PAX_FORMAT") as sink:
-        for place, item in enumerate(
-            track(chunk, target.name, console=shown, transient=True, disable=not shown.is_terminal)
-        ):
-            try:
-                sink.write({"__key__": f"{prefix}-{place:06d}", **sample(item)})
-                count += 1
-            except LeftOut as error:
-                tell(f"left out: {error}")
-    part.rename(target)
-    return count
+    bar = track(chunk, target.name, total=per_shard, console=shown, transient=True, disable=not shown.is_terminal)
+    with part.open("wb") as file:
+        with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as sink:
+            for place, item in enumerate(bar):
+                key = f"{prefix}-{place:06d}"
+                try:
+                    members = sample(item)
+                    _check(key, members)
+                except LeftOut as error:
+                    tell(f"left out: {error}")
+                    left += 1
+                else:
+                    sink.write({"__key__": key, **members})
+                    done += 1
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(target) if done else part.unlink()
+    return done, left
+
+
+def _check(key: str, members: Sample) -> None:
+    """Raise `LeftOut` where mmgen, with its usual limits, would not take the sample."""
+    try:
+        if sum(map(len, members.values())) > KEEP.limits.member_bytes:
+            raise BadSample(f"its members hold more than {KEEP.limits.member_bytes} bytes")
+        for segment in assemble("", key, members, KEEP).segments:
+            if isinstance(segment, Picture):
+                image_size(segment, KEEP.limits)
+    except BadSample as error:
+        source = json.loads(members["json"]) if "json" in members else {}
+        where = source.get("source", key) if isinstance(source, dict) else key
+        raise LeftOut(f"{where}: {error}") from None
+
+
+def as_json(value: Any) -> bytes:
+    """A `.json` member."""
+    return json.dumps(value).encode()
+
+
+def walk(root: Path, without: Path) -> Iterator[Path]:
+    """All files below a folder in the order of their names, through links too; `without` is a folder left out."""
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or real == os.path.realpath(without):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (path for path in (Path(folder, file) for file in sorted(files)) if path.is_file())
 
 
 def identity(files: Iterable[Path], root: Path) -> str:
-    """Fingerprint of the names (below `root`) and sizes of files."""
+    """Fingerprint of the names (below `root`), sizes and times of files."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\n".encode())
+        stat = file.stat()
+        digest.update(os.fsencode(file.relative_to(root)) + b"\0%d %d\n" % (stat.st_size, stat.st_mtime_ns))
     return digest.hexdigest()
 
 
@@ -97,48 +159,65 @@ def image_member(data: bytes, name: str) -> Sample:
     """An image as a member: PNG, JPEG and WebP as they are, other formats that Pillow reads as PNG.
 
     Raises:
-        LeftOut: it cannot be decoded.
+        LeftOut: it cannot be decoded, or has a mode whose range is not known.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
         if image.format in EXTENSIONS:
             return {EXTENSIONS[image.format]: data}
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = image.convert("I")
+        if image.mode == "I":
+            low, high = image.getextrema()
+            if not 0 <= low <= high < 2**16:
+                raise LeftOut(f"{name}: 32 bits from {low} to {high}: convert it to 8 or 16 bits")
+            image = image.convert("I;16")
+        elif image.mode == "F":
+            raise LeftOut(f"{name}: floating point: convert it to 8 or 16 bits")
+        elif image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         buffer = io.BytesIO()
-        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-            image = image.convert("RGB")
         image.save(buffer, format="PNG")
+    except LeftOut:
+        raise
     except UNDECODABLE as error:
         raise LeftOut(f"{name}: image cannot be decoded: {error}") from None
     return {"png": buffer.getvalue()}
 
 
-def measure(tokenizer: Path | None) -> Callable[[str], int]:
-    """The length of a text: in tokens of a tokenizer.json, or in characters."""
+def measure(tokenizer: Path | None) -> tuple[Callable[[str], int], str]:
+    """The length of a text, in tokens of a tokenizer.json or in characters, and a fingerprint of that."""
     if tokenizer is None:
-        return len
+        return len, "characters"
     try:
-        loaded = Tokenizer.from_file(str(tokenizer))
+        text = tokenizer.read_text()
+        loaded = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises nothing narrower
         raise ValueError(f"{tokenizer} is no tokenizer.json: {error}") from None
-    return lambda text: len(loaded.encode(text, add_special_tokens=False).ids)
+    return lambda text: len(loaded.encode(text, add_special_tokens=False).ids), hashlib.sha256(
+        text.encode()
+    ).hexdigest()
 
 
 def pieces(text: str, length: int, size: Callable[[str], int]) -> Iterator[str]:
     """Consecutive pieces of at most `length`, cut at white space; a word that is longer alone is cut inside."""
     held, used, gap = list[str](), 0, ""
-    for part in re.findall(r"\S+|\s+", text.strip()):
+    for found in re.finditer(r"\S+|\s+", text.strip()):
+        part = found[0]
         if part.isspace():
             gap = part
             continue
         for word in _cut(part, length, size):
-            if held and used + size(gap + word) > length:
+            need = size(gap + word)
+            if held and used + need > length:
                 yield "".join(held)
                 held, used, gap = [], 0, ""
             elif not held:
                 gap = ""
             held.append(gap + word)
-            used, gap = used + size(gap + word), ""
+            used, gap = used + (need if len(held) > 1 else size(word)), ""
     if held:
         yield "".join(held)
 

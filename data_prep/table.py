@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
 
 from data_prep import run
-from data_prep.shards import LeftOut, Sample, image_member, write
+from data_prep.shards import LeftOut, Sample, as_json, identity, image_member, write
 
 Row = Mapping[str, Any]
 READERS = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -36,12 +37,13 @@ def main(
     """Write the images and captions of a table as shards; repeat the command to go on."""
     if table.suffix.lower() not in READERS or not table.is_file():
         raise ValueError(f"{table} is no file that ends in {', '.join(READERS)}")
-    columns = next((list(row) for row in rows(table)), [])
+    columns = dict.fromkeys(column for row in islice(rows(table), 100) for column in row)
     for column in (image, caption):
         if columns and column not in columns:
-            raise ValueError(f"{table} has no column {column!r}, but {columns}: name it with --image or --caption")
-    made = {"table": table.name, "bytes": table.stat().st_size, "image": image, "caption": caption}
-    write(out, name, enumerate(rows(table)), partial(sample, images or table.parent, image, caption), per_shard, made)
+            raise ValueError(f"{table} has no column {column!r}, but {[*columns]}: name it with --image or --caption")
+    root = images or table.parent
+    made = {"files": identity([table], table.parent), "image": image, "caption": caption, "images": str(root)}
+    write(out, name, enumerate(rows(table)), partial(sample, root, image, caption), per_shard, made)
 
 
 def rows(table: Path) -> Iterator[Row]:
@@ -49,19 +51,29 @@ def rows(table: Path) -> Iterator[Row]:
     if table.suffix.lower() == ".parquet":
         yield from _parquet(table)
         return
+    csv.field_size_limit(2**31 - 1)
     with table.open(encoding="utf-8-sig", newline="") as file:
-        if table.suffix.lower() == ".jsonl":
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line) if line.strip() else None
-                except ValueError as error:
-                    raise ValueError(f"{table}, line {number}: {error}") from None
-                if row is not None and not isinstance(row, dict):
-                    raise ValueError(f"{table}, line {number}: not an object")
-                if row is not None:
-                    yield row
-        else:
-            yield from csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+        try:
+            if table.suffix.lower() == ".jsonl":
+                yield from _lines(file, table)
+            else:
+                yield from csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+        except csv.Error as error:
+            raise ValueError(f"{table}: {error}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{table} is not UTF-8: {error}. Convert it") from None
+
+
+def _lines(file: Iterable[str], table: Path) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{table}, line {number}: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{table}, line {number}: not an object")
+        if row:
+            yield row
 
 
 def _parquet(table: Path) -> Iterator[Row]:
@@ -90,9 +102,9 @@ def sample(root: Path, image: str, caption: str, numbered: tuple[int, Row]) -> S
             raise LeftOut(f"{name}: no image")
         try:
             data = (root / path).read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a path with a zero in it is a ValueError
             raise LeftOut(f"{name}: {error}") from None
-    return {**image_member(data, name), "json": {"caption": text.strip(), "source": path or name}}
+    return {**image_member(data, name), "json": as_json({"caption": text.strip(), "source": path or name})}
 
 
 if __name__ == "__main__":

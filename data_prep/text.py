@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
 import cyclopts
 
 from data_prep import run
-from data_prep.shards import Sample, identity, measure, pieces, write
+from data_prep.shards import Sample, identity, measure, pieces, walk, write
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 
@@ -33,39 +34,43 @@ def main(
     """Write text as shards of documents; repeat the command to go on."""
     if length < 1:
         raise ValueError(f"--length must be at least 1, not {length}")
-    listed = list(files(sources, SUFFIXES))
-    size = measure(tokenizer)
-    cut = (piece for text in documents(listed, split, field) for piece in pieces(text, length, size))
+    listed = dict(files(sources, out))
+    size, counted = measure(tokenizer)
+    cut = (piece for text in documents([*listed], split, field) for piece in pieces(text, length, size))
+    seen = "".join(identity([path], root) for path, root in listed.items())
     made = {
-        "files": identity(listed, Path("/")), "split": split, "length": length, "tokenizer": str(tokenizer or ""),
+        "files": sha256(seen.encode()).hexdigest(),
+        "split": split,
+        "length": length,
+        "tokenizer": counted,
         "field": field,
-    }  # fmt: skip
+    }
     write(out, name, cut, as_sample, per_shard, made)
 
 
 def as_sample(text: str) -> Sample:
     """A document of text alone."""
-    return {"txt": text}
+    return {"txt": text.encode("utf-8", "replace")}
 
 
-def files(sources: tuple[Path, ...], suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """The files named, and those of folders in the order of their names; raises ValueError for any other."""
+def files(sources: tuple[Path, ...], out: Path) -> Iterator[tuple[Path, Path]]:
+    """The files named, and those of folders, each with the folder that it was found from."""
     if not sources:
-        raise ValueError(f"name files that end in {', '.join(suffixes)}, or folders of them")
+        raise ValueError(f"name files that end in {', '.join(SUFFIXES)}, or folders of them")
     for source in sources:
         if source.is_dir():
-            yield from sorted(p.resolve() for p in source.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-        elif source.is_file() and source.suffix.lower() in suffixes:
-            yield source.resolve()
+            yield from ((path, source) for path in walk(source, without=out) if path.suffix.lower() in SUFFIXES)
+        elif source.is_file() and source.suffix.lower() in SUFFIXES:
+            yield source, source.parent
         else:
-            raise ValueError(f"{source} is neither a folder nor a file that ends in {', '.join(suffixes)}")
+            raise ValueError(f"{source} is neither a folder nor a file that ends in {', '.join(SUFFIXES)}")
 
 
 def documents(listed: list[Path], split: str, field: str) -> Iterator[str]:
     """The texts of files, one file in memory at a time (of .jsonl, one line)."""
     for path in listed:
         if path.suffix.lower() == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig") as lines:
                 for number, line in enumerate(lines, 1):
                     yield from parts(_field(line, field, f"{path}, line {number}"), split) if line.strip() else ()
             continue
@@ -78,14 +83,18 @@ def documents(listed: list[Path], split: str, field: str) -> Iterator[str]:
 
 def parts(text: str, split: str) -> Iterator[str]:
     """A text whole, by blank lines or by lines, without empty ones."""
-    cut = {"file": [text], "paragraph": re.split(r"\n\s*\n", text), "line": text.splitlines()}[split]
+    cut = iter([text])
+    if split == "paragraph":
+        cut = iter(re.split(r"\n\s*\n", text))
+    elif split == "line":
+        cut = iter(text.splitlines())
     yield from (part.strip() for part in cut if part.strip())
 
 
 def _field(line: str, field: str, where: str) -> str:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         raise ValueError(f"{where}: no text in the field {field!r} (--field)")

@@ -109,7 +109,7 @@ def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], 
 
     through(warm)()
     contestants = {"webdataset": theirs(webdataset_pipeline), "cold": through(cold), "warm": through(warm)}
-    if importlib.util.find_spec("spdl"):
+    if importlib.util.find_spec("spdl") and importlib.util.find_spec("spdl.io"):
         contestants["spdl"] = theirs(spdl_pipeline)
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from torch.utils.data import IterableDataset
 
 from mmgen.config import Config, override
-from mmgen.data.loader import _begin_worker, steps
+from mmgen.data.loader import ahead, steps
 from mmgen.data.order import Cursors, Position
 from mmgen.data.streams import training_corpus
 from mmgen.tokenizer import Tokenizer
@@ -95,16 +97,20 @@ def test_a_killed_reader_loses_and_repeats_nothing(tmp_path: Path, streams: int)
         assert killed_and_resumed(config, tmp_path / fault, 2, 5, fault) != expected, "a wrong position must show"
 
 
-def stuck_worker(folder: Path) -> None:
-    """A reader with a loader's worker that waits for ever, as one does whose queue nobody empties."""
+class Stuck(IterableDataset[int]):
+    """Makes a loader's worker that waits for ever, as one does whose queue nobody empties."""
 
-    def wait() -> None:
-        _begin_worker(0)
-        (folder / "worker").write_text(str(os.getpid()))
+    def __init__(self, note: Path) -> None:
+        self.note = note
+
+    def __iter__(self) -> Iterator[int]:
+        self.note.write_text(str(os.getpid()))
         time.sleep(600)
+        yield 0
 
-    get_context("fork").Process(target=wait).start()
-    time.sleep(600)
+
+def stuck_worker(folder: Path) -> None:
+    next(ahead(Stuck(folder / "worker"), 1, False))
 
 
 def test_a_worker_of_a_killed_reader_ends(tmp_path: Path) -> None:

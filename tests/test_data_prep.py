@@ -12,15 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep import folder, pages, table, text
-from data_prep.shards import pieces
-from mmgen.config import DataConfig
-from mmgen.data.shards import Picture, Sample, open_image, read
+from data_prep.shards import LeftOut, image_member, pieces
+from mmgen.config import DataConfig, LimitsConfig
+from mmgen.data.shards import Picture, Sample, image_size, open_image, read
 from tests.conftest import picture, png
 
 KEEP = DataConfig(captionless="keep")
@@ -96,7 +97,6 @@ def test_table(tmp_path: Path, kind: str) -> None:
     elif kind == "jsonl":
         source.write_text("\n".join(json.dumps(line) for line in lines))
     else:
-        arrow = pytest.importorskip("pyarrow")
         cells = {
             "paths.parquet": [line["file"] for line in lines],
             "bytes.parquet": [*(png(image) for image in shown), None, png(shown[0])],
@@ -106,9 +106,7 @@ def test_table(tmp_path: Path, kind: str) -> None:
                 {"bytes": png(shown[0]), "path": None},
             ],
         }[kind]
-        pytest.importorskip("pyarrow.parquet").write_table(
-            arrow.table({"file": cells, "words": [line["words"] for line in lines]}), source
-        )
+        pyarrow.parquet.write_table(pyarrow.table({"file": cells, "words": [line["words"] for line in lines]}), source)
     table.main(source, out=tmp_path / "out", image="file", caption="words", per_shard=2)
     found = shards(tmp_path / "out")
     assert [sample.caption for sample in found] == [line["words"] for line in lines[:3]]
@@ -217,9 +215,116 @@ def test_another_source_under_the_same_name_is_refused(tmp_path: Path) -> None:
         folder.main(tmp_path / "in", out=tmp_path / "out")
 
 
+def test_what_is_noticed_of_a_source(tmp_path: Path) -> None:
+    """An edit that keeps sizes; but not a command that wrote nothing, or shards inside the source itself."""
+    picture(RNG).save(made(tmp_path / "in" / "a.png", b""))
+    made(tmp_path / "in" / "a.txt", "a cat")
+    folder.main(tmp_path / "in", out=tmp_path / "in" / "shards")
+    folder.main(tmp_path / "in", out=tmp_path / "in" / "shards")
+    made(tmp_path / "in" / "a.txt", "a dog")
+    with pytest.raises(ValueError, match="files were added, removed or changed"):
+        folder.main(tmp_path / "in", out=tmp_path / "in" / "shards")
+    source = made(tmp_path / "list.csv", "image,caption\na.png,a cat\n")
+    with pytest.raises(ValueError, match="all 1 items were left out"):
+        table.main(source, out=tmp_path / "table")
+    table.main(source, out=tmp_path / "table", images=tmp_path / "in")
+    assert len(shards(tmp_path / "table")) == 1
+    with pytest.raises(ValueError, match="not UTF-8"):
+        text.main(made(tmp_path / "t.txt", "caf\xe9".encode("latin-1")), out=tmp_path / "text")
+    text.main(made(tmp_path / "t.txt", "caf\xe9"), out=tmp_path / "text")
+    assert shards(tmp_path / "text")[0].caption == "caf\xe9"
+
+
+def test_captions_as_editors_write_them(tmp_path: Path) -> None:
+    for name, data in {"a.txt": b"\xef\xbb\xbfmarked", "b.TXT": b"LOUD", "c.json": b'{"caption": null}'}.items():
+        made(tmp_path / "in" / name, data)
+        picture(RNG).save(tmp_path / "in" / f"{name[0]}.png")
+    (tmp_path / "linked").symlink_to(tmp_path / "in")
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top" / "way").symlink_to(tmp_path / "linked")
+    folder.main(tmp_path / "top", out=tmp_path / "out", captionless=True)
+    assert [sample.caption for sample in shards(tmp_path / "out")] == ["marked", "LOUD", ""]
+
+
+def test_rows_that_would_break_a_reader(tmp_path: Path) -> None:
+    picture(RNG).save(tmp_path / "a.png")
+    html = "x" * 200_000
+    rows = f"image,caption,html\na.png,one,{html}\na\0.png,two,\na.png,three,\n"
+    table.main(made(tmp_path / "t.csv", rows), out=tmp_path / "csv")
+    assert [sample.caption for sample in shards(tmp_path / "csv")] == ["one", "three"]
+    table.main(made(tmp_path / "t.jsonl", '{"image": "a.png"}\n{"image": "a.png", "caption": "b"}'), out=tmp_path / "l")
+    assert [sample.caption for sample in shards(tmp_path / "l")] == ["b"]
+    text.main(made(tmp_path / "s.jsonl", '{"text": "bad \\ud83d end"}\n{"text": "good"}'), out=tmp_path / "text")
+    assert [sample.caption for sample in shards(tmp_path / "text")] == ["bad ? end", "good"]
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("<html><head><title>T</title><body><p>Hello<img src=i.png>", ["Hello", "image"]),
+        ("<form id=aspnetForm><p>Hello</p><select><option>no</select></form>", ["Hello"]),
+        ("<header>no</header><article><header><h1>Title</h1></header>Words</article>", ["Title\nWords"]),
+        ('<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" data-src="i.png">Words', ["image", "Words"]),
+        ('<img srcset="i.png 1x, big.png 2x">Words', ["image", "Words"]),
+        ('<img src="spacer.png">Words', ["Words"]),
+        ('<base href="/sub/"><body><img src="only.png">', ["image"]),
+        ('<base href="https://example.com/"><body><img src="i.png">', ["image"]),
+        ('<img src="linked.png">', ["image"]),
+    ],
+)
+def test_pages_as_they_are_on_the_web(tmp_path: Path, body: str, told: list[str]) -> None:
+    root = made(tmp_path / "site" / "page.html", body).parent
+    (root / "sub").mkdir()
+    for name in ("i.png", "sub/only.png"):
+        picture(RNG).save(root / name)
+    picture(RNG, (1, 9)).save(root / "spacer.png")
+    picture(RNG).save(tmp_path / "elsewhere.png")
+    (root / "linked.png").symlink_to(tmp_path / "elsewhere.png")
+    pages.main(root, out=tmp_path / "out")
+    (document,) = shards(tmp_path / "out")
+    assert ["image" if isinstance(segment, Picture) else segment for segment in document.segments] == told
+
+
+def test_odd_images(tmp_path: Path) -> None:
+    """Phones' MPO stays a JPEG with its orientation, 16 bits stay, what has no known range is left out."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    shown = picture(RNG, (40, 80))
+    data = io.BytesIO()
+    shown.save(data, format="MPO", save_all=True, append_images=[shown], exif=exif)
+    assert image_member(data.getvalue(), "phone") == {"jpg": data.getvalue()}
+    assert image_size(Picture(data.getvalue()), LimitsConfig()) == (80, 40)
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for kind in (np.uint16, ">u2", np.int32):
+        found = Image.open(io.BytesIO(image_member(tiff(ramp.astype(kind)), "ramp")["png"]))
+        assert np.array_equal(np.asarray(found), ramp)
+    for wrong, why in ((ramp.astype(np.float32), "floating point"), (ramp.astype(np.int32) * 9, "32 bits")):
+        with pytest.raises(LeftOut, match=why):
+            image_member(tiff(wrong), "ramp")
+
+
+def tiff(levels: np.ndarray) -> bytes:
+    """A TIFF of these levels, in their type and byte order."""
+    data = io.BytesIO()
+    if levels.dtype == ">u2":
+        Image.frombytes("I;16B", levels.shape[::-1], levels.tobytes()).save(data, format="TIFF")
+    else:
+        Image.fromarray(levels).save(data, format="TIFF")
+    return data.getvalue()
+
+
+def test_what_the_trainer_would_refuse_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("L", (8000, 7000)).save(made(tmp_path / "in" / "large.png", b""))
+    made(tmp_path / "in" / "large.txt", "large")
+    with pytest.raises(ValueError, match="all 1 items"):
+        folder.main(tmp_path / "in", out=tmp_path / "out")
+    assert "large.png: image of 8000x7000 has more than" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda at: folder.main(at, out=at / "out", name="v1.0"), "a key ends at its first dot"),
         (lambda at: folder.main(at / "none", out=at / "out"), "is no folder"),
         (lambda at: folder.main(at, out=at / "out"), "holds nothing to write"),
         (lambda at: pages.main(at, out=at / "out"), "holds nothing to write"),
@@ -246,5 +351,6 @@ def test_wrong_sources_are_named(tmp_path: Path, call: Callable[[Path], None], m
 
 def made(path: Path, content: str | bytes) -> Path:
     """A file of that content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path

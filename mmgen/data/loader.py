@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -386,15 +387,16 @@ def steps(corpus: Documents, first: int, last: int, start: Any, rank: int = 0, w
 
 def ahead(source: IterableDataset[Any], workers: int, pinned: bool) -> Iterator[Any]:
     """The items of `source`, made ahead in `workers` processes; 0 makes them here."""
-    options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _begin_worker} if workers else {}
+    begin = partial(_begin_worker, os.getpid())
+    options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": begin} if workers else {}
     return iter(DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pinned, **options))
 
 
-def _begin_worker(worker: int) -> None:
+def _begin_worker(parent: int, worker: int) -> None:
     """Signals reach the whole process group; only the training process answers, and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
