@@ -304,6 +304,7 @@ def test_empty_slots_move_nothing() -> None:
 
 
 def test_a_row_that_is_too_short_is_refused() -> None:
+    assert pack([[[TextSegment([1, 2, 3, 4])]]], 6).document_BS.tolist() == [[0] * 6], "it may be full"
     with pytest.raises(ValueError, match=r"do not fit a row of 6 \(data.row_length\)"):
         pack([[[TextSegment([1, 2, 3, 4, 5])]]], 6)
 
