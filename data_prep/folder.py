@@ -6,7 +6,6 @@ The caption of `a/b.jpg` is in `a/b.txt`, `a/b.caption` or `a/b.json` (`{"captio
 from __future__ import annotations
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 import cyclopts
 
 from data_prep import run, tell
-from data_prep.shards import LeftOut, Sample, as_json, identity, image_member, walk, write
+from data_prep.shards import LeftOut, Sample, as_json, identity, image_member, shown, walk, write
 from data_prep.table import READERS
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -43,7 +42,7 @@ def main(
 
 def sample(folder: Path, captions: dict[Path, Path], captionless: bool, image: Path) -> Sample:
     """The image, and as JSON its caption and where it came from."""
-    source = os.fsencode(image.relative_to(folder)).decode("utf-8", "replace")
+    source = shown(image, folder)
     try:
         meta = caption(image, captions)
         if not meta["caption"] and not captionless:

@@ -23,7 +23,7 @@ import cyclopts
 from PIL import Image
 
 from data_prep import run, tell
-from data_prep.shards import LeftOut, Sample, as_json, identity, image_member, measure, pieces, walk, write
+from data_prep.shards import LeftOut, Sample, as_json, identity, image_member, measure, pieces, shown, walk, write
 
 SUFFIXES = (".html", ".htm", ".xhtml")
 # What readers of a page do not read. A form may hold the whole page, an article's header its title.
@@ -117,7 +117,7 @@ def read(page: Path, root: Path, parse: Callable[[bytes], Any]) -> list[Segment]
             said.append(node)
             continue
         try:
-            found = find(node.address if is_elsewhere(base) else urljoin(base, node.address), page, root)
+            found = find(node.address, base, page, root)
         except LeftOut as error:
             tell(f"a picture left out: {error}")
             continue
@@ -130,7 +130,7 @@ def read(page: Path, root: Path, parse: Callable[[bytes], Any]) -> list[Segment]
 
 
 def is_elsewhere(address: str) -> bool:
-    """Whether an address names a scheme or a host."""
+    """Whether an address names a scheme or a host; raises ValueError where it is none at all."""
     parts = urlsplit(address)
     return bool(parts.scheme or parts.netloc)
 
@@ -163,16 +163,16 @@ def documents(
 ) -> Iterator[tuple[Segment, ...]]:
     """Consecutive documents, as long as the limits allow; a document without a picture stays, as text."""
     held: list[Segment] = []
-    used = shown = 0
+    used = pictured = 0
     for segment in segments:
         parts: list[Segment] = [segment] if isinstance(segment, Picture) else [*pieces(segment, length, size)]
         for part in parts:
             need, picture = (0, 1) if isinstance(part, Picture) else (size(part), 0)
-            if held and (used + need > length or shown + picture > images):
+            if held and (used + need > length or pictured + picture > images):
                 yield tuple(held)
-                held, used, shown = [], 0, 0
+                held, used, pictured = [], 0, 0
             held.append(part)
-            used, shown = used + need, shown + picture
+            used, pictured = used + need, pictured + picture
     if held:
         yield tuple(held)
 
@@ -180,7 +180,7 @@ def documents(
 def sample(root: Path, document: Document) -> Sample:
     """A list of segments, and the pictures that it names; raises `LeftOut` where none of them can be had."""
     page, segments = document
-    source, members = os.fsencode(page.relative_to(root)).decode("utf-8", "replace"), Sample()
+    source, members = shown(page, root), Sample()
     listed: list[dict[str, str]] = []
     for segment in segments:
         if isinstance(segment, str):
@@ -203,9 +203,12 @@ def sample(root: Path, document: Document) -> Sample:
     return {"json": as_json(listed), **members}
 
 
-def find(address: str, page: Path, root: Path) -> Path | bytes:
-    """The bytes of a `data:` address, or a file inside `root`; raises `LeftOut`."""
-    where = f"{page.relative_to(root)}: {address[:80]}"
+def find(address: str, base: str, page: Path, root: Path) -> Path | bytes:
+    """The bytes of a `data:` address, or a file inside `root`; raises `LeftOut`.
+
+    `base` is the page's own, which counts where it names a folder: of a saved page it names the site that it came from.
+    """
+    where = f"{shown(page, root)}: {address[:80]}"
     if address.startswith("data:"):
         head, _, body = address.partition(",")
         try:
@@ -217,6 +220,7 @@ def find(address: str, page: Path, root: Path) -> Path | bytes:
         except (NotBase64, ValueError) as error:
             raise LeftOut(f"{where}: {error}") from None
     try:
+        address = address if is_elsewhere(base) else urljoin(base, address)
         if is_elsewhere(address):
             raise LeftOut(f"{where}: not in the folder, and nothing is fetched")
         path = unquote(urlsplit(address).path)

@@ -93,8 +93,8 @@ def _write_shard(
 ) -> tuple[int, int]:
     """How many samples were written, and how many items left out."""
     part, done, left = target.with_name(target.name + ".part"), 0, 0
-    shown = Console(stderr=True)
-    bar = track(chunk, target.name, total=per_shard, console=shown, transient=True, disable=not shown.is_terminal)
+    console = Console(stderr=True)
+    bar = track(chunk, target.name, total=per_shard, console=console, transient=True, disable=not console.is_terminal)
     with part.open("wb") as file:
         with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as sink:
             for place, item in enumerate(bar):
@@ -144,6 +144,11 @@ def walk(root: Path, without: Path) -> Iterator[Path]:
         seen.add(real)
         folders.sort()
         yield from (path for path in (Path(folder, file) for file in sorted(files)) if path.is_file())
+
+
+def shown(path: Path, root: Path) -> str:
+    """A path below `root` as text, also where its name is no UTF-8."""
+    return os.fsencode(path.relative_to(root)).decode("utf-8", "replace")
 
 
 def identity(files: Iterable[Path], root: Path) -> str:

@@ -270,6 +270,8 @@ def test_rows_that_would_break_a_reader(tmp_path: Path) -> None:
         ('<base href="/sub/"><body><img src="only.png">', ["image"]),
         ('<base href="https://example.com/"><body><img src="i.png">', ["image"]),
         ('<img src="linked.png">', ["image"]),
+        ('<img src="http://[">Words', ["Words"]),
+        ('<base href="http://["><body><img src="i.png">Words', ["Words"]),
     ],
 )
 def test_pages_as_they_are_on_the_web(tmp_path: Path, body: str, told: list[str]) -> None:
