@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from PIL import Image, ImageOps
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from tokenizers import Tokenizer
 from webdataset import TarWriter
@@ -94,7 +95,9 @@ def _write_shard(
     """How many samples were written, and how many items left out."""
     part, done, left = target.with_name(target.name + ".part"), 0, 0
     console = Console(stderr=True)
-    bar = track(chunk, target.name, total=per_shard, console=console, transient=True, disable=not console.is_terminal)
+    bar = track(
+        chunk, escape(target.name), total=per_shard, console=console, transient=True, disable=not console.is_terminal
+    )
     with part.open("wb") as file:
         with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as sink:
             for place, item in enumerate(bar):

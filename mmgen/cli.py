@@ -161,7 +161,7 @@ def ablate(
         losses = [arm.get("val_loss_image_by_place") for arm in found["arms"].values()]
         shown = [f"{rounded(x['mean'][place], 4)}{plus_minus(x['half_width'][place])}" if x else "" for x in losses]
         table.add_row(f"val_loss_image, {label} place", *shown)
-    Console().print(table)
+    print_table(table)
     return 0
 
 
@@ -363,7 +363,7 @@ def list_experiments(*, as_json: Json = False) -> int:
     table = Table("name", "what it shows", "faults", box=None)
     for row in rows:
         table.add_row(str(row["name"]), str(row["title"]), " ".join(row["faults"]))
-    Console().print(table)
+    print_table(table)
     return 0
 
 
@@ -441,7 +441,12 @@ def show(values: dict[str, Any], as_json: bool) -> None:
             else:
                 text = rounded(number, 4)
             table.add_row(f"{name} {inner}".strip(), text)
-    Console().print(table)
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """A table on standard output, its cells as they are: `E[x | z]` is no markup."""
+    Console(markup=False).print(table)
 
 
 def plus_minus(half_width: float | None) -> str:

@@ -91,6 +91,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, listed, told = run(capsys, "lab", "list", "--json")
     assert code == 0, told
     assert {row["name"] for row in json.loads(listed)} == set(EXPERIMENTS)
+    assert "E[x |" in run(capsys, "lab", "list")[1], "brackets are no markup"
     code, found, told = run(capsys, "lab", "run", "gaussian_likelihood", "--fast", "--json", "--out", str(tmp_path))
     assert code == 0, told
     assert json.loads(found)["holds"] is True

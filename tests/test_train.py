@@ -23,6 +23,7 @@ from mmgen.model import build_model
 from mmgen.tokenizer import Tokenizer
 from mmgen.train import checkpoint, loop, saver
 from mmgen.train.engine import Engine
+from mmgen.train.log import Log
 from mmgen.train.loop import train
 from mmgen.train.optimizer import EMA, averaged_weights, build_optimizer, learning_rate
 from tests.conftest import pairs, write_tar
@@ -254,6 +255,15 @@ def test_too_many_bad_samples_stop_the_run(config: Config, tmp_path: Path) -> No
     assert json.loads(lines[0]).keys() == {"shard", "key", "reason"}
     lenient = override(config, {**few, "run": {"dir": str(tmp_path / "lenient")}})
     assert train(override(lenient, {"data": {"max_bad_fraction": 0.5}})) == 0
+
+
+def test_names_of_samples_are_no_markup(config: Config, capsys: pytest.CaptureFixture) -> None:
+    """A closing tag in a key, which terminal markup would refuse, must not end a run."""
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    log = Log(config, 0)
+    assert log.quarantine([{"shard": "a.tar", "key": "cat[/b]", "reason": "[bold] is no image"}]) == 1
+    log.close()
+    assert "a.tar/cat[/b]: [bold] is no image" in capsys.readouterr().err
 
 
 def test_learning_rate(config: Config) -> None:

@@ -33,7 +33,7 @@ class Log:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1)
         self._trackers = [_tracker(name, config) for name in settings.trackers]
         self._quarantined = {(bad["shard"], bad["key"]) for bad in _lines(run / "quarantine.jsonl")}
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False)  # names of samples are no markup
         self._progress: Progress | None = None
         self._began = time.monotonic()
         if self._console.is_terminal:
