@@ -77,7 +77,10 @@ def bars(values: Mapping[str, float], y_label: str, log: bool = True) -> Figure:
 
 
 def scatters(panels: Mapping[str, tuple[Tensor, Tensor]], columns: int = 4) -> Figure:
-    """Per panel the data (grey) and samples (blue), [n, 2] each, on equal axes that the data sets."""
+    """Per panel the data (grey) and samples (blue), [n, 2] each, on equal axes that the data sets.
+
+    Where more than a twentieth of the samples lie outside the axes, the panel says how many.
+    """
     rows = -(-len(panels) // columns)
     figure, axes = canvas(rows, min(columns, len(panels)))
     flat = axes.flatten()
@@ -87,6 +90,9 @@ def scatters(panels: Mapping[str, tuple[Tensor, Tensor]], columns: int = 4) -> F
         ax.scatter(*made.T, s=1, c="C0", label="samples")
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
         ax.set_title(name, fontsize=8)
+        outside = float((made.abs() > limit).any(1).double().mean())
+        if outside > 0.05:
+            ax.text(0.03, 0.03, f"{outside:.0%} of the samples lie outside", transform=ax.transAxes, fontsize=6)
     for ax in flat[len(panels) :]:
         ax.axis("off")
     flat[0].legend(fontsize=6, markerscale=4, loc="upper right")

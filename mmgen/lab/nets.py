@@ -21,11 +21,14 @@ Draw = Callable[[int], Tensor]
 
 
 class TimeFeatures(nn.Module):
-    """Sin-cos features of t, [R, 1] to [R, features]; constant where `blind`."""
+    """Sin-cos features of t, [R, 1] to [R, features]; constant where `blind`.
 
-    def __init__(self, features: int = 32, blind: bool = False) -> None:
+    The fastest turns `fastest` times from t = 0 to 1, the slowest a 64th of that.
+    """
+
+    def __init__(self, features: int = 32, blind: bool = False, fastest: float = 16.0) -> None:
         super().__init__()
-        self.rates = 2 * math.pi * 2.0 ** torch.linspace(-2, 4, features // 2)
+        self.rates = 2 * math.pi * fastest * 2.0 ** torch.linspace(-6, 0, features // 2)
         self.blind = blind
 
     def forward(self, t: Tensor) -> Tensor:
@@ -37,10 +40,16 @@ class MLP(nn.Module):
     """`depth` hidden layers of `width` over (z, time features); `bottleneck` narrows the way in."""
 
     def __init__(
-        self, dimension: int, width: int = 256, depth: int = 5, bottleneck: int | None = None, blind: bool = False
+        self,
+        dimension: int,
+        width: int = 256,
+        depth: int = 5,
+        bottleneck: int | None = None,
+        blind: bool = False,
+        fastest: float = 16.0,
     ) -> None:
         super().__init__()
-        self.time = TimeFeatures(blind=blind)
+        self.time = TimeFeatures(blind=blind, fastest=fastest)
         enter: list[nn.Module] = [nn.Linear(dimension, width)]
         if bottleneck is not None:
             enter = [nn.Linear(dimension, bottleneck, bias=False), nn.Linear(bottleneck, width)]

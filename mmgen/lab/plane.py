@@ -91,10 +91,19 @@ def velocity_maps(run: Run) -> Figure:
 # --- a plane in many dimensions ----------------------------------------------------------------------------
 
 
+def small_spiral(count: int, generator: torch.Generator | None = None) -> Tensor:
+    """The spiral in the unit disc, [count, 2].
+
+    At twice the size its deviation is that of the noise, and noise left in the plane passes for data: standard normal
+    points are at a sliced W2 of 0.35 from that one and of 0.56 from this.
+    """
+    return spiral(count, generator) / 2
+
+
 def hidden_spiral(dimension: int, seed: int) -> tuple[Tensor, Any]:
-    """The directions [2, D] of a random plane, and a function that draws n spiral points in it, [n, D]."""
+    """The directions [2, D] of a random plane, and a function that draws n points of the spiral in it, [n, D]."""
     axes = plane(dimension, seed) if dimension > 2 else torch.eye(2)
-    return axes, lambda n: spiral(n) @ axes
+    return axes, lambda n: small_spiral(n) @ axes
 
 
 def judge(made: Tensor, axes: Tensor, data: Tensor) -> tuple[float, float]:
@@ -119,13 +128,15 @@ def hidden(
     torch.manual_seed(run.seed)
     axes, data = hidden_spiral(dimension, run.seed)
     settings = {"mu": -0.8, "sigma": 0.8, "batch": run.pick(512, 256), **recipe}
-    net: torch.nn.Module = MLP(dimension, width, bottleneck=bottleneck)
+    # Times above 0.8 are hardly trained with these mu and sigma: what is learned below carries on to them only if the
+    # features of t change slowly.
+    net: torch.nn.Module = MLP(dimension, width, bottleneck=bottleneck, fastest=1.0)
     if std is not None:
         net = Preconditioned(net, LinearPath(), std)
     trained = train_field(net, data, Recipe(steps, **settings))
     noise = torch.randn(SAMPLES, dimension, generator=torch.Generator().manual_seed(run.seed + 1))
     made = sample_field(trained, noise)
-    w2, off = judge(made, axes, spiral(SAMPLES, run.generator))
+    w2, off = judge(made, axes, small_spiral(SAMPLES, run.generator))
     return w2, off, made @ axes.T
 
 
@@ -133,7 +144,7 @@ def hidden(
 def jit_toy(run: Run) -> Figure:
     """x, v and eps by a 5 x 256 ReLU network, loss in v, Heun with 50 steps."""
     steps = run.pick(4000, 700)
-    data = spiral(SAMPLES, run.generator)
+    data = small_spiral(SAMPLES, run.generator)
     w2, panels = {}, {}
     for kind in ("x", "v", "eps"):
         w2[kind], off, made = hidden(run, 512, steps, prediction=kind)
@@ -160,7 +171,7 @@ def nine_pairs(run: Run) -> Figure:
     w2: dict[str, dict[str, float]] = {}
     off: dict[str, dict[str, float]] = {}
     for dimension in (2, 16, 512):
-        std = float((spiral(10000) @ hidden_spiral(dimension, run.seed)[0]).std())
+        std = float((small_spiral(10000) @ hidden_spiral(dimension, run.seed)[0]).std())
         own = {"mu": 1.2 - math.log(2) - math.log(std), "sigma": 1.2}
         members: dict[str, dict[str, Any]] = {
             f"{prediction} in {space}": {"prediction": prediction, "loss_space": space}
