@@ -253,7 +253,7 @@ def test_likelihood_on_a_variance_preserving_path() -> None:
 
 def test_likelihood_of_a_constant_field() -> None:
     x = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
-    found = log_likelihood(lambda z, t: torch.ones_like(z), x, uniform_grid(4)).value
+    found = log_likelihood(lambda z, t: 1 + 0 * z, x, uniform_grid(4)).value
     assert found.item() == pytest.approx(float(stats.norm(1, 1).logpdf(x.numpy()).sum()))
 
 
@@ -277,6 +277,26 @@ def test_hutchinson_is_within_its_error() -> None:
     assert torch.all(guess.standard_error < 0.2)
 
 
+def test_likelihood_in_inference_mode() -> None:
+    """A result of inference mode has its divergence, and carries no gradients that it does not know."""
+    x = torch.tensor([[0.8]], dtype=torch.float64)
+    data = GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), 0.5)
+    with torch.inference_mode():
+        found = log_likelihood(data.velocity, x, uniform_grid(100)).value
+    assert found.item() == pytest.approx(-1.50579, abs=1e-5)
+    assert not log_likelihood(data.velocity, x.requires_grad_(), uniform_grid(10)).value.requires_grad
+
+
+def test_a_weight_of_guidance_per_row() -> None:
+    conditional, unconditional = torch.randn(3, 2), torch.randn(3, 2)
+    scale, t = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor(0.5)
+    rows = classifier_free(conditional, unconditional, t, scale)
+    for row, weight in enumerate((0.0, 1.0, 2.0)):
+        one = slice(row, row + 1)
+        torch.testing.assert_close(rows[one], classifier_free(conditional[one], unconditional[one], t, weight))
+    torch.testing.assert_close(rows, classifier_free(conditional, unconditional, t, lambda t: scale))
+
+
 def test_bits_per_dim() -> None:
     """Uniform 8-bit pixels cost 8 bits: their density on [-1, 1] is 1/2 (times the end bin's share)."""
     flat = torch.full((2,), 10 * math.log(1 / (256 * 2 / 255)), dtype=torch.float64)
@@ -292,9 +312,28 @@ X = torch.zeros(2, 3)
         (lambda: log_likelihood(lambda z, t: z, X, uniform_grid(2), trace="guess"), "unknown trace 'guess'"),
         (lambda: log_likelihood(lambda z, t: z, X, uniform_grid(2), trace="hutchinson", probes=1), "two probes"),
         (lambda: log_likelihood(lambda z, t: z, X[0], uniform_grid(2)), r"must be \[R, D\]"),
-        (lambda: GaussianMixture(X, 0.1, torch.ones(3)), "as many weights"),
+        (lambda: GaussianMixture(X, 0.1, torch.ones(3)), "K weights and stds"),
         (lambda: GaussianMixture(X, -0.1), "none negative"),
+        (lambda: GaussianMixture(X, math.nan), "none negative"),
+        (lambda: GaussianMixture(X[:0], 0.1), "above zero"),
+        (lambda: GaussianMixture(X, 0.1, torch.zeros(2)), "above zero"),
+        (lambda: FiniteSet(X).velocity(X, torch.tensor(1.0)), "no density where sigma is zero"),
+        (lambda: encode(FiniteSet(X).velocity, X, uniform_grid(3)), "no density where sigma is zero"),
         (lambda: slerp(X, X[:1], 0.5), "shapes differ"),
+        (lambda: slerp(torch.ones(2, 2), torch.ones(2, 2), torch.tensor([0.1, 0.9])), "one axis per axis"),
+        (lambda: encode(lambda z, t: z, X, uniform_grid(3).flip(0)), "must rise"),
+        (lambda: decode(lambda z, t: z, X, uniform_grid(3).flip(0)), "must rise"),
+        (lambda: log_likelihood(lambda z, t: z, X, uniform_grid(3).flip(0)), "must rise"),
+        (lambda: log_likelihood(lambda z, t: z, X, 0.1 + 0.9 * uniform_grid(3)), "begin at 0"),
+        (lambda: log_likelihood(lambda z, t: z, X, uniform_grid(3), noise_std=0.0), "must be positive"),
+        (lambda: log_likelihood(torch.no_grad()(lambda z, t: -z), X, uniform_grid(3)), "no divergence"),
+        (lambda: interpolate(lambda z, t: z, X, X, torch.zeros(0), uniform_grid(3)), "one share or more"),
+        (lambda: bits_per_dim(X, 3, 0.0), "must be positive"),
+        (lambda: Field(LinearPath(), lambda z, t: z, "speed"), "unknown prediction 'speed'"),
+        (lambda: classifier_free(X, X, torch.tensor(0.5), 2.0, (0.9, 0.1)), "must rise inside"),
+        (lambda: classifier_free(X, X, torch.tensor(1.5), 2.0), r"\[0, 1\]"),
+        (lambda: classifier_free(X, X, torch.tensor(0.5), 2.0, rescale=5.0), "share between 0 and 1"),
+        (lambda: classifier_free(X, X, torch.tensor(0.5), lambda t: torch.ones(3)), "given as times are"),
     ],
 )
 def test_bad_input_is_named(call: Callable[[], Any], message: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -41,6 +41,7 @@ def first_batch(config: Config, tokenizer: Tokenizer, rows: int = 3) -> Batch:
 
 
 @given(st.floats(0, 1, exclude_max=True), st.floats(0.7, 1.0), st.floats(0.1, 0.5), st.floats(0, 0.9))
+@example(0.0, 0.75390625, 0.1015625, 0.0)
 def test_mask_ratio_is_scipys_truncated_normal(u: float, mean: float, std: float, low: float) -> None:
     oracle = stats.truncnorm((low - mean) / std, (1 - mean) / std, loc=mean, scale=std).ppf(u)
     assert mask_ratio(u, MaskRatioConfig(mean=mean, std=std, low=low)) == pytest.approx(oracle, abs=1e-6)

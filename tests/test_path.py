@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
+from collections.abc import Callable
 
 import azula.noise
 import numpy as np
@@ -287,6 +290,53 @@ def test_grids() -> None:
     assert grid[-1] == 1
 
 
+@each_path
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda path: pickle.loads(pickle.dumps(path))])
+def test_copies_are_the_same_path(path: Path, copied: Callable[[Path], Path]) -> None:
+    """Also after use, when tables have been moved, and when the original is gone."""
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    wanted = path.alpha(t), path.drift(t)
+    again = copied(copied(path))
+    torch.testing.assert_close((again.alpha(t), again.drift(t)), wanted, rtol=0, atol=0)
+
+
+def test_a_copied_table_outlives_the_original() -> None:
+    """A new tensor may stand where an old one stood: tables must be known by name, not by place."""
+    t = torch.linspace(0.05, 0.95, 19)
+    for _ in range(50):
+        path = DDPMPath()
+        wanted = path.alpha(t)
+        path.beta(t)
+        second = copy.deepcopy(path)
+        del path
+        third = copy.deepcopy(second)
+        del second
+        torch.testing.assert_close(third.alpha(t), wanted, rtol=0, atol=0)
+
+
+@each_path
+def test_mixtures_and_conversions_keep_the_type(path: Path) -> None:
+    """A state in bfloat16 stays so, whatever precision a time per row has."""
+    x, eps = torch.randn(4, 3).bfloat16(), torch.randn(4, 3).bfloat16()
+    t = torch.linspace(0.2, 0.8, 4).view(4, 1)
+    z = path.mix(x, eps, t)
+    assert z.dtype == torch.bfloat16
+    assert path.convert("x", "v", x, z, t, 0.01).dtype == torch.bfloat16
+    assert torch.isfinite(path.alpha(torch.zeros(1, dtype=torch.bfloat16))).all()
+
+
+def test_conversions_and_losses_compile_whole() -> None:
+    """No value is looked at while compiling, so the graph does not break."""
+    path, x, t = LinearPath(), torch.randn(4, 3), torch.full((4,), 0.5)
+
+    def step(output: Tensor) -> Tensor:
+        z = path.mix(x, output, t.view(4, 1))
+        return flow_loss(path, output, x, z, t, "x", "v", 0.05)
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), step(x))
+
+
 x_1 = torch.zeros(4, 3)
 
 
@@ -320,7 +370,26 @@ x_1 = torch.zeros(4, 3)
         (lambda: uniform_grid(0), "at least one step"),
         (lambda: shifted(torch.tensor(0.5), -1), "must be positive"),
         (lambda: log_snr_grid(5, CosinePath(), -40, 6), "does not reach"),
-        (lambda: log_snr_grid(5, CosinePath(), 6, -6), "is not below"),
+        (lambda: log_snr_grid(5, CosinePath(), 6, -6), "must rise"),
+        (lambda: log_snr_grid(5, CosinePath(), -math.inf, 6), "must rise"),
+        (lambda: LinearPath().drift(torch.tensor(1.5)), r"\[0, 1\]"),
+        (lambda: LinearPath().target("v", x_1, x_1, torch.tensor(1.5)), r"\[0, 1\]"),
+        (lambda: LinearPath().target("v", x_1, x_1[:1], torch.tensor(0.5)), "shapes differ"),
+        (lambda: LinearPath().target("score", x_1, x_1, torch.tensor(1.0)), "zero at t = 1"),
+        (lambda: LinearPath().convert("x", "v", x_1, x_1, torch.tensor(0.5), math.nan), "clip is the smallest"),
+        (lambda: LinearPath().diffusion(torch.tensor(0.0)), "begin a little later"),
+        (lambda: shifted(torch.tensor(2.0), 3.0), r"\[0, 1\]"),
+        (lambda: shifted(torch.tensor(0.5), math.nan), "must be positive"),
+        (lambda: discrete(torch.tensor(0.5), 0), "at least one"),
+        (lambda: CosinePath(math.nan, 15), "must be below"),
+        (lambda: CosinePath(shift=math.nan), "must be a number"),
+        (lambda: VEPath(0.01, math.inf), "sigma_min < sigma_max"),
+        (lambda: losses.min_snr(-5), "must be positive"),
+        (lambda: losses.logit_normal(0, 0), "must be positive"),
+        (
+            lambda: flow_loss(LinearPath(), x_1, x_1, x_1, x_1[:, 0], "x", "x", 0.1, lambda p, t: t.view(-1, 1)),
+            "one factor per t",
+        ),
     ],
 )
 def test_bad_input_is_named(call: object, message: str) -> None:

@@ -176,14 +176,15 @@ def plain_ddim(eta: float, corrections: int = 0, snr: float = 0.0) -> Callable[.
     def run(plain: Plain, z: float, times: list[float], noise: Iterator[float], ask: Ask) -> float:
         for t, u in itertools.pairwise(times):
             x = ask(z, t)
+            if u == 1:
+                return x
             eps = (z - plain.alpha(t) * x) / plain.sigma(t)
             ratio = plain.alpha(t) * plain.sigma(u) / (plain.alpha(u) * plain.sigma(t))
-            s = 0.0 if u == 1 else eta * plain.sigma(u) * (1 - ratio**2) ** 0.5
+            s = eta * plain.sigma(u) * (1 - ratio**2) ** 0.5
             z = plain.alpha(u) * x + (plain.sigma(u) ** 2 - s**2) ** 0.5 * eps
             if s:
                 z += s * next(noise)
-            if u != 1:
-                z = plain_langevin(plain, z, u, noise, ask, corrections, snr)
+            z = plain_langevin(plain, z, u, noise, ask, corrections, snr)
         return z
 
     return run
@@ -203,12 +204,11 @@ def plain_ancestral(plain: Plain, z: float, times: list[float], noise: Iterator[
         x = ask(z, t)
         shrink = plain.alpha(t) / plain.alpha(u)
         added = plain.sigma(t) ** 2 - (shrink * plain.sigma(u)) ** 2
-        if plain.sigma(u) == 0:
+        if u == 1:
             return x
         precision = 1 / plain.sigma(u) ** 2 + shrink**2 / added
         z = (plain.alpha(u) * x / plain.sigma(u) ** 2 + shrink * z / added) / precision
-        if u != 1:
-            z += precision**-0.5 * next(noise)
+        z += precision**-0.5 * next(noise)
     return z
 
 
@@ -220,8 +220,10 @@ def plain_dpmpp(plain: Plain, z: float, times: list[float], noise: Iterator[floa
     before: tuple[float, float] | None = None
     for t, u in itertools.pairwise(times):
         x, h = ask(z, t), half(u) - half(t)
+        if u == 1:
+            return x
         ahead = x
-        if before is not None and u != 1 and math.isfinite(before[1]):
+        if before is not None and math.isfinite(before[1]):
             ahead = x + h / (2 * before[1]) * (x - before[0])
         z = plain.sigma(u) / plain.sigma(t) * z + plain.alpha(u) * (1 - math.exp(-h)) * ahead
         before = (x, h)

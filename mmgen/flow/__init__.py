@@ -2,19 +2,23 @@
 
 Convention: t = 0 is pure noise, t = 1 is data, z = alpha(t) x + sigma(t) eps. This package knows nothing
 of text, tokens or transformers.
+
+`mmgen.flow.solve` is the driver, a function; its module is reached by `from mmgen.flow.solve import ...`.
 """
 
+from mmgen.flow.bridge import drive
 from mmgen.flow.field import Field, FiniteSet, GaussianMixture
 from mmgen.flow.guide import classifier, classifier_free
-from mmgen.flow.likelihood import decode, encode, interpolate, log_likelihood
-from mmgen.flow.loss import WEIGHTS, flow_loss
+from mmgen.flow.likelihood import bits_per_dim, decode, encode, interpolate, log_likelihood, slerp
+from mmgen.flow.loss import WEIGHTS, flow_loss, min_snr
 from mmgen.flow.path import KINDS, Path
 from mmgen.flow.schedule import PATHS, CosinePath, DDPMPath, LinearBetaPath, LinearPath, ScaledNoise, VEPath
-from mmgen.flow.solve import SOLVERS, build_solver, normal, solve_adaptive
-from mmgen.flow.time import TIMES, cosine_grid, log_snr_grid, shifted, shifted_grid, stratified, uniform_grid
+from mmgen.flow.solve import LEVELS, SOLVERS, build_solver, normal, runge_kutta, solve, solve_adaptive
+from mmgen.flow.time import TIMES, cosine_grid, discrete, log_snr_grid, shifted, shifted_grid, stratified, uniform_grid
 
 __all__ = [
     "KINDS",
+    "LEVELS",
     "PATHS",
     "SOLVERS",
     "TIMES",
@@ -29,19 +33,26 @@ __all__ = [
     "Path",
     "ScaledNoise",
     "VEPath",
+    "bits_per_dim",
     "build_solver",
     "classifier",
     "classifier_free",
     "cosine_grid",
     "decode",
+    "discrete",
+    "drive",
     "encode",
     "flow_loss",
     "interpolate",
     "log_likelihood",
     "log_snr_grid",
+    "min_snr",
     "normal",
+    "runge_kutta",
     "shifted",
     "shifted_grid",
+    "slerp",
+    "solve",
     "solve_adaptive",
     "stratified",
     "uniform_grid",

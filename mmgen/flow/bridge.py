@@ -7,7 +7,7 @@ scheduler's own prediction type.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from mmgen.flow.field import Field
 
-# Their prediction types, from (x, eps, alpha, sigma).
+# Their prediction types, from (x, z, alpha, sigma): what their own formulas turn back into x, also where
+# alpha^2 + sigma^2 is not 1.
 PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
-    "epsilon": lambda x, eps, alpha, sigma: eps,
-    "sample": lambda x, eps, alpha, sigma: x,
-    "v_prediction": lambda x, eps, alpha, sigma: alpha * eps - sigma * x,
-    "flow_prediction": lambda x, eps, alpha, sigma: eps - x,
+    "epsilon": lambda x, z, alpha, sigma: (z - alpha * x) / sigma,
+    "sample": lambda x, z, alpha, sigma: x,
+    "v_prediction": lambda x, z, alpha, sigma: (alpha * z - x) / sigma,
+    "flow_prediction": lambda x, z, alpha, sigma: (z - x) / sigma,
 }
 
 
@@ -57,27 +58,50 @@ def prediction_type(scheduler: Any) -> str:
     kind = str(scheduler.config.prediction_type)
     if kind not in PREDICTIONS:
         raise ValueError(f"{type(scheduler).__name__} expects '{kind}' (known: {', '.join(PREDICTIONS)})")
+    if kind == "flow_prediction" and not scheduler.config.get("use_flow_sigmas", False):
+        raise ValueError(f"{type(scheduler).__name__} needs use_flow_sigmas=True for flow_prediction")
+    if str(scheduler.config.get("variance_type", "")).startswith("learned"):
+        raise ValueError(f"a field gives no variances: set variance_type='fixed_small' in {type(scheduler).__name__}")
     return kind
 
 
-def drive(scheduler: Any, field: Field, noise: Tensor, steps: int, **step_options: Any) -> Tensor:
+def drive(
+    scheduler: Any,
+    field: Field,
+    noise: Tensor,
+    steps: int,
+    schedule: Mapping[str, Any] | None = None,
+    **step_options: Any,
+) -> Tensor:
     """Sample with a diffusers scheduler from standard normal `noise`; options go to its `step`.
 
+    `schedule` goes to its `set_timesteps`, as `{"mu": 1.15}` for shifts that depend on the resolution.
+
     Raises:
-        ValueError: steps < 1, an unknown scheduler, or one whose prediction type is unknown.
+        ValueError: steps that are no whole number above 0, an unknown scheduler, or settings of it that do not run from
+            noise to data or cannot say what the network means.
     """
-    if steps < 1:
-        raise ValueError(f"a sampler needs at least one step, got {steps}")
-    predict = PREDICTIONS[prediction_type(scheduler)]
-    scheduler.set_timesteps(steps, device=noise.device)
+    if steps < 1 or steps != int(steps):
+        raise ValueError(f"a sampler needs a whole number of steps, at least one step, got {steps}")
+    kind, name = prediction_type(scheduler), type(scheduler).__name__
+    predict = PREDICTIONS[kind]
+    scheduler.set_timesteps(int(steps), device=noise.device, **(schedule or {}))
     levels = [level(scheduler, index) for index in range(len(scheduler.timesteps))]
     pairs = torch.tensor(levels, dtype=torch.float64)
-    times = field.path.time_of(2 * (pairs[:, 0].log() - pairs[:, 1].log())).clamp(0, 1)
-    factors = field.path.sigma(times) / pairs[:, 1]  # theirs to ours, at the same signal-to-noise ratio
-    times, factors = times.to(noise.device, noise.dtype), factors.to(noise.device, noise.dtype)
+    ratios = 2 * (pairs[:, 0].log() - pairs[:, 1].log())
+    if bool((ratios.diff() < 0).any()) or bool((pairs[:, 1] == 0).any()):
+        raise ValueError(f"{name} asks about clean data or goes from data to noise: leave invert_sigmas out")
+    if kind == "epsilon" and bool((pairs[:, 0] == 0).any()):
+        raise ValueError(f"{name} divides by a signal of zero to use eps: set its prediction_type to v_prediction")
+    times = field.path.time_of(ratios).clamp(0, 1)
+    # Theirs to ours at the same signal-to-noise ratio. Where they go beyond the ends of our path, the larger part of z
+    # is matched: at the data it is the signal.
+    by_signal, by_noise = field.path.alpha(times) / pairs[:, 0], field.path.sigma(times) / pairs[:, 1]
+    factors = torch.where(ratios > 0, by_signal, by_noise).to(noise.device, noise.dtype)
+    times = times.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
     clean, z = field("x"), noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
     for (alpha, sigma), t, factor, timestep in zip(levels, times, factors, scheduler.timesteps, strict=True):
         x = clean(z * factor, t)
-        answer = predict(x, (z - alpha * x) / sigma, alpha, sigma)
+        answer = predict(x, z, alpha, sigma)
         z = scheduler.step(answer, timestep, z, **step_options).prev_sample
     return z

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmgen.flow.path import Path, check_times
+from mmgen.flow.path import KINDS, Path, check_times, looked_at
 from mmgen.flow.schedule import LinearPath
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -24,9 +24,19 @@ class Field:
     network: Function
     prediction: str = "v"
     clip: float = 1e-3
-    """Smallest denominator of a conversion: at most a step of the sampler, or noise stays in the result."""
+    """Smallest denominator of a conversion, which keeps a network's error at pure noise in bounds.
+
+    Above a step of the sampler it leaves noise in the result; above alpha at the first time it weakens the first
+    estimate. `path.smallest_level(times)` is below every level that a sampler on `times` meets: exact fields need that.
+    """
     clean_range: tuple[float, float] | None = None
     """Range to which the denoised estimate is clipped before anything is made of it."""
+
+    def __post_init__(self) -> None:
+        if self.prediction not in KINDS:
+            raise ValueError(f"unknown prediction '{self.prediction}' (one of: {', '.join(KINDS)})")
+        if self.clean_range is not None and not self.clean_range[0] < self.clean_range[1]:
+            raise ValueError(f"clean_range must rise, as in (-1, 1), got {self.clean_range}")
 
     def __call__(self, kind: str) -> Function:
         """The function (z, t) -> `kind`, one of `mmgen.flow.path.KINDS`."""
@@ -68,8 +78,12 @@ class GaussianMixture:
         self.means, self.path = means, path or LinearPath()
         self.std = torch.as_tensor(std, dtype=means.dtype, device=means.device).expand(len(means))
         weights = torch.ones(len(means), dtype=means.dtype, device=means.device) if weights is None else weights
-        if weights.shape != (len(means),) or bool((weights < 0).any()) or bool((self.std < 0).any()):
-            raise ValueError(f"a mixture of {len(means)} components needs as many weights and stds, none negative")
+        fit = weights.shape == (len(means),) and bool((weights >= 0).all()) and bool((self.std >= 0).all())
+        if means.ndim != 2 or not fit or not 0 < float(weights.sum()) < math.inf:
+            raise ValueError(
+                f"a mixture of means {tuple(means.shape)} needs means [K, D] and K weights and stds, none negative and "
+                "one weight or more above zero"
+            )
         self.log_weights = (weights / weights.sum()).log()
 
     def _scaled(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +91,13 @@ class GaussianMixture:
         check_times(t)
         t = t.reshape(-1, 1)
         alpha, variance = self.path.alpha(t), self.path.sigma(t).square()
-        return alpha, variance, (alpha * self.std).square() + variance
+        total = (alpha * self.std).square() + variance
+        if looked_at(total) and bool((total == 0).any()):
+            raise ValueError(
+                "a component without extent has no density where sigma is zero: end a sampler on its clean estimate "
+                "(end='clean'), stay below t = 1, or give the components a std above 0"
+            )
+        return alpha, variance, total
 
     def log_joint(self, z: Tensor, t: Tensor) -> Tensor:
         """log(w_k N(z; alpha mean_k, .)) of each component, [R, K]."""

@@ -7,10 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmgen.flow.path import Path, check_shapes
+from mmgen.flow.path import Path, check_shapes, check_times
 
-GuidanceScale = float | Callable[[Tensor], Tensor]
-"""A weight, or a weight that depends on t."""
+GuidanceScale = float | Tensor | Callable[[Tensor], Tensor]
+"""A weight, one that depends on t, or a weight per row with as many axes as z."""
+
+
+def _weight(scale: GuidanceScale, t: Tensor, like: Tensor) -> Tensor:
+    """The weight at t, in the type of `like`, against which it broadcasts as times do."""
+    weight = torch.as_tensor(scale(t) if callable(scale) else scale, dtype=like.dtype, device=like.device)
+    try:
+        check_shapes(weight, like)
+    except ValueError as error:
+        raise ValueError(f"guidance weights are given as times are: {error}") from None
+    return weight
 
 
 def classifier_free(
@@ -31,11 +41,19 @@ def classifier_free(
     Args:
         rescale: share in which the result takes the standard deviation of the conditional one (Lin et al. 2023, 3.4).
         renorm: shorten the result to the norm of the conditional one where it is longer (Deng et al. 2025, BAGEL).
+
+    Raises:
+        ValueError: shapes that do not fit, times outside [0, 1], an interval that does not rise inside [0, 1], or a
+            rescale outside [0, 1].
     """
     check_shapes(t, conditional, unconditional)
+    check_times(t)
     low, high = interval
-    wanted = scale(t).to(conditional.dtype) if callable(scale) else torch.full_like(t, scale, dtype=conditional.dtype)
-    weight = torch.where((t >= low) & (t <= high), wanted, 1.0)
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"the interval of guidance must rise inside [0, 1], got {interval}")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale is a share between 0 and 1, got {rescale}")
+    weight = torch.where((t >= low) & (t <= high), _weight(scale, t, conditional), 1.0)
     guided = unconditional + weight * (conditional - unconditional)
     axes = tuple(range(1, conditional.ndim))
     if rescale:
@@ -53,7 +71,7 @@ def classifier(
     path: Path,
     velocity: Callable[[Tensor, Tensor], Tensor],
     log_likelihood: Callable[[Tensor, Tensor], Tensor],
-    scale: float,
+    scale: GuidanceScale,
     clip: float = 1e-3,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The velocity whose score has scale * grad log p(y | z) added (Dhariwal and Nichol 2021, section 4).
@@ -68,6 +86,6 @@ def classifier(
             leaf = z.detach().clone().requires_grad_()
             (gradient,) = torch.autograd.grad(log_likelihood(leaf, t.clone()).sum(), leaf)
         # v is affine in the score at fixed z, so an addition to one is a multiple of it added to the other.
-        return velocity(z, t) + path.gain("score", "v", t, clip) * scale * gradient
+        return velocity(z, t) + path.gain("score", "v", t, clip) * _weight(scale, t, z) * gradient
 
     return guided

@@ -39,7 +39,12 @@ def flow_loss(
     check_shapes(t, output, x, eps)
     gain = path.gain(prediction, loss_space, t, clip)
     error = (gain * (output - path.target(prediction, x, eps, t, clip))).square().mean(-1)
-    return error if weight is None else weight(path, t.squeeze(-1)) * error
+    if weight is None:
+        return error
+    factor = weight(path, t.squeeze(-1))
+    if factor.shape not in (error.shape, ()):
+        raise ValueError(f"the weight answered {tuple(factor.shape)} for times {tuple(error.shape)}: one factor per t")
+    return factor * error
 
 
 def snr(path: Path, t: Tensor) -> Tensor:
@@ -50,6 +55,8 @@ def snr(path: Path, t: Tensor) -> Tensor:
 
 def min_snr(gamma: float = 5.0) -> Weight:
     """min(SNR, gamma) on the error in x-space (Hang et al. 2023)."""
+    if not gamma > 0:
+        raise ValueError(f"gamma, the largest weight, must be positive, got {gamma}")
     return lambda path, t: path.snr(t).clamp(max=gamma)
 
 
@@ -60,6 +67,8 @@ def sigmoid(bias: float = 0.0) -> Weight:
 
 def logit_normal(mu: float = 0.0, sigma: float = 1.0) -> Weight:
     """The density of logit-normal t: with uniform t, the same expected loss as drawing t from it."""
+    if not sigma > 0:
+        raise ValueError(f"sigma of the logit-normal must be positive, got {sigma}")
 
     def density(path: Path, t: Tensor) -> Tensor:
         t = t.clamp(1e-6, 1 - 1e-6)

@@ -20,7 +20,8 @@ KINDS = ("x", "eps", "v", "score", "v_sh")
 class Path(ABC):
     """z = alpha(t) x + sigma(t) eps, with t = 0 noise and t = 1 data. All methods are elementwise in t.
 
-    Noise time is s = 1 - t. The noising process of the same marginals is dz = f z ds + g dW.
+    The levels and their slopes are plain formulas and check nothing; what is made of them does. Noise time is
+    s = 1 - t. The noising process of the same marginals is dz = f z ds + g dW.
     """
 
     singular: Mapping[str, tuple[float, ...]] = MappingProxyType({})
@@ -56,11 +57,13 @@ class Path(ABC):
 
     def drift(self, t: Tensor) -> Tensor:
         """f of the noising SDE, per unit of noise time: d log alpha / ds."""
+        check_times(t)
         self.require("drift", t)
         return -self.alpha_slope(t) / self.alpha(t)
 
     def diffusion(self, t: Tensor) -> Tensor:
         """g of the noising SDE: g^2 = d sigma^2 / ds - 2 f sigma^2 (Kingma et al. 2021, eq. 9)."""
+        check_times(t)
         self.require("diffusion", t)
         sigma = self.sigma(t)
         return (2 * sigma * (self.alpha_slope(t) / self.alpha(t) * sigma - self.sigma_slope(t))).clamp(min=0).sqrt()
@@ -70,15 +73,17 @@ class Path(ABC):
         return self.sigma(t) * self.sigma_slope(t)
 
     def mix(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The noisy mixture z; `t` is a scalar or has as many dimensions as `x`."""
+        """The noisy mixture z, of the type of `x`; `t` is a scalar or has as many dimensions as `x`."""
         check_shapes(t, x, eps)
         check_times(t)
-        return self.alpha(t) * x + self.sigma(t) * eps
+        return (self.alpha(t) * x + self.sigma(t) * eps).to(x.dtype)
 
     def target(self, kind: str, x: Tensor, eps: Tensor, t: Tensor, clip: float = 0.0) -> Tensor:
         """The value of `kind` that a network is taught; the score's sigma is kept at `clip` or more."""
+        check_shapes(t, x, eps)
+        check_times(t)
         if kind == "score":
-            return -eps / self.sigma(t).clamp(min=clip)
+            return -eps / self._floored(self.sigma(t), clip, t)
         if kind == "v":
             self.require("v", t)
         by_x, by_eps = self._weights(kind, t)
@@ -88,14 +93,15 @@ class Path(ABC):
         """Turn an estimate of `source` at (z, t) into the estimate of `target` it implies.
 
         `source` and `target` are of `KINDS`; `value` and `z` have one shape, `t` is a scalar or has as many
-        dimensions. Denominators (alpha or sigma) smaller than `clip` are replaced by it.
+        dimensions. Denominators (alpha or sigma) smaller than `clip` are replaced by it. The result has the type of
+        `z`, whatever the precision of `t`.
 
         Raises:
             ValueError: an unknown kind, shapes that do not fit, t outside [0, 1] or where the path is singular.
         """
         check_shapes(t, z, value)
         by_value, by_z = self.coefficients(source, target, t, clip)
-        return by_value * value + by_z * z
+        return (by_value * value + by_z * z).to(z.dtype)
 
     def gain(self, source: str, target: str, t: Tensor, clip: float) -> Tensor:
         """d target / d source at fixed z: an error of e in `source` is an error of gain * e in `target`."""
@@ -115,6 +121,8 @@ class Path(ABC):
         for kind in (source, target):
             if kind not in KINDS:
                 raise ValueError(f"unknown quantity '{kind}' (one of: {', '.join(KINDS)})")
+        if not clip >= 0:
+            raise ValueError(f"clip is the smallest denominator of a conversion, a number of 0 or more, got {clip}")
         check_times(t)
         if source == target:
             return t * 0 + 1, t * 0
@@ -147,7 +155,7 @@ class Path(ABC):
 
     def _floored(self, value: Tensor, clip: float, t: Tensor) -> Tensor:
         """A denominator, at least `clip`."""
-        if clip <= 0 and value.device.type == "cpu" and bool((value == 0).any()):
+        if clip <= 0 and looked_at(value) and bool((value == 0).any()):
             at = float(t.broadcast_to(value.shape)[value == 0][0])
             raise ValueError(
                 f"alpha or sigma of {type(self).__name__} is zero at t = {at:g} and this conversion divides by it: "
@@ -169,19 +177,25 @@ class Path(ABC):
 
     def require(self, quantity: str, t: Tensor) -> None:
         """Raise a ValueError where `quantity` diverges at one of the times `t` (looked at on a CPU only)."""
-        if t.device.type == "cpu":
+        if looked_at(t):
             for time in self.singular.get(quantity, ()):
                 if bool((t == time).any()):
+                    fix = "begin a little later, as at t = 1e-3" if time == 0 else "end a sampler on its clean estimate"
                     raise ValueError(
-                        f"{quantity} of {type(self).__name__} diverges at t = {time:g}: stay inside (0, 1), or end a "
-                        "sampler on its clean estimate (end='clean')"
+                        f"{quantity} of {type(self).__name__} diverges at t = {time:g}: stay inside (0, 1), or {fix}"
+                        + ("" if time == 0 else " (end='clean')")
                     )
 
 
+def looked_at(t: Tensor) -> bool:
+    """Whether values are checked: not on an accelerator, which would have to be waited for, nor while compiling."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_times(t: Tensor) -> None:
-    """Raise a ValueError for times outside [0, 1]; tensors on an accelerator are not looked at, which would wait."""
+    """Raise a ValueError for times outside [0, 1], where they are looked at (`looked_at`)."""
     t = t.detach()
-    if t.device.type == "cpu" and t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= 1):
+    if looked_at(t) and t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= 1):
         raise ValueError(
             f"flow time must lie in [0, 1] (0 is noise, 1 is data), got {float(t.min()):g} to {float(t.max()):g}; "
             "diffusion steps k of K are t = 1 - k / K"

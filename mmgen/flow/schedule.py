@@ -48,8 +48,10 @@ class CosinePath(Path):
     """
 
     def __init__(self, log_snr_min: float = -15.0, log_snr_max: float = 15.0, shift: float = 0.0) -> None:
-        if log_snr_min >= log_snr_max:
+        if not -math.inf < log_snr_min < log_snr_max < math.inf:
             raise ValueError(f"log_snr_min {log_snr_min} must be below log_snr_max {log_snr_max}")
+        if not math.isfinite(shift):
+            raise ValueError(f"the shift of the log-SNR must be a number, got {shift}")
         self.first = math.atan(math.exp(-log_snr_max / 2))
         self.span = math.atan(math.exp(-log_snr_min / 2)) - self.first
         self.shift = shift
@@ -132,7 +134,7 @@ class LinearBetaPath(VPPath):
     """beta = beta_min + s (beta_max - beta_min) in continuous time (Song et al. 2021, appendix C)."""
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
-        if not 0 < beta_min < beta_max:
+        if not 0 < beta_min < beta_max < math.inf:
             raise ValueError(f"rates must satisfy 0 < beta_min < beta_max, got {beta_min} and {beta_max}")
         self.beta_min, self.growth = beta_min, beta_max - beta_min
 
@@ -162,39 +164,39 @@ class DDPMPath(VPPath):
         if table.ndim != 1 or not len(table) or not bool(((table > 0) & (table < 1)).all()):
             raise ValueError("betas must be a list of numbers between 0 and 1, the first one next to the data")
         self.steps = len(table)
-        self._rates = -torch.log1p(-table)
-        self._moved: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
-        self._knots = torch.cat([torch.zeros(1, dtype=torch.float64), self._rates.cumsum(0)])
+        rates = -torch.log1p(-table)
+        self._tables = {"rates": rates, "knots": torch.cat([torch.zeros(1, dtype=torch.float64), rates.cumsum(0)])}
+        self._moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def _step(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Number of whole steps below t, and the rest of one, in the precision of t."""
         steps = (1 - t) * self.steps
         # A thousandth of a step absorbs rounding, so that step k itself always belongs to the rate of step k.
-        whole = ((steps - 1e-3).ceil() - 1).clamp(0, self.steps - 1)
-        return whole.long(), steps - whole
+        whole = ((steps - 1e-3).ceil() - 1).long().clamp(0, self.steps - 1)
+        return whole, steps - whole
 
-    def _on(self, table: Tensor, like: Tensor) -> Tensor:
+    def _on(self, table: str, like: Tensor) -> Tensor:
         """A table where `like` is and in its precision; copied once, for a copy would wait in every step."""
-        key = (id(table), like.device, like.dtype)
+        key = (table, like.device, like.dtype)
         if key not in self._moved:
-            self._moved[key] = table.to(like.device, like.dtype)
+            self._moved[key] = self._tables[table].to(like.device, like.dtype)
         return self._moved[key]
 
-    def _of(self, table: Tensor, index: Tensor, t: Tensor) -> Tensor:
+    def _of(self, table: str, index: Tensor, t: Tensor) -> Tensor:
         return torch.take(self._on(table, t), index)
 
     def beta(self, t: Tensor) -> Tensor:
         whole, _ = self._step(t)
-        return self._of(self._rates, whole, t) * self.steps
+        return self._of("rates", whole, t) * self.steps
 
     def integral(self, t: Tensor) -> Tensor:
         whole, rest = self._step(t)
-        return self._of(self._knots, whole, t) + rest * self._of(self._rates, whole, t)
+        return self._of("knots", whole, t) + rest * self._of("rates", whole, t)
 
     def _time_of_integral(self, integral: Tensor) -> Tensor:
-        knots = self._on(self._knots, integral)
+        knots = self._on("knots", integral)
         whole = (torch.searchsorted(knots, integral.contiguous(), right=True) - 1).clamp(0, self.steps - 1)
-        rest = (integral - torch.take(knots, whole)) / self._of(self._rates, whole, integral)
+        rest = (integral - torch.take(knots, whole)) / self._of("rates", whole, integral)
         return 1 - (whole + rest) / self.steps
 
 
@@ -205,7 +207,7 @@ class VEPath(Path):
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
-        if not 0 < sigma_min < sigma_max:
+        if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(f"noise levels must satisfy 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
         self.sigma_min, self.log_ratio = sigma_min, math.log(sigma_max / sigma_min)
 
@@ -232,9 +234,9 @@ class ScaledNoise(Path):
     """
 
     def __init__(self, path: Path, scale: float) -> None:
-        if scale <= 0:
+        if not 0 < scale < math.inf:
             raise ValueError(f"the noise scale must be positive, got {scale}")
-        self.path, self.scale, self.singular = path, scale, path.singular
+        self.path, self.scale, self.singular = path, scale, dict(path.singular)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.path.alpha(t)

@@ -83,16 +83,19 @@ class _Grid:
             return numbers
         return coefficient.to(self.like.device, self.like.dtype).unbind()
 
-    def ask(self, t: Tensor) -> Tensor:
+    def ask(self, t: Tensor, idle: Tensor) -> Tensor:
         """Times as they are yielded, [N] or [N, R, 1, ...], in single precision or better.
 
-        A row that has arrived at the data is asked about its last time before, where every field is finite.
+        A row that is at the data and `idle` is asked about its last time before, where every field is finite.
         """
-        if not self._flat:
-            before = torch.where(self.t < 1, self.t, -1.0).amax(0, keepdim=True).clamp(min=0)
-            t = torch.where(t < 1, t, before)
+        before = torch.where(self.t < 1, self.t, -1.0).amax(0, keepdim=True).clamp(min=0)
+        t = torch.where((t == 1) & idle, before, t)
         t = t.to(self.like.device, torch.promote_types(self.like.dtype, torch.float32))
         return t.flatten() if self._flat else t
+
+    def starts(self) -> Tensor:
+        """The times at which the steps begin, as they are yielded."""
+        return self.ask(self.t[:-1], self.still)
 
     def arriving(self) -> Tensor:
         """Steps [N, ...] that bring a row to the data."""
@@ -149,7 +152,7 @@ def runge_kutta(
         path.require("v", asked[~grid.still.expand_as(asked)])
     gaps = torch.where(jumps, 0.0, gaps)
     clean_parts = [grid.send(part) for part in clean or ()]
-    h, asked_times = grid.send(gaps), [grid.ask(asked).unbind() for asked in stage_times]
+    h, asked_times = grid.send(gaps), [grid.ask(asked, grid.still).unbind() for asked in stage_times]
     for i in range(grid.steps):
         start, slopes = z, list[Tensor]()
         for row, at in zip(stages[:1] if all_jump[i] else stages, asked_times, strict=False):
@@ -170,15 +173,18 @@ def _steps(grid: _Grid) -> tuple[Tensor, ...]:
     """(alpha_k, sigma_k, alpha_j, sigma_j, kept, std) of every step from noisier k to cleaner j, in double precision.
 
     `kept` is exp(log-SNR_k - log-SNR_j): it goes to zero where k is pure noise or j is clean. `std` is that of the
-    ancestral step, sigma_j sqrt(1 - kept), and zero where a row arrives at the data, which takes the mean.
+    ancestral step, sigma_j sqrt(1 - kept). A step that arrives at the data ends on the clean estimate, also where the
+    path keeps some noise there.
     """
     levels = (f(grid.t) for f in (grid.path.alpha, grid.path.sigma))
     # A row that rests gets the numbers of a step that does nothing.
     (alpha_k, alpha_j), (sigma_k, sigma_j) = (
         (torch.where(grid.still, 1.0, level[:-1]), torch.where(grid.still, 1.0, level[1:])) for level in levels
     )
+    arriving = grid.arriving()
+    alpha_j, sigma_j = torch.where(arriving, 1.0, alpha_j), torch.where(arriving, 0.0, sigma_j)
     kept = (alpha_k * sigma_j / (alpha_j * sigma_k)).square()
-    std = torch.where(grid.arriving(), 0.0, (1 - kept).clamp(min=0).sqrt() * sigma_j)
+    std = (1 - kept).clamp(min=0).sqrt() * sigma_j
     return alpha_k, sigma_k, alpha_j, sigma_j, kept, std
 
 
@@ -191,6 +197,16 @@ def _ddim_step(grid: _Grid, eta: float) -> tuple[Tensor, Tensor, Tensor]:
     return alpha_j - by_z * alpha_k, by_z, eta * std
 
 
+def _drawn(noise: Noise, z: Tensor) -> Tensor:
+    """Noise in the shape of z."""
+    n = noise(z)
+    if n.shape != z.shape:
+        raise ValueError(
+            f"the noise has the shape {tuple(n.shape)}, the state {tuple(z.shape)}: draw one like the other"
+        )
+    return n
+
+
 def _affine(
     z: Tensor,
     grid: _Grid,
@@ -201,13 +217,13 @@ def _affine(
     correct: _Corrector | None = None,
 ) -> Solver:
     """Steps z <- by_answer answer + by_z z + std n, each but the last followed by corrections where there are some."""
-    t, p, q, s = grid.ask(grid.t).unbind(), grid.send(by_answer), grid.send(by_z), grid.send(std)
+    t, p, q, s = grid.starts().unbind(), grid.send(by_answer), grid.send(by_z), grid.send(std)
     noisy = (std > 0).flatten(1).any(1).tolist()
     for i in range(grid.steps):
         answer = yield z, t[i]
         z = _add(q[i] * z, p[i], answer)
         if noisy[i]:
-            z = _add_to(z, s[i], noise(z))
+            z = _add_to(z, s[i], _drawn(noise, z))
         if correct is not None and i < grid.steps - 1:
             z = yield from correct(z, i + 1)
     return z
@@ -216,8 +232,8 @@ def _affine(
 def ddim(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Noise | None = None, eta: float = 0.0) -> Solver:
     """DDIM (Song et al. 2020, eq. 12): z_j = alpha_j x + sqrt(sigma_j^2 - s^2) eps + s n, s = eta * ancestral std.
 
-    Asks for the denoised estimate. eta = 0 is deterministic; eta = 1 samples as `ancestral` does. The step to
-    t = 1 takes the mean.
+    Asks for the denoised estimate and ends on it at t = 1. eta = 0 is deterministic; eta = 1 samples as `ancestral`
+    does.
     """
     grid = _Grid(z, times, path or LinearPath())
     return (yield from _affine(z, grid, *_ddim_step(grid, eta), noise or normal()))
@@ -227,8 +243,7 @@ def ancestral(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Nois
     """DDPM's sampler on any path and grid: a draw from q(z_j | z_k, x) at the denoised estimate (Ho et al. 2020).
 
     With c = 1 - exp(log-SNR_k - log-SNR_j): mean = alpha_j (z (1 - c) / alpha_k + c x), variance c sigma_j^2
-    (Kingma et al. 2021, appendix A.4). Asks for the denoised estimate. The step to t = 1 takes
-    the mean.
+    (Kingma et al. 2021, appendix A.4). Asks for the denoised estimate and ends on it at t = 1.
     """
     grid = _Grid(z, times, path or LinearPath())
     alpha_k, sigma_k, alpha_j, sigma_j, kept, std = _steps(grid)
@@ -240,7 +255,8 @@ def ancestral(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Nois
 def dpmpp_2m(z: Tensor, times: Tensor, *, path: Path | None = None) -> Solver:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order in half log-SNR, one evaluation per step.
 
-    Asks for the denoised estimate. The first step and the one to t = 1 are of first order.
+    Asks for the denoised estimate and ends on it at t = 1. That step and the first are of first order, and so is the
+    second where the first began at pure noise, infinitely far away.
     """
     grid = _Grid(z, times, path or LinearPath())
     _, sigma_k, alpha_j, sigma_j, kept, _ = _steps(grid)
@@ -249,7 +265,7 @@ def dpmpp_2m(z: Tensor, times: Tensor, *, path: Path | None = None) -> Solver:
     ratio[1:] = h[1:] / (2 * h[:-1])
     ratio = torch.where(ratio.isfinite() & ~grid.arriving(), ratio, 0.0)
     by_x = alpha_j * (1 - kept.sqrt())
-    t, q = grid.ask(grid.t).unbind(), grid.send(sigma_j / sigma_k)
+    t, q = grid.starts().unbind(), grid.send(sigma_j / sigma_k)
     p, back = grid.send(by_x * (1 + ratio)), grid.send(-by_x * ratio)  # by_x (x + ratio (x - before))
     before: Tensor | None = None
     for i in range(grid.steps):
@@ -291,9 +307,13 @@ def euler_maruyama(
         if level not in LEVELS:
             raise ValueError(f"unknown level '{level}' (one of: {', '.join(LEVELS)}; or a function of path and t)")
         level = LEVELS[level]
+    if not callable(level):
+        raise ValueError(f"a level is a name ({', '.join(LEVELS)}) or a function of path and t, not {level!r}")
     h = grid.t.diff(dim=0)
     start = torch.where(grid.still, 0.5, grid.t[:-1])  # the coefficients of a row that rests are multiplied by zero
     w = torch.as_tensor(level(path, start), dtype=start.dtype)
+    if w.shape not in (start.shape, ()) or not bool((w >= 0).all()):
+        raise ValueError(f"a level answers {tuple(start.shape)} times with as many rates, none negative; got {w}")
     by_v, by_z = path.coefficients("v", "score", start, clip=0.0)
     half = w.square() / 2
     p, q, s = h * (1 + half * by_v), 1 + h * half * by_z, h.sqrt() * w
@@ -307,16 +327,19 @@ class _Corrector:
     """Langevin steps z + h score + sqrt(2 h) n at the denoised estimate x, `count` of them at a time of a grid.
 
     Song et al. 2021 (algorithm 5) take h = 2 (snr |n| / |score|)^2. Here |score| is its size given x, |n| / sigma: then
-    h = 2 (snr sigma)^2 needs no norm, which may vanish. Rows at the data stay.
+    h = 2 (snr sigma)^2 needs no norm, which may vanish. Rows at the data stay, and so do those at the end of the step
+    of a predictor (`after_step`) that did not move them or brought them to their last time.
     """
 
-    def __init__(self, grid: _Grid, noise: Noise | None, snr: float, count: int) -> None:
+    def __init__(self, grid: _Grid, noise: Noise | None, snr: float, count: int, after_step: bool = False) -> None:
         if count < 0:
             raise ValueError(f"the number of Langevin corrections cannot be negative, got {count}")
         if not 0 < snr < 1:
             raise ValueError(f"the signal-to-noise ratio of Langevin steps must lie in (0, 1), got {snr}")
         there = grid.t == 1
-        self.count, self.noise, self.t = count, noise or normal(), grid.ask(grid.t).unbind()
+        if after_step:
+            there = there | (grid.t == grid.t[-1]) | torch.cat([grid.still[:1], grid.still])
+        self.count, self.noise, self.t = count, noise or normal(), grid.ask(grid.t, there).unbind()
         pull = torch.where(there, 0 * grid.t, 2 * snr**2)
         self.keep, self.pull = grid.send(1 - pull), grid.send(pull * grid.path.alpha(grid.t))
         self.spread = grid.send(torch.where(there, 0.0, 2 * snr * grid.path.sigma(grid.t)))
@@ -325,7 +348,7 @@ class _Corrector:
         """The corrections at time i."""
         for _ in range(self.count):
             x = yield z, self.t[i]
-            z = _add_to(_add(self.keep[i] * z, self.pull[i], x), self.spread[i], self.noise(z))
+            z = _add_to(_add(self.keep[i] * z, self.pull[i], x), self.spread[i], _drawn(self.noise, z))
         return z
 
 
@@ -339,7 +362,10 @@ def langevin(
     path = path or LinearPath()
     if steps < 1:
         raise ValueError(f"langevin needs at least one step, got {steps}")
-    grid = _Grid(z, torch.stack([torch.as_tensor(times[0])] * 2), path)
+    times = torch.as_tensor(times)
+    if not times.ndim:
+        raise ValueError("times must be a list, of which langevin takes the first, as in torch.tensor([0.5])")
+    grid = _Grid(z, torch.stack([times[0]] * 2), path)
     path.require("score", grid.t[0])
     return (yield from _Corrector(grid, noise, snr, steps)(z, 0))
 
@@ -356,10 +382,10 @@ def predictor_corrector(
 ) -> Solver:
     """A DDIM(eta) step, then `corrections` Langevin steps at the new time (Song et al. 2021, algorithm 1).
 
-    Asks for the denoised estimate. The last step takes the mean and gets no correction.
+    Asks for the denoised estimate and ends on it at t = 1. The last step gets no correction.
     """
     grid = _Grid(z, times, path or LinearPath())
-    correct = _Corrector(grid, noise, snr, corrections)
+    correct = _Corrector(grid, noise, snr, corrections, after_step=True)
     return (yield from _affine(z, grid, *_ddim_step(grid, eta), noise or normal(), correct))
 
 
@@ -447,6 +473,10 @@ def solve(solver: Solver, field: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         return result
 
 
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+"""Methods of torchdiffeq that choose their steps."""
+
+
 def solve_adaptive(
     field: Callable[[Tensor, Tensor], Tensor],
     z: Tensor,
@@ -459,7 +489,14 @@ def solve_adaptive(
     """dz/dt = field(z, t) over `span` with adaptive steps, by torchdiffeq (extra `ode`).
 
     A driver and no generator: torchdiffeq calls the field itself, and its step sizes wait for the device.
+
+    Raises:
+        ValueError: a method without adaptive steps, a tolerance that is not positive, or an empty span.
     """
+    if method not in ADAPTIVE:
+        raise ValueError(f"'{method}' has no adaptive steps (one of: {', '.join(ADAPTIVE)}); `runge_kutta` has fixed")
+    if not (rtol > 0 and atol > 0) or span[0] == span[1]:
+        raise ValueError(f"adaptive steps need positive tolerances and a span, got {rtol}, {atol} and {span}")
     try:
         from torchdiffeq import odeint
     except ImportError:

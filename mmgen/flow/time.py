@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmgen.flow.path import Path
+from mmgen.flow.path import Path, check_times
 
 
 def uniform(u: Tensor, mu: float, sigma: float) -> Tensor:
@@ -47,13 +47,16 @@ def stratified(u: float, ordinal: float, count: int) -> float:
 
 def discrete(u: Tensor, steps: int) -> Tensor:
     """t = 1 - k / K with k uniform on 1..K: the times at which a DDPM of K steps is trained."""
+    if steps < 1 or steps != int(steps):
+        raise ValueError(f"a DDPM has a whole number of steps, at least one, got {steps}")
     return 1 - ((u * steps).floor() + 1).clamp(max=steps) / steps
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
     """t / (t + shift (1 - t)): more noise for `shift` above 1, as larger images need (Esser et al. 2024, eq. 23)."""
-    if shift <= 0:
+    if not 0 < shift < math.inf:
         raise ValueError(f"the time shift must be positive, got {shift}")
+    check_times(t)
     return t / (t + shift * (1 - t))
 
 
@@ -78,8 +81,8 @@ def shifted_grid(steps: int, shift: float) -> Tensor:
 
 def log_snr_grid(steps: int, path: Path, low: float, high: float) -> Tensor:
     """Times whose log-SNR on `path` rises evenly from `low` to `high`, then t = 1, the clean end."""
-    if not low < high:
-        raise ValueError(f"log-SNR must rise: low {low} is not below high {high}")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"log-SNR must rise from one number to another: low {low}, high {high}")
     if steps < 2:
         raise ValueError(f"a grid in log-SNR needs two steps or more, the last of which reaches t = 1; got {steps}")
     inner = path.time_of(torch.linspace(low, high, steps, dtype=torch.float64))

@@ -26,7 +26,8 @@ class Run:
 
     fast: bool = False
     seed: int = 0
-    out: Path = Path("runs/lab")
+    stem: Path = Path("runs/lab/experiment")
+    """Where its files go, without their endings."""
     figures: dict[str, Any] = field(default_factory=dict)
     bounds: list[dict[str, Any]] = field(default_factory=list)
 
@@ -102,7 +103,7 @@ def execute(
     found = check(name, inject)
     stem = ".".join([name, *(["fast"] if fast else []), *([inject] if inject else [])])
     torch.manual_seed(seed)
-    run = Run(fast, seed, out)
+    run = Run(fast, seed, out / stem)
     out.mkdir(parents=True, exist_ok=True)
     began, busy = time.perf_counter(), time.process_time()
     with injected(inject):

@@ -40,8 +40,8 @@ def lines(
     """Curves over one axis."""
     figure, axes = canvas(1, 1, 3.6, 1.6)
     (ax,) = axes[0]
-    for name, y in curves.items():
-        ax.plot(x, y, marker="o" if len(x) < 15 else None, markersize=3, label=name)
+    for k, (name, y) in enumerate(curves.items()):  # of curves that coincide, the later ones are dashed
+        ax.plot(x, y, "-" if k % 2 == 0 else "--", marker="o" if len(x) < 15 else None, markersize=3, label=name)
     if log:
         ax.set_xscale("log")
     if log or log_y:

@@ -357,10 +357,11 @@ def animation(run: Run) -> Figure:
         for name, x in sets.items():
             step = runge_kutta(z[name], times[i : i + 2], scheme="heun", end="full" if i < len(times) - 2 else "clean")
             z[name] = solve(step, FiniteSet(x).velocity)
-    draw.animate(frames, run.out / "animation.gif", list(sets))
+    film = run.stem.with_name(f"{run.stem.name}.gif")
+    draw.animate(frames, film, list(sets))
     for name, x in sets.items():
         run.bound(f"distance of samples to the data, {name}", near(z[name], x), at_most=0.02)
-    run.note(animation=str(run.out / "animation.gif"))
+    run.note(animation=str(film))
     return draw.scatters({name: (x, z[name]) for name, x in sets.items()}, columns=3)
 
 

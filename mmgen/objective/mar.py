@@ -240,7 +240,8 @@ class MARObjective(ImageObjective):
 def mask_ratio(quantile: float, settings: MaskRatioConfig) -> float:
     """The share of patches that is hidden, at a uniform `quantile` of the cut normal distribution."""
     normal = NormalDist(settings.mean, settings.std)
-    low, high = normal.cdf(settings.low), normal.cdf(1.0)
+    # By erfc, which keeps its digits in the tail (and is what NormalDist.cdf itself uses from Python 3.12 on).
+    low, high = (math.erfc((settings.mean - x) / (settings.std * math.sqrt(2))) / 2 for x in (settings.low, 1.0))
     inside = low + quantile * (high - low)
     return min(max(normal.inv_cdf(inside), settings.low), 1.0) if 0 < inside < 1 else settings.low
 
