@@ -476,6 +476,14 @@ class SampleConfig(Settings):
     max_images: Annotated[int, Field(ge=0)] = 1
     """Images generated per prompt."""
 
+    def check(self) -> None:
+        """Raise ValueError where a range does not rise."""
+        low, high = self.guidance_interval
+        if low > high:
+            raise ValueError(f"sample.guidance_interval must rise, as in [0.1, 1], got [{low}, {high}]")
+        if self.clean_range is not None and not self.clean_range[0] < self.clean_range[1]:
+            raise ValueError(f"sample.clean_range must rise, as in [-1, 1], got {list(self.clean_range)}")
+
 
 class EvalConfig(Settings):
     """How a trained model is scored."""
@@ -509,6 +517,7 @@ class Config(Settings):
         """Raise ValueError where sections do not fit each other, or a run of `world` processes."""
         self.model.patcher.check()
         self.objective.check()
+        self.sample.check()
         streams, rows = self.data.streams, self.train.batch_rows
         if not streams:
             return

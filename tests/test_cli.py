@@ -56,6 +56,7 @@ def test_dry_run_prints_a_table_for_people(file: Path, capsys: pytest.CaptureFix
         (["caption", "pyproject.toml"], "pyproject.toml cannot be read as an image"),
         (["eval"], "holds no checkpoint"),
         (["train", "--objective.prediction", "w"], "prediction"),
+        (["sample", "a", "--sample.guidance-interval", "0.9", "0.1"], "sample.guidance_interval must rise"),
         (["train", "--model.patcher.patch_size", "5"], "not divisible by patch_size 5"),
     ],
 )
