@@ -233,7 +233,7 @@ def ddpm_ddim_steps(run: Run) -> Figure:
     return draw.lines(counts, {**curves, "two sets of data": [floor] * len(counts)}, "steps", "sliced W2", log=True)
 
 
-@experiment("The exact field of a training set memorises it", faults=["shifted_t"])
+@experiment("The exact field of a training set memorises it")
 def memorisation(run: Run) -> Figure:
     """Distance of samples of the exact field of 600 digits to the nearest of them, against that of unseen digits."""
     x, _ = digits()
