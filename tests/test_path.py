@@ -384,6 +384,8 @@ x_1 = torch.zeros(4, 3)
         (lambda: CosinePath(math.nan, 15), "must be below"),
         (lambda: CosinePath(shift=math.nan), "must be a number"),
         (lambda: VEPath(0.01, math.inf), "sigma_min < sigma_max"),
+        (lambda: LinearBetaPath(0.1, math.inf), "beta_min < beta_max"),
+        (lambda: ScaledNoise(LinearPath(), math.inf), "must be positive"),
         (lambda: losses.min_snr(-5), "must be positive"),
         (lambda: losses.logit_normal(0, 0), "must be positive"),
         (

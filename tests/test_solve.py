@@ -654,6 +654,14 @@ ZERO = Field(LinearPath(), lambda z, t: 0 * z)
         ),
         (lambda: drive(DDIMScheduler(), Field(LinearPath(), lambda z, t: z, clean_range=(1, -1)), Z, 4), "must rise"),
         (lambda: solve_adaptive(lambda z, t: z, Z, method="rk4"), "no adaptive steps"),
+        (lambda: solve_adaptive(lambda z, t: z, Z, rtol=0.0), "positive tolerances"),
+        (lambda: solve_adaptive(lambda z, t: z, Z, atol=0.0), "positive tolerances"),
+        (
+            lambda: solve(
+                build_solver("ancestral", Z, uniform_grid(4), LinearPath(), lambda z: z[:1]), lambda z, t: 0 * z
+            ),
+            r"the noise has the shape \(1, 2\), the state \(4, 2\)",
+        ),
         (lambda: solve_adaptive(lambda z, t: z, Z, (0.5, 0.5)), "a span"),
     ],
 )
