@@ -15,7 +15,11 @@ GuidanceScale = float | Tensor | Callable[[Tensor], Tensor]
 
 def _weight(scale: GuidanceScale, t: Tensor, like: Tensor) -> Tensor:
     """The weight at t, in the type of `like`, against which it broadcasts as times do."""
-    weight = torch.as_tensor(scale(t) if callable(scale) else scale, dtype=like.dtype, device=like.device)
+    found = scale(t) if callable(scale) else scale
+    if isinstance(found, Tensor):
+        weight = found.to(like.device, like.dtype)
+    else:  # filled where it is used: a number copied to an accelerator would be waited for
+        weight = torch.full((), found, dtype=like.dtype, device=like.device)
     try:
         check_shapes(weight, like)
     except ValueError as error:

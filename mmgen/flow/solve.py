@@ -49,11 +49,14 @@ def _add(z: Tensor, coefficient: Coefficient, value: Tensor) -> Tensor:
     return torch.add(z, value, alpha=coefficient)
 
 
-def _add_to(z: Tensor, coefficient: Coefficient, value: Tensor) -> Tensor:
-    """As `_add`, into z, which nobody else may hold."""
-    if isinstance(coefficient, Tensor):
-        return z.addcmul_(coefficient, value)
-    return z.add_(value, alpha=coefficient)
+def _add_noise(z: Tensor, coefficient: Coefficient, noise: Noise) -> Tensor:
+    """z + coefficient * noise, into z, which nobody else may hold."""
+    n = noise(z)
+    if n.shape != z.shape:
+        raise ValueError(
+            f"the noise has the shape {tuple(n.shape)}, the state {tuple(z.shape)}: draw one like the other"
+        )
+    return z.addcmul_(coefficient, n) if isinstance(coefficient, Tensor) else z.add_(n, alpha=coefficient)
 
 
 class _Grid:
@@ -197,16 +200,6 @@ def _ddim_step(grid: _Grid, eta: float) -> tuple[Tensor, Tensor, Tensor]:
     return alpha_j - by_z * alpha_k, by_z, eta * std
 
 
-def _drawn(noise: Noise, z: Tensor) -> Tensor:
-    """Noise in the shape of z."""
-    n = noise(z)
-    if n.shape != z.shape:
-        raise ValueError(
-            f"the noise has the shape {tuple(n.shape)}, the state {tuple(z.shape)}: draw one like the other"
-        )
-    return n
-
-
 def _affine(
     z: Tensor,
     grid: _Grid,
@@ -223,7 +216,7 @@ def _affine(
         answer = yield z, t[i]
         z = _add(q[i] * z, p[i], answer)
         if noisy[i]:
-            z = _add_to(z, s[i], _drawn(noise, z))
+            z = _add_noise(z, s[i], noise)
         if correct is not None and i < grid.steps - 1:
             z = yield from correct(z, i + 1)
     return z
@@ -263,7 +256,7 @@ def dpmpp_2m(z: Tensor, times: Tensor, *, path: Path | None = None) -> Solver:
     h = -kept.log() / 2  # of half log-SNR; infinite from pure noise and to clean data
     ratio = torch.zeros_like(h)  # 1 / (2 r), r the last gap over this one
     ratio[1:] = h[1:] / (2 * h[:-1])
-    ratio = torch.where(ratio.isfinite() & ~grid.arriving(), ratio, 0.0)
+    ratio = torch.where(ratio.isfinite(), ratio, 0.0)
     by_x = alpha_j * (1 - kept.sqrt())
     t, q = grid.starts().unbind(), grid.send(sigma_j / sigma_k)
     p, back = grid.send(by_x * (1 + ratio)), grid.send(-by_x * ratio)  # by_x (x + ratio (x - before))
@@ -348,7 +341,7 @@ class _Corrector:
         """The corrections at time i."""
         for _ in range(self.count):
             x = yield z, self.t[i]
-            z = _add_to(_add(self.keep[i] * z, self.pull[i], x), self.spread[i], _drawn(self.noise, z))
+            z = _add_noise(_add(self.keep[i] * z, self.pull[i], x), self.spread[i], self.noise)
         return z
 
 

@@ -150,9 +150,7 @@ def jit_toy(run: Run) -> Figure:
         w2[kind], off, made = hidden(run, 512, steps, prediction=kind)
         run.note(**{f"off_plane_rms_{kind}": off})
         panels[f"{kind}: SW2 {w2[kind]:.3f}, off-plane {off:.2f}"] = (data, made)
-    run.bound(
-        "SW2 of x-prediction", w2["x"], at_most=0.12, why="the fast run trains a sixth of the steps" if run.fast else ""
-    )
+    run.bound("SW2 of x-prediction", w2["x"], at_most=0.12)
     run.bound("SW2 of v over x", w2["v"] / w2["x"], at_least=4)
     run.bound("SW2 of eps over x", w2["eps"] / w2["x"], at_least=10)
     return draw.scatters(panels, columns=3)
