@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ def _add(z: Tensor, coefficient: Coefficient, value: Tensor) -> Tensor:
     return torch.add(z, value, alpha=coefficient)
 
 
+def _add_to(z: Tensor, coefficient: Coefficient, value: Tensor) -> Tensor:
+    """As `_add`, into z, which nobody else may hold."""
+    return z.addcmul_(coefficient, value) if isinstance(coefficient, Tensor) else z.add_(value, alpha=coefficient)
+
+
 def _add_noise(z: Tensor, coefficient: Coefficient, noise: Noise) -> Tensor:
     """z + coefficient * noise, into z, which nobody else may hold."""
     n = noise(z)
@@ -56,7 +61,7 @@ def _add_noise(z: Tensor, coefficient: Coefficient, noise: Noise) -> Tensor:
         raise ValueError(
             f"the noise has the shape {tuple(n.shape)}, the state {tuple(z.shape)}: draw one like the other"
         )
-    return z.addcmul_(coefficient, n) if isinstance(coefficient, Tensor) else z.add_(n, alpha=coefficient)
+    return _add_to(z, coefficient, n)
 
 
 class _Grid:
@@ -71,13 +76,20 @@ class _Grid:
         if len(times) < 2:
             raise ValueError("a sampler needs at least one step: give two times or more")
         check_times(times)
-        gaps = times.diff(dim=0)
-        if bool((gaps < 0).any()) and (rising or bool((gaps > 0).any())):
-            raise ValueError("times must rise from noise (0) to data (1)" + ("" if rising else ", or fall all the way"))
         self.t = times.view(len(times), *([1] * z.ndim if times.ndim == 1 else [-1] + [1] * (z.ndim - 1)))
+        self.gaps = self.t.diff(dim=0)
+        least, most = (float(end) for end in self.gaps.aminmax())
+        if least < 0 and (rising or most > 0):
+            raise ValueError("times must rise from noise (0) to data (1)" + ("" if rising else ", or fall all the way"))
         self.steps, self.path, self.like, self._flat = len(times) - 1, path, z, times.ndim == 1
-        self.still = self.t[1:] == self.t[:-1]
+        self.still = self.gaps == 0
         """Rows that rest during a step: not yet begun, or already at their end."""
+        self.resting = least <= 0 <= most and bool(self.still.any())
+        """Whether there are any: most grids have none, and need none of what keeps them where they are."""
+        self.arriving = self.t[1:] == 1
+        """Steps [N, ...] that bring a row to the data."""
+        if self.resting:
+            self.arriving &= ~self.still
 
     def send(self, coefficient: Tensor) -> Sequence[Coefficient]:
         """A coefficient per step: a number where all rows share it, else [R, 1, ...] on the device of z."""
@@ -91,8 +103,9 @@ class _Grid:
 
         A row that is at the data and `idle` is asked about its last time before, where every field is finite.
         """
-        before = torch.where(self.t < 1, self.t, -1.0).amax(0, keepdim=True).clamp(min=0)
-        t = torch.where((t == 1) & idle, before, t)
+        if self.resting or not self._flat:
+            before = torch.where(self.t < 1, self.t, -1.0).amax(0, keepdim=True).clamp(min=0)
+            t = torch.where((t == 1) & idle, before, t)
         t = t.to(self.like.device, torch.promote_types(self.like.dtype, torch.float32))
         return t.flatten() if self._flat else t
 
@@ -100,17 +113,12 @@ class _Grid:
         """The times at which the steps begin, as they are yielded."""
         return self.ask(self.t[:-1], self.still)
 
-    def arriving(self) -> Tensor:
-        """Steps [N, ...] that bring a row to the data."""
-        return (self.t[1:] == 1) & ~self.still
-
     def to_clean(self) -> tuple[Tensor, Tensor]:
         """(p, q) [N, ...] such that p v + q z is the clean estimate where a row arrives, and z where it does not."""
-        if bool((self.t[-1] != 1).any()):
+        if float(self.t[-1].min()) < 1:
             raise ValueError("end='clean' returns the clean estimate, so times must end at 1; else use end='full'")
-        arriving = self.arriving()
-        p, q = self.path.coefficients("v", "x", torch.where(arriving, self.t[:-1], 0.5), clip=0.0)
-        return torch.where(arriving, p, 0.0), torch.where(arriving, q, 1.0)
+        p, q = self.path.coefficients("v", "x", torch.where(self.arriving, self.t[:-1], 0.5), clip=0.0)
+        return torch.where(self.arriving, p, 0.0), torch.where(self.arriving, q, 1.0)
 
 
 def _check_end(end: str) -> None:
@@ -141,21 +149,23 @@ def runge_kutta(
         raise ValueError(f"unknown scheme '{scheme}' (one of: {', '.join(TABLEAUX)})")
     stages, weights = TABLEAUX[scheme]
     grid = _Grid(z, times, path, rising=end == "clean")
-    gaps = grid.t.diff(dim=0)
-    jumps = grid.arriving() if end == "clean" else torch.zeros_like(grid.still)
+    jumps = grid.arriving if end == "clean" else torch.zeros_like(grid.still)
     clean = grid.to_clean() if end == "clean" else None
     all_jump = jumps.flatten(1).all(1).tolist()
     some_jump = jumps.flatten(1).any(1).tolist()
     # A stage at the end of a step stands at the next time itself, not at a sum that rounds to its neighbour. Rows that
     # jump to the clean estimate are asked once: their later stages only fill the batch.
     nodes = [sum(row) for row in stages]
-    stage_times = [grid.t[1:] if node == 1 else grid.t[:-1] + node * gaps for node in nodes]
-    stage_times = [torch.where(jumps, grid.t[:-1], asked) for asked in stage_times]
+    stage_times = [grid.t[1:] if node == 1 else grid.t[:-1] + node * grid.gaps for node in nodes]
+    stage_times = [
+        torch.where(jumps, grid.t[:-1], asked) if node else asked
+        for node, asked in zip(nodes, stage_times, strict=True)
+    ]
     for asked in stage_times:
-        path.require("v", asked[~grid.still.expand_as(asked)])
-    gaps = torch.where(jumps, 0.0, gaps)
+        path.require("v", asked[~grid.still] if grid.resting else asked)
     clean_parts = [grid.send(part) for part in clean or ()]
-    h, asked_times = grid.send(gaps), [grid.ask(asked, grid.still).unbind() for asked in stage_times]
+    h = grid.send(torch.where(jumps, 0.0, grid.gaps))
+    asked_times = [grid.ask(asked, grid.still).unbind() for asked in stage_times]
     for i in range(grid.steps):
         start, slopes = z, list[Tensor]()
         for row, at in zip(stages[:1] if all_jump[i] else stages, asked_times, strict=False):
@@ -165,7 +175,7 @@ def runge_kutta(
             slopes.append((yield here, at[i]))
         if some_jump[i]:  # rows that do not jump have p = 0 and q = 1 here
             p, q = (part[i] for part in clean_parts)
-            z = _add(q * start, p, slopes[0])
+            z = _add_to(q * start, p, slopes[0])
         if not all_jump[i]:
             for b, slope in zip(weights, slopes, strict=True):
                 z = _add(z, b * h[i], slope) if b else z
@@ -179,13 +189,13 @@ def _steps(grid: _Grid) -> tuple[Tensor, ...]:
     ancestral step, sigma_j sqrt(1 - kept). A step that arrives at the data ends on the clean estimate, also where the
     path keeps some noise there.
     """
-    levels = (f(grid.t) for f in (grid.path.alpha, grid.path.sigma))
-    # A row that rests gets the numbers of a step that does nothing.
-    (alpha_k, alpha_j), (sigma_k, sigma_j) = (
-        (torch.where(grid.still, 1.0, level[:-1]), torch.where(grid.still, 1.0, level[1:])) for level in levels
-    )
-    arriving = grid.arriving()
-    alpha_j, sigma_j = torch.where(arriving, 1.0, alpha_j), torch.where(arriving, 0.0, sigma_j)
+    alpha, sigma = grid.path.alpha(grid.t), grid.path.sigma(grid.t)
+    alpha_k, sigma_k = alpha[:-1], sigma[:-1]
+    alpha_j, sigma_j = torch.where(grid.arriving, 1.0, alpha[1:]), torch.where(grid.arriving, 0.0, sigma[1:])
+    if grid.resting:  # rows that rest get the numbers of a step that does nothing
+        alpha_k, sigma_k, alpha_j, sigma_j = (
+            torch.where(grid.still, 1.0, level) for level in (alpha_k, sigma_k, alpha_j, sigma_j)
+        )
     kept = (alpha_k * sigma_j / (alpha_j * sigma_k)).square()
     std = (1 - kept).clamp(min=0).sqrt() * sigma_j
     return alpha_k, sigma_k, alpha_j, sigma_j, kept, std
@@ -214,7 +224,7 @@ def _affine(
     noisy = (std > 0).flatten(1).any(1).tolist()
     for i in range(grid.steps):
         answer = yield z, t[i]
-        z = _add(q[i] * z, p[i], answer)
+        z = _add_to(q[i] * z, p[i], answer)
         if noisy[i]:
             z = _add_noise(z, s[i], noise)
         if correct is not None and i < grid.steps - 1:
@@ -263,9 +273,9 @@ def dpmpp_2m(z: Tensor, times: Tensor, *, path: Path | None = None) -> Solver:
     before: Tensor | None = None
     for i in range(grid.steps):
         x = yield z, t[i]
-        z = _add(q[i] * z, p[i], x)
+        z = _add_to(q[i] * z, p[i], x)
         if before is not None:
-            z = _add(z, back[i], before)
+            z = _add_to(z, back[i], before)
         before = x
     return z
 
@@ -302,8 +312,9 @@ def euler_maruyama(
         level = LEVELS[level]
     if not callable(level):
         raise ValueError(f"a level is a name ({', '.join(LEVELS)}) or a function of path and t, not {level!r}")
-    h = grid.t.diff(dim=0)
-    start = torch.where(grid.still, 0.5, grid.t[:-1])  # the coefficients of a row that rests are multiplied by zero
+    h, start = grid.gaps, grid.t[:-1]
+    if grid.resting:
+        start = torch.where(grid.still, 0.5, start)  # the coefficients of a row that rests are multiplied by zero
     w = torch.as_tensor(level(path, start), dtype=start.dtype)
     if w.shape not in (start.shape, ()) or not bool((w >= 0).all()):
         raise ValueError(f"a level answers {tuple(start.shape)} times with as many rates, none negative; got {w}")
@@ -311,7 +322,7 @@ def euler_maruyama(
     half = w.square() / 2
     p, q, s = h * (1 + half * by_v), 1 + h * half * by_z, h.sqrt() * w
     if end == "clean":
-        jumps, clean = grid.arriving(), grid.to_clean()
+        jumps, clean = grid.arriving, grid.to_clean()
         p, q, s = torch.where(jumps, clean[0], p), torch.where(jumps, clean[1], q), torch.where(jumps, 0.0, s)
     return (yield from _affine(z, grid, p, q, s, noise or normal()))
 
@@ -341,7 +352,7 @@ class _Corrector:
         """The corrections at time i."""
         for _ in range(self.count):
             x = yield z, self.t[i]
-            z = _add_noise(_add(self.keep[i] * z, self.pull[i], x), self.spread[i], self.noise)
+            z = _add_noise(_add_to(self.keep[i] * z, self.pull[i], x), self.spread[i], self.noise)
         return z
 
 
@@ -429,6 +440,13 @@ SOLVERS: dict[str, SolverKind] = {
 }
 
 
+@cache
+def _options(name: str) -> frozenset[str]:
+    """The options that a sampler's function takes; looked up once, for that costs as much as some steps."""
+    given = {"z", "times", "path", "noise", "scheme"}
+    return frozenset(inspect.signature(SOLVERS[name].make).parameters) - given
+
+
 def build_solver(name: str, z: Tensor, times: Tensor, path: Path, noise: Noise | None = None, **options: Any) -> Solver:
     """The sampler `name`, ready to be driven; options are those of its function.
 
@@ -439,8 +457,7 @@ def build_solver(name: str, z: Tensor, times: Tensor, path: Path, noise: Noise |
     """
     if name not in SOLVERS:
         raise ValueError(f"unknown solver '{name}' (one of: {', '.join(SOLVERS)})")
-    kind = SOLVERS[name]
-    known = set(inspect.signature(kind.make).parameters) - {"z", "times", "path", "noise", "scheme"}
+    kind, known = SOLVERS[name], _options(name)
     for option in options:
         if option not in known:
             why = "" if kind.stochastic else " (it is deterministic)"
