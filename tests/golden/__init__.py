@@ -1,0 +1,1 @@
+"""Recorded results of small runs: what a change that should compute the same must reproduce."""

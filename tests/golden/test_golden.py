@@ -1,0 +1,46 @@
+"""Small runs compute what they computed before; the records say on which processor and with which versions.
+
+A commit that changes a record says in its message what is computed otherwise, and why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.golden.record import CASES, FOLDER, differences
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_small_run_computes_what_it_did(case: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.golden.record", case, "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    old, new = (json.loads((folder / f"{case}.json").read_text()) for folder in (FOLDER, tmp_path))
+    assert differences(old, new) == []
+
+
+def test_a_changed_bit_is_seen_on_the_same_machine_and_a_small_change_elsewhere() -> None:
+    old = json.loads((FOLDER / "digits.json").read_text())
+    new = json.loads((FOLDER / "digits.json").read_text())
+    new["steps"][7][0] *= 1 + 1e-12
+    assert differences(old, new) == [f"steps: [7] [0] {old['steps'][7][0]} and {new['steps'][7][0]}"]
+    new["environment"]["torch"] = "another"
+    assert differences(old, new) == []
+    new["steps"][7][0] *= 1 + 2e-4
+    assert len(differences(old, new)) == 1
+
+
+def test_an_image_or_a_caption_that_changes_is_seen() -> None:
+    old = json.loads((FOLDER / "digits.json").read_text())
+    new = json.loads((FOLDER / "digits.json").read_text())
+    new["captions"][3] = "0" * 16
+    assert differences(old, new) == [f"captions: [3] {old['captions'][3]} and {'0' * 16}"]
