@@ -206,7 +206,9 @@ def differences(old: dict, new: dict, tolerance: float = 1e-4) -> list[str]:
 def first_difference(one: object, other: object) -> str:
     """The first pair of values in which two results of equal structure differ."""
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return next(f"[{i}] {first_difference(a, b)}" for i, (a, b) in enumerate(zip(one, other)) if a != b)
+        return next(
+            f"[{i}] {first_difference(a, b)}" for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b
+        )
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return next(f"{name}: {first_difference(one[name], other[name])}" for name in one if one[name] != other[name])
     return f"{one} and {other}"
