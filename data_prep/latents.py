@@ -23,13 +23,15 @@ from safetensors.numpy import save
 from webdataset import TarWriter
 
 from data_prep import run, tell
-from mmgen.config import Config, differences, load
-from mmgen.data import store
+from mmgen.config import Config
+from mmgen.config_io import load
 from mmgen.data.latents import device
-from mmgen.data.shards import IMAGES, LATENTS, BadSample, Group, groups, open_image
-from mmgen.data.tar import Damaged
-from mmgen.frame import draft, fit
-from mmgen.latent import LatentPatcher
+from mmgen.data.shards import store
+from mmgen.data.shards.samples import IMAGES, LATENTS, BadSample, Group, groups, open_image
+from mmgen.data.shards.tar import Damaged
+from mmgen.image.latent import LatentPatcher
+from mmgen.image.resize import draft, fit
+from mmgen.train.checkpoint.read import differences
 
 AHEAD = 8
 """Batches of images that are read before they are encoded, so that those of one size meet."""

@@ -20,8 +20,9 @@ from tokenizers import Tokenizer
 from webdataset import TarWriter
 
 from data_prep import tell
-from mmgen.config import DataConfig, differences
-from mmgen.data.shards import UNDECODABLE, BadSample, Picture, assemble, image_size
+from mmgen.config import DataConfig
+from mmgen.data.shards.samples import UNDECODABLE, BadSample, Picture, assemble, image_size
+from mmgen.train.checkpoint.read import differences
 
 T = TypeVar("T")
 Sample = dict[str, bytes]

@@ -8,7 +8,7 @@ from typing import Annotated
 import cyclopts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mmgen.data.shards import read
+from mmgen.data.shards.samples import read
 
 
 def main(

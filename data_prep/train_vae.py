@@ -29,13 +29,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep import run, tell
-from mmgen.config import Config, differences, load, override
+from mmgen.config import Config
+from mmgen.config_io import load, override
 from mmgen.data.latents import device, measure
 from mmgen.data.loader import Corpus
-from mmgen.data.shards import BadSample
-from mmgen.latent import Autoencoder, LatentPatcher, fingerprint
-from mmgen.patch import Grid
-from mmgen.tokenizer import Tokenizer
+from mmgen.data.shards.samples import BadSample
+from mmgen.image.latent import Autoencoder, LatentPatcher, fingerprint
+from mmgen.image.patch import Grid
+from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train.checkpoint.read import differences
 
 STATE = "training.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")

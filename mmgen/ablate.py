@@ -34,14 +34,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmgen.config import Config, explain, load, override
+from mmgen.config import Config
+from mmgen.config_io import explain, load, override
 from mmgen.data.latents import settled
 from mmgen.data.loader import steps
 from mmgen.data.streams import training_corpus
-from mmgen.evaluate.score import write_report
-from mmgen.latent import encoded
+from mmgen.evaluate.report import write_report
 from mmgen.model import MMGenConfig, MMGenModel, build_model
-from mmgen.tokenizer import Tokenizer
+from mmgen.sequence.batch import encoded
+from mmgen.sequence.tokenizer import Tokenizer
 
 WIDTH_STEP = 8
 """Feed-forward widths are tried in multiples of this."""

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.cache_utils import Cache
 
 from mmgen.config import BackboneConfig
-from mmgen.sequence import Sites, dense_visible, flex_rule
+from mmgen.sequence.attention import Sites, dense_visible, flex_rule
 
 ATTENTION = "mmgen"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Prediction = Literal["x", "eps", "v", "score", "v_sh"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -541,55 +541,6 @@ class Config(Settings):
             )
 
 
-def load(path: str | Path) -> Config:
-    """Read a YAML file into a `Config`.
-
-    Raises:
-        ValueError: the file cannot be read or is not YAML, or a key or value is wrong; the message names the
-            file, the key and, for an unknown key, the nearest valid one.
-    """
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections such as 'train:'")
-    return _validated(raw, f"{path}: ")
-
-
-def override(config: Config, changes: dict[str, Any]) -> Config:
-    """A copy of `config` in which the nested fields of `changes` are replaced; raises ValueError as `load` does."""
-    return _validated(_merge(config.model_dump(), changes), "")
-
-
-def _merge(old: Any, new: Any) -> Any:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return new
-    return {**old, **{key: _merge(old.get(key), value) for key, value in new.items()}}
-
-
-def _validated(raw: dict[str, Any], source: str) -> Config:
-    try:
-        config = Config.model_validate(raw)
-        config.check()
-    except ValidationError as error:
-        raise ValueError("\n".join(source + explain(item) for item in error.errors())) from None
-    except ValueError as error:
-        raise ValueError(source + str(error)) from None
-    return config
-
-
-def explain(error: Any) -> str:
-    """One pydantic error as a sentence that names the key and, where it is unknown, the nearest key."""
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] != "extra_forbidden":
-        return f"{key}: {error['msg']} (got {error['input']!r})" if key else str(error["msg"])
-    near = nearest(key, field_names())
-    return f"unknown key '{key}'" + (f", did you mean '{near}'?" if near else "")
-
-
 def nearest(name: str, known: list[str]) -> str | None:
     """The known name most like `name`, or None where nothing comes close."""
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
@@ -602,24 +553,3 @@ def choose(registry: dict[str, Any], name: str, what: str) -> Any:
         hint = f", did you mean '{near}'?" if near else ""
         raise ValueError(f"unknown {what} '{name}'{hint} (one of: {', '.join(registry)})")
     return registry[name]
-
-
-def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Dotted names of every setting."""
-    names = []
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        names.append(prefix + name)
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names += field_names(kind, f"{prefix}{name}.")
-    return names
-
-
-def differences(one: Any, other: Any, prefix: str = "") -> list[str]:
-    """Dotted names under which two nested mappings differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        found: list[str] = []
-        for key in sorted({*one, *other}):
-            found += differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else str(key))
-        return found
-    return [] if one == other else [f"{prefix} ({one!r} here, {other!r} there)"]

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mmgen.backbone import attention_mask, backbone_config, build_backbone, load_pretrained
 from mmgen.config import Config, ObjectiveConfig, PatcherConfig
 from mmgen.objective import Embedded, objective_class
-from mmgen.patch import OutputLinear
-from mmgen.sequence import Batch
+from mmgen.objective.layers import OutputLinear
+from mmgen.sequence.batch import Batch
 
 
 class MMGenConfig(PretrainedConfig):

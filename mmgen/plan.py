@@ -11,7 +11,7 @@ import torch
 from mmgen.config import Config
 from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.objective import objective_class
-from mmgen.tokenizer import SPECIAL, Tokenizer
+from mmgen.sequence.tokenizer import SPECIAL, Tokenizer
 from mmgen.train.engine import uses_bf16
 from mmgen.train.memory import theory
 from mmgen.train.optimizer import averages

@@ -21,9 +21,10 @@ from tokenizers import Tokenizer as TextTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from mmgen import cli
-from mmgen.config import Config, override
+from mmgen.config import Config
+from mmgen.config_io import override
 from mmgen.model import MMGenConfig, MMGenModel
-from mmgen.tokenizer import Tokenizer
+from mmgen.sequence.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
 GRIDS = [(2, 2), (3, 2)]

@@ -17,7 +17,7 @@ from mmgen.config import Config
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.model import build_model
-from mmgen.tokenizer import Tokenizer
+from mmgen.sequence.tokenizer import Tokenizer
 
 
 def written(tmp_path: Path, config: Config, **fields: object) -> Path:

@@ -11,9 +11,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from mmgen.backbone import attention, attention_mask
-from mmgen.config import Config, override
+from mmgen.config import Config
+from mmgen.config_io import override
 from mmgen.model import MMGenConfig, MMGenModel
-from mmgen.sequence import Batch, ImageSegment, TextSegment, Writer, collate, dense_visible, flex_rule
+from mmgen.sequence.attention import dense_visible, flex_rule
+from mmgen.sequence.batch import Batch, collate
+from mmgen.sequence.document import ImageSegment, TextSegment, Writer
 from tests.conftest import awake
 
 RNG = np.random.default_rng(0)
@@ -134,7 +137,7 @@ def test_a_pretrained_backbone_keeps_its_weights(config: Config, tmp_path: Path,
 
 def awake_pretrained(config: Config):
     from mmgen.model import build_model
-    from mmgen.tokenizer import Tokenizer
+    from mmgen.sequence.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     return build_model(config, len(tokenizer)), tokenizer

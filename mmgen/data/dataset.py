@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmgen.config import Config, PatcherConfig, SourceConfig
-from mmgen.data import store
-from mmgen.data.index import LATENT, TEXT, ShardIndex, ensure, ensure_all, load, tokens_column
 from mmgen.data.order import Hashes, Ints, uniform
-from mmgen.data.shards import Bad, Sample
-from mmgen.data.store import Patterns, expand
-from mmgen.frame import nearest_size
+from mmgen.data.shards import store
+from mmgen.data.shards.index import LATENT, TEXT, ShardIndex, ensure, ensure_all, load, tokens_column
+from mmgen.data.shards.samples import Bad, Sample
+from mmgen.data.shards.store import Patterns, expand
+from mmgen.image.resize import nearest_size
 from mmgen.objective import objective_class
-from mmgen.tokenizer import Tokenizer
+from mmgen.sequence.tokenizer import Tokenizer
 
 OPEN_SHARDS = 256
 """Shards whose facts a process keeps."""

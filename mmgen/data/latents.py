@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmgen.config import Config, override
+from mmgen.config import Config
+from mmgen.config_io import override
 from mmgen.data.loader import Corpus
-from mmgen.data.shards import BadSample
-from mmgen.latent import Autoencoder, LatentPatcher, Statistics
-from mmgen.patch import Grid, join
-from mmgen.tokenizer import Tokenizer
+from mmgen.data.shards.samples import BadSample
+from mmgen.image.latent import Autoencoder, LatentPatcher, Statistics
+from mmgen.image.patch import Grid, join
+from mmgen.sequence.tokenizer import Tokenizer
 
 IMAGES = 512
 """Images whose latents are measured."""

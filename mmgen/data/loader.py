@@ -19,18 +19,19 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmgen.config import Config
-from mmgen.data import store
 from mmgen.data.dataset import DROPPED, IMAGE_FIRST, Dataset, Samples
 from mmgen.data.order import Cursors, Mixture, Plan, PlannedDocument, PlannedRow, Position, chances, keyed
-from mmgen.data.shards import Bad, BadSample, Picture, Sample, open_image, open_latent
-from mmgen.data.store import Patterns
+from mmgen.data.shards import store
+from mmgen.data.shards.samples import Bad, BadSample, Picture, Sample, open_image, open_latent
+from mmgen.data.shards.store import Patterns
 from mmgen.flow.time import stratified
-from mmgen.frame import CENTRE, draft, fit
-from mmgen.latent import LatentPatcher, build_patcher
+from mmgen.image.latent import LatentPatcher, build_patcher
+from mmgen.image.patch import Floats, Grid, scale
+from mmgen.image.resize import CENTRE, draft, fit
 from mmgen.objective import ImageSite, objective_class
-from mmgen.patch import Floats, Grid, scale
-from mmgen.sequence import Batch, Document, ImageSegment, Strip, TextSegment, Writer, collate
-from mmgen.tokenizer import Tokenizer
+from mmgen.sequence.batch import Batch, collate
+from mmgen.sequence.document import Document, ImageSegment, Strip, TextSegment, Writer
+from mmgen.sequence.tokenizer import Tokenizer
 
 Form = Literal["as told", "caption first", "image first", "caption dropped"]
 FORMS: tuple[Form, ...] = ("as told", "caption first", "image first", "caption dropped")

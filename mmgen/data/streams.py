@@ -22,9 +22,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mmgen.config import Config
-from mmgen.data import store
 from mmgen.data.dataset import Facts, Measured, facts_of, patch_grids
-from mmgen.data.index import Builder, key_hash, repeated, segment_facts, tokens_column
 from mmgen.data.loader import Corpus, Decoded, Documents, Step, ahead
 from mmgen.data.order import (
     Cursor,
@@ -38,13 +36,15 @@ from mmgen.data.order import (
     keyed,
     pack,
 )
-from mmgen.data.shards import Bad, BadSample, Group, Picture, Sample, damage, groups, parse
-from mmgen.data.store import Patterns, expand
-from mmgen.data.tar import Damaged
+from mmgen.data.shards import store
+from mmgen.data.shards.index import Builder, key_hash, repeated, segment_facts, tokens_column
+from mmgen.data.shards.samples import Bad, BadSample, Group, Picture, Sample, damage, groups, parse
+from mmgen.data.shards.store import Patterns, expand
+from mmgen.data.shards.tar import Damaged
 from mmgen.flow.time import stratified
-from mmgen.patch import Grid
-from mmgen.sequence import Strip
-from mmgen.tokenizer import Tokenizer
+from mmgen.image.patch import Grid
+from mmgen.sequence.document import Strip
+from mmgen.sequence.tokenizer import Tokenizer
 
 BARREN = 16
 """Epochs without a usable sample after which a stream gives up."""

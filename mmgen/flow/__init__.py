@@ -13,7 +13,7 @@ from mmgen.flow.likelihood import bits_per_dim, decode, encode, interpolate, log
 from mmgen.flow.loss import WEIGHTS, flow_loss, min_snr
 from mmgen.flow.path import KINDS, Path
 from mmgen.flow.schedule import PATHS, CosinePath, DDPMPath, LinearBetaPath, LinearPath, ScaledNoise, VEPath
-from mmgen.flow.solve import LEVELS, SOLVERS, build_solver, normal, runge_kutta, solve, solve_adaptive
+from mmgen.flow.solvers import LEVELS, SOLVERS, build_solver, normal, runge_kutta, solve, solve_adaptive
 from mmgen.flow.time import TIMES, cosine_grid, discrete, log_snr_grid, shifted, shifted_grid, stratified, uniform_grid
 
 __all__ = [

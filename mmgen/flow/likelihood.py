@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmgen.flow.field import Function
 from mmgen.flow.path import Path, check_shapes
-from mmgen.flow.solve import runge_kutta, solve
+from mmgen.flow.solvers import runge_kutta, solve
 
 
 def encode(velocity: Function, x: Tensor, times: Tensor, scheme: str = "heun", path: Path | None = None) -> Tensor:

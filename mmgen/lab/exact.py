@@ -14,7 +14,7 @@ from mmgen.flow.field import FiniteSet, GaussianMixture
 from mmgen.flow.guide import classifier
 from mmgen.flow.path import Path
 from mmgen.flow.schedule import CosinePath, DDPMPath, LinearBetaPath, LinearPath, VEPath
-from mmgen.flow.solve import SOLVERS, build_solver, runge_kutta, solve
+from mmgen.flow.solvers import SOLVERS, build_solver, runge_kutta, solve
 from mmgen.flow.time import uniform_grid
 from mmgen.lab import draw
 from mmgen.lab.core import Run, experiment

@@ -15,7 +15,7 @@ from mmgen.flow import likelihood
 from mmgen.flow.field import GaussianMixture
 from mmgen.flow.path import Path
 
-solve: Any = import_module("mmgen.flow.solve")
+solve: Any = import_module("mmgen.flow.solvers")
 
 
 def _sign(original: dict[str, Any]) -> dict[tuple[Any, str], Callable[..., Any]]:

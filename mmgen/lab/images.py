@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmgen.evaluate.metrics import frechet, within_class_variance
 from mmgen.flow.loss import flow_loss
 from mmgen.flow.schedule import LinearPath
-from mmgen.flow.solve import runge_kutta, solve
+from mmgen.flow.solvers import runge_kutta, solve
 from mmgen.flow.time import uniform_grid
 from mmgen.lab import draw
 from mmgen.lab.core import Run, experiment

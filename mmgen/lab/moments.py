@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmgen.flow.path import Path
-from mmgen.flow.solve import SOLVERS, build_solver, solve
+from mmgen.flow.solvers import SOLVERS, build_solver, solve
 
 
 class Moments:

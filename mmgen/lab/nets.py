@@ -13,7 +13,7 @@ from mmgen.flow.field import Field
 from mmgen.flow.loss import flow_loss
 from mmgen.flow.path import Path
 from mmgen.flow.schedule import CosinePath, LinearPath
-from mmgen.flow.solve import build_solver, runge_kutta, solve
+from mmgen.flow.solvers import build_solver, runge_kutta, solve
 from mmgen.flow.time import TIMES, uniform_grid
 
 Draw = Callable[[int], Tensor]

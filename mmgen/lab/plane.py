@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmgen.flow.field import Field, FiniteSet, Function, GaussianMixture
 from mmgen.flow.schedule import LinearPath
-from mmgen.flow.solve import runge_kutta, solve
+from mmgen.flow.solvers import runge_kutta, solve
 from mmgen.flow.time import uniform_grid
 from mmgen.lab import draw
 from mmgen.lab.core import Run, experiment

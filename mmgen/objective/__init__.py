@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from mmgen.config import ObjectiveConfig, choose
+from mmgen.objective.interface import BackboneCall, Drawing, Embedded, Given, ImageObjective, ImageSite, ImageSpec
 from mmgen.objective.mar import MARObjective
-from mmgen.objective.seam import (
-    BackboneCall,
-    Drawing,
-    Embedded,
-    Given,
-    ImageObjective,
-    ImageSite,
-    ImageSpec,
-)
 from mmgen.objective.transfusion import TransfusionObjective
 
 __all__ = [

@@ -17,19 +17,12 @@ from torch import Tensor, nn
 
 from mmgen.config import HeadConfig, MaskRatioConfig, ObjectiveConfig, PatcherConfig, SampleConfig, choose
 from mmgen.flow.time import TIMES
-from mmgen.objective.flow import ImageFlow
-from mmgen.objective.seam import (
-    BackboneCall,
-    Drawing,
-    Embedded,
-    Given,
-    ImageObjective,
-    ImageSite,
-    ImageSpec,
-    TimeEmbedding,
-)
-from mmgen.patch import ENTRIES, Floats, Grid, OutputLinear, PlaceEmbedding, raster
-from mmgen.sequence import Batch, Block
+from mmgen.image.patch import Floats, Grid, raster
+from mmgen.objective.image_flow import ImageFlow
+from mmgen.objective.interface import BackboneCall, Drawing, Embedded, Given, ImageObjective, ImageSite, ImageSpec
+from mmgen.objective.layers import ENTRIES, OutputLinear, PlaceEmbedding, TimeEmbedding
+from mmgen.sequence.batch import Batch
+from mmgen.sequence.document import Block
 
 
 class AdaptiveBlock(nn.Module):

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from mmgen.config import ObjectiveConfig, PatcherConfig, choose
 from mmgen.flow.time import TIMES
-from mmgen.objective.flow import ImageFlow
-from mmgen.objective.seam import BackboneCall, Drawing, Embedded, ImageObjective, ImageSite, ImageSpec, TimeEmbedding
-from mmgen.patch import Grid, PlaceEmbedding, Places, build_projection, raster
-from mmgen.sequence import Batch, Block
+from mmgen.image.patch import Grid, raster
+from mmgen.objective.image_flow import ImageFlow
+from mmgen.objective.interface import BackboneCall, Drawing, Embedded, ImageObjective, ImageSite, ImageSpec
+from mmgen.objective.layers import PlaceEmbedding, TimeEmbedding, build_projection
+from mmgen.sequence.batch import Batch, Places
+from mmgen.sequence.document import Block
 
 
 class TransfusionObjective(ImageObjective):

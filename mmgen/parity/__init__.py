@@ -18,15 +18,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmgen import generate
 from mmgen.config import Config, SampleConfig, choose
-from mmgen.generate import Decoder, Request
+from mmgen.generate import decoder as generate
+from mmgen.generate.decoder import Decoder, Request
 from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.parity.faults import FAULTS
 from mmgen.parity.record import Recorder
 from mmgen.parity.reference import Picture, Reference, Report
-from mmgen.sequence import TextSegment
-from mmgen.tokenizer import Tokenizer
+from mmgen.sequence.document import TextSegment
+from mmgen.sequence.tokenizer import Tokenizer
 
 STEPS = 3
 WEIGHT = 1.7

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmgen import batching, generate
 from mmgen.backbone import RowCache
 from mmgen.config import SampleConfig
-from mmgen.objective.flow import ImageFlow
-from mmgen.patch import Floats, Grid
-from mmgen.sequence import Block, Sites, Writer, dense_visible
+from mmgen.generate import decoder as generate
+from mmgen.generate import scheduler
+from mmgen.image.patch import Floats, Grid
+from mmgen.objective.image_flow import ImageFlow
+from mmgen.sequence.attention import Sites, dense_visible
+from mmgen.sequence.document import Block, Writer
 
 
 @contextmanager
@@ -57,7 +59,7 @@ def _causal_mask() -> Iterator[None]:
     def causal(q: Sites, k: Sites) -> Tensor:
         return dense_visible(q, k) & (k.slot.unsqueeze(1) <= q.slot.unsqueeze(2))
 
-    with mock.patch.object(batching, "dense_visible", causal):
+    with mock.patch.object(scheduler, "dense_visible", causal):
         yield
 
 

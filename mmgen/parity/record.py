@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmgen.batching import Canvas, Draw, Schedule
+from mmgen.generate.scheduler import Canvas, Draw, Schedule
+from mmgen.image.patch import Grid
 from mmgen.objective import ImageSpec
-from mmgen.patch import Grid
-from mmgen.sequence import Strip
+from mmgen.sequence.document import Strip
 
 Identity = tuple[Any, ...]
 """What stands in a slot: ("token", how manieth) or ("patch", image, raster index)."""

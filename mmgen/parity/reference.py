@@ -14,13 +14,15 @@ from torch import Tensor
 
 from mmgen.backbone import attention_mask
 from mmgen.config import SampleConfig
+from mmgen.image.patch import Floats, Grid, raster
 from mmgen.model import MMGenModel
 from mmgen.objective import Embedded, ImageSite
 from mmgen.objective.mar import guidance_at
 from mmgen.parity.record import Drawn, Fed, Identity, names_of
-from mmgen.patch import Floats, Grid, Places, raster
-from mmgen.sequence import Batch, ImageSegment, TextSegment, Writer, collate, dense_visible
-from mmgen.tokenizer import Tokenizer
+from mmgen.sequence.attention import dense_visible
+from mmgen.sequence.batch import Batch, Places, collate
+from mmgen.sequence.document import ImageSegment, TextSegment, Writer
+from mmgen.sequence.tokenizer import Tokenizer
 
 TOLERANCE = 1e-9
 """Of inputs, hidden states and patches in float64, relative to their largest magnitude."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmgen.config import Config
 from mmgen.model import Losses, MMGenModel, build_model
-from mmgen.sequence import Batch
+from mmgen.sequence.batch import Batch
 from mmgen.train.optimizer import AveragingAdamW, averaged_weights, build_optimizer
 from mmgen.train.ranks import Ranks
 

@@ -16,18 +16,20 @@ from mmgen.config import Config
 from mmgen.data.latents import settled
 from mmgen.data.loader import Corpus, Step, steps
 from mmgen.data.order import Cursors, Position
-from mmgen.data.shards import worst_shards
+from mmgen.data.shards.samples import worst_shards
 from mmgen.data.streams import training_corpus
-from mmgen.latent import build_patcher, encoded
-from mmgen.tokenizer import Tokenizer
-from mmgen.train import checkpoint, meter
+from mmgen.image.latent import build_patcher
+from mmgen.sequence.batch import encoded
+from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train import metrics
+from mmgen.train.checkpoint import read as checkpoint
+from mmgen.train.checkpoint.write import IDLE, Saver
 from mmgen.train.engine import Engine, can_compile, uses_bf16
 from mmgen.train.guard import INTERRUPTED, Spikes, Watchdog, check_space, interruptible
 from mmgen.train.log import Log
 from mmgen.train.optimizer import averages, learning_rate
-from mmgen.train.probe import draw_samples, sample_prompts, validation
 from mmgen.train.ranks import Ranks, finish, shard, start
-from mmgen.train.saver import IDLE, Saver
+from mmgen.train.validate import draw_samples, sample_prompts, validation
 
 __all__ = ["INTERRUPTED", "can_compile", "train", "uses_bf16"]
 
@@ -155,7 +157,7 @@ class Run:
                 engine.watched = logged
                 for group in engine.optimizer.param_groups:
                     group["lr"] = learning_rate(settings, step)
-                sums, times = torch.zeros(2, device=self.device), torch.zeros(2, meter.BUCKETS, device=self.device)
+                sums, times = torch.zeros(2, device=self.device), torch.zeros(2, metrics.BUCKETS, device=self.device)
                 for i, batch in enumerate(data.micro):
                     self.watchdog.phase("forward", step)
                     batch = encoded(batch, self.patcher).to(self.device)
@@ -166,7 +168,7 @@ class Run:
                     engine.backward(loss, last=i + 1 == len(data.micro))
                     sums += parts.detach()
                     if logged:
-                        times += meter.by_time(batch, losses)
+                        times += metrics.by_time(batch, losses)
                 text, image = ranks.total(sums).tolist()
                 total = text + config.objective.lambda_image * image
                 self.watchdog.phase("step", step)
@@ -227,8 +229,8 @@ class Run:
             + (f", {self.ranks.world} processes, ZeRO stage {settings.zero_stage}" if shard(config) else "")
         )
         given = settings.peak_tflops
-        self.peak = given * 1e12 if given else meter.measured_peak(self.device, self.engine.bf16)
-        self.arithmetic = meter.Arithmetic(self.model)
+        self.peak = given * 1e12 if given else metrics.measured_peak(self.device, self.engine.bf16)
+        self.arithmetic = metrics.Arithmetic(self.model)
         self.prompts = sample_prompts(config)
         self.line = (self.step, time.monotonic())
 
@@ -290,16 +292,16 @@ class Run:
     ) -> None:
         """One line of metrics; every rank takes part."""
         step, ranks = self.step, self.ranks
-        (flops,) = ranks.sums([meter.step_flops(self.arithmetic, data)])
-        held, wait = ranks.maxima([meter.memory(self.device), waited])
+        (flops,) = ranks.sums([metrics.step_flops(self.arithmetic, data)])
+        held, wait = ranks.maxima([metrics.memory(self.device), waited])
         share = self.peak * ranks.world
         last, then = self.line
         self.line = (step, time.monotonic())
-        rank, over = meter.slowest(ranks, busy)
+        rank, over = metrics.slowest(ranks, busy)
         slow = {"slowest_rank": float(rank), "slowest_over_median": over} if ranks.world > 1 else {}
         self.log.record(step, {
             **values, "lr": learning_rate(self.config.train, step), **self.engine.norms(values["grad_norm"]),
-            **meter.time_losses(ranks.total(times)),
+            **metrics.time_losses(ranks.total(times)),
             "tokens_per_s": told.positions / spent, "images_per_s": told.images / spent, "data_wait": wait / spent,
             "mfu": flops / (spent - wait) / share,
             "mfu_wall": flops * (step - last) / (self.line[1] - then) / share,

@@ -24,7 +24,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from mmgen.backbone import build_backbone, load_pretrained
 from mmgen.config import Config
 from mmgen.model import Losses, MMGenConfig, MMGenModel, build_model
-from mmgen.sequence import Batch
+from mmgen.sequence.batch import Batch
 from mmgen.train.engine import Engine, Fragment, can_compile
 from mmgen.train.optimizer import build_optimizer
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from mmgen.config import Config
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position
-from mmgen.tokenizer import Tokenizer
+from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.loop import build_engine
 from mmgen.train.memory import theory, traffic
 from mmgen.train.ranks import start

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from mmgen.config import Config, override
+from mmgen.config import Config
+from mmgen.config_io import override
 from mmgen.train import zero  # noqa: F401 - imported before the fork
 from tests.conftest import pairs, tiny, write_tar
 

@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmgen.config import Config, override
+from mmgen.config import Config
+from mmgen.config_io import override
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position
 from mmgen.model import build_model
-from mmgen.tokenizer import Tokenizer
+from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train.checkpoint.fragments import Store
 from mmgen.train.engine import Engine
-from mmgen.train.fragments import Store
 from mmgen.train.guard import Watchdog
 from mmgen.train.loop import train
 from mmgen.train.zero import ZeroEngine

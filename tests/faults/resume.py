@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from mmgen.config import Config, override
-from mmgen.train import checkpoint
+from mmgen.config import Config
+from mmgen.config_io import override
+from mmgen.train.checkpoint import read as checkpoint
+from mmgen.train.checkpoint.fragments import Store
 from mmgen.train.engine import Engine
-from mmgen.train.fragments import Store
 from mmgen.train.loop import train
 from tests.faults.launch import run_ranks, small, told
 from tests.faults.oracle import distance

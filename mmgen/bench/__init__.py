@@ -1,0 +1,1 @@
+"""Speed against a floor, in one interleaved run."""

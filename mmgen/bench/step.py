@@ -1,0 +1,239 @@
+"""`mmgen bench step`: a training step over a bare loop with the same matrix products, in one interleaved run.
+
+The floor is a hand-written causal decoder of the same depth, widths and vocabulary: plain tensors, RMSNorm,
+rotary positions, SwiGLU, causal attention without a mask, logits at as many positions and patch rows in and out as the
+batch has, mean losses and AdamW. It has no packing, no mask, no positions in two dimensions, no averaged
+weights, no keyed noise. What remains above 1 is what mmgen adds.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmgen.config import Config
+from mmgen.config_io import override
+from mmgen.data.latents import settled
+from mmgen.data.loader import Corpus
+from mmgen.data.order import Position
+from mmgen.flow.schedule import LinearPath
+from mmgen.flow.solvers import SOLVERS, build_solver, solve
+from mmgen.flow.time import uniform_grid
+from mmgen.image.latent import build_patcher
+from mmgen.model import MMGenModel, build_model
+from mmgen.sequence.batch import Batch, encoded
+from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train.loop import can_compile, uses_bf16
+from mmgen.train.optimizer import build_optimizer
+
+Step = Callable[[], None]
+
+
+class Floor:
+    """The bare decoder, from the sizes of a model; parameters are plain leaf tensors."""
+
+    def __init__(self, model: MMGenModel, batch: Batch, bf16: bool) -> None:
+        fields, self.batch, self.bf16 = model.backbone.config, batch, bf16
+        self.heads, self.kv_heads, self.size = fields.num_attention_heads, fields.num_key_value_heads, fields.head_dim
+        width, middle, patch = fields.hidden_size, fields.intermediate_size, model.patcher.patch_length
+        attend, keys = self.heads * self.size, self.kv_heads * self.size
+
+        def matrix(out: int, into: int) -> Tensor:
+            return torch.nn.Parameter(torch.randn(out, into, device=model.device) * into**-0.5)
+
+        self.embed, self.enter, self.leave = (
+            matrix(fields.vocab_size, width),
+            matrix(width, patch),
+            matrix(patch, width),
+        )
+        shapes = [
+            (attend, width),
+            (keys, width),
+            (keys, width),
+            (width, attend),
+            (middle, width),
+            (middle, width),
+            (width, middle),
+        ]
+        self.layers = [[matrix(*shape) for shape in shapes] for _ in range(fields.num_hidden_layers)]
+        self.parameters = [self.embed, self.enter, self.leave, *(w for layer in self.layers for w in layer)]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=True)
+        length = batch.ids_BS.shape[1]
+        angle = torch.arange(length).unsqueeze(1) * 1e4 ** (-torch.arange(self.size // 2) / (self.size // 2))
+        self.cos, self.sin = angle.cos().to(model.device), angle.sin().to(model.device)
+        self.decode = self._decode
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * self.cos - b * self.sin, a * self.sin + b * self.cos], -1).to(x.dtype)
+
+    def _decode(self, h: Tensor) -> Tensor:
+        rows, length, width = h.shape
+        for q, k, v, o, gate, up, down in self.layers:
+            n = F.rms_norm(h, (width,))
+            split = [F.linear(n, w).view(rows, length, -1, self.size).transpose(1, 2) for w in (q, k, v)]
+            query, key = (self._rotate(F.rms_norm(part, (self.size,))) for part in split[:2])
+            mixed = self._attend(query, key, split[2])
+            h = h + F.linear(mixed.to(n.dtype).transpose(1, 2).reshape(rows, length, -1), o)
+            n = F.rms_norm(h, (width,))
+            h = h + F.linear(F.silu(F.linear(n, gate)) * F.linear(n, up), down)
+        return F.rms_norm(h, (width,))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention by the means that mmgen takes: on a CPU two products where compiled, else fp32."""
+        groups = self.heads // self.kv_heads
+        if query.device.type != "cpu":
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1)
+        if not (self.bf16 and torch.compiler.is_compiling()):
+            parts = (query.float(), key.float(), value.float())
+            return F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=groups > 1)
+        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+        future = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
+        scores = ((query @ key.mT).float() * self.size**-0.5).masked_fill(future, -torch.inf)
+        return torch.softmax(scores, -1).to(value.dtype) @ value
+
+    def step(self) -> None:
+        """Forward, backward and AdamW."""
+        batch = self.batch
+        with torch.autocast(batch.ids_BS.device.type, torch.bfloat16, enabled=self.bf16):
+            h = F.embedding(batch.ids_BS, self.embed).flatten(0, 1)
+            h = h.index_add(0, batch.at_I, F.linear(batch.x_IP, self.enter).to(h.dtype)).view(*batch.ids_BS.shape, -1)
+            flat = self.decode(h).flatten(0, 1)
+            scores = F.linear(flat[batch.label_at_L], self.embed)
+            patches = F.linear(flat[batch.at_I], self.leave)
+        loss = F.cross_entropy(scores.float(), batch.label_BS.flatten()[batch.label_at_L])
+        (loss + F.mse_loss(patches.float(), batch.x_IP)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def product_step(config: Config, model: MMGenModel, batch: Batch, bf16: bool) -> Step:
+    """What the trainer does with a batch: forward, joint loss, backward, clipping, AdamW with averaged weights."""
+    optimizer = build_optimizer(model, config.train)
+    model.train()
+
+    def step() -> None:
+        with torch.autocast(batch.ids_BS.device.type, torch.bfloat16, enabled=bf16):
+            losses = model(batch)
+        text, image = losses.text / max(1, losses.text_count), losses.image / max(1, losses.image_count)
+        loss = text + config.objective.lambda_image * image
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def bench_step(config: Config, rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Median time of each kind of step and its ratio to the floor; every round times all of them once.
+
+    Raises:
+        ValueError: the configuration names shards or a tokenizer that do not exist.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.run.seed)
+    shards = config.data.val or config.data.train
+    config = override(config, {"data": {"train": shards}, "train": {"micro_rows": None}})
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    config = settled(config, tokenizer)
+    corpus = Corpus(config.data.train, tokenizer, config)
+    source = corpus.plan.rows(Position())
+    rows = [next(source) for _ in range(config.train.batch_rows)]
+    batch = corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0]
+    batch = encoded(batch, build_patcher(config.model.patcher, device)).to(device)
+    bf16 = uses_bf16(config)
+    steps: dict[str, Step] = {}
+    for compiled in (False, True) if can_compile(device) else (False,):
+        model = build_model(config, len(tokenizer)).to(device)
+        if compiled:
+            model.compile_backbone()
+        name = "_compiled" if compiled else ""
+        steps[f"step{name}"] = product_step(config, model, batch, bf16)
+        if not compiled:
+            steps["step"]()  # the peak is that of this step, before anything else is built
+            peak = peak_memory(device)
+        floor = Floor(model, batch, bf16)
+        if compiled:
+            floor.decode = torch.compile(floor._decode)
+        steps[f"floor{name}"] = floor.step
+    for name, step in steps.items():
+        began = time.perf_counter()
+        step()
+        tell(f"{name}: first call {time.perf_counter() - began:.1f} s")
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            _wait(device)
+            began = time.perf_counter()
+            step()
+            _wait(device)
+            times[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    result: dict[str, Any] = {f"{name}_seconds": value for name, value in medians.items()}
+    result["ratio_to_floor"] = medians["step"] / medians["floor"]
+    if "step_compiled" in medians:
+        result["ratio_to_floor_compiled"] = medians["step_compiled"] / medians["floor_compiled"]
+    result |= {
+        "peak_memory_bytes": peak,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "positions": batch.ids_BS.numel(),
+        "bf16": bf16,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+    }
+    return result
+
+
+def bench_samplers(rounds: int) -> dict[str, Any]:
+    """What each sampler adds to its network's calls, as a share of their time: medians of interleaved rounds.
+
+    The network is two dozen products that take some milliseconds, on rows of 64 numbers, an eighth of its width. The
+    clock runs around its calls and around the whole solution, so that what else the machine does disturbs both alike.
+    """
+    sizes = [64, *[512] * 23, 64]
+    weights = [torch.randn(into, out) / into**0.5 for into, out in pairwise(sizes)]
+    z, times = torch.randn(64, 64), uniform_grid(20)
+    samplers = [name for name in SOLVERS if name not in ("langevin", "annealed_langevin")]
+    calls: list[float] = []
+
+    def network(z: Tensor, t: Tensor) -> Tensor:
+        began = time.perf_counter()
+        for weight in weights:
+            z = torch.tanh(z @ weight + t)
+        calls.append(time.perf_counter() - began)
+        return z
+
+    shares: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(rounds + 1):
+        for name in samplers:
+            first, began = len(calls), time.perf_counter()
+            solve(build_solver(name, z, times, LinearPath()), network)
+            shares[name].append((time.perf_counter() - began) / sum(calls[first:]) - 1)
+    result: dict[str, Any] = {f"overhead_{name}": statistics.median(values[1:]) for name, values in shares.items()}
+    return result | {
+        "network_call_seconds": statistics.median(calls), "threads": torch.get_num_threads(), "rounds": rounds,
+    }  # fmt: skip
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory of the device, or of this process on a CPU, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

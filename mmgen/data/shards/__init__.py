@@ -1,0 +1,1 @@
+"""WebDataset shards: archives, stores, samples and indexes."""

@@ -1,0 +1,1 @@
+"""What the `mmgen data` commands do."""

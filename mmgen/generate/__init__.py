@@ -1,0 +1,1 @@
+"""Generation: a state machine per request over one batched backbone."""

@@ -1,0 +1,1 @@
+"""Images of any origin as rows of patches, and back."""

@@ -1,0 +1,120 @@
+"""What both objectives share: the flow that is learned, and how a sampler is driven with guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import torch
+from torch import Tensor
+
+from mmgen.config import ObjectiveConfig, SampleConfig, choose
+from mmgen.flow.field import clipped
+from mmgen.flow.guide import classifier_free
+from mmgen.flow.loss import WEIGHT_SPACES, WEIGHTS, flow_loss
+from mmgen.flow.path import Path
+from mmgen.flow.schedule import PATHS, ScaledNoise
+from mmgen.flow.solvers import SOLVERS, Noise, build_solver
+from mmgen.flow.time import shifted_grid
+from mmgen.objective.interface import Given
+
+Question = tuple[Tensor, Tensor, Tensor | None]
+"""z, t, and the clean estimate that the previous answer implied."""
+
+
+class ImageFlow:
+    """Path, prediction, loss space and weight of a run, as a loss and as a sampler.
+
+    Raises:
+        ValueError: a name is unknown, or settings do not fit each other.
+    """
+
+    def __init__(self, settings: ObjectiveConfig) -> None:
+        self.settings = settings
+        self.path = build_path(settings)
+        self.weight = None
+        if settings.weight is not None:
+            self.weight = choose(WEIGHTS, settings.weight, "objective.weight")
+            space = WEIGHT_SPACES.get(settings.weight, settings.loss_space)
+            if space != settings.loss_space:
+                raise ValueError(
+                    f"objective.weight '{settings.weight}' is made for an error measured in {space}, but "
+                    f"objective.loss_space is {settings.loss_space}: set it to {space}"
+                )
+
+    def loss(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Loss of each patch [...] from outputs, clean patches and noise [..., P] and times [...]."""
+        kinds = (self.settings.prediction, self.settings.loss_space)
+        with torch.autocast(output.device.type, enabled=False):
+            return flow_loss(self.path, output.to(x.dtype), x, eps, t, *kinds, self.settings.clip, self.weight)
+
+    def draw(
+        self,
+        sample: SampleConfig,
+        eps: Tensor,
+        noise: Noise,
+        scale: float,
+        given: Given | None = None,
+        previews: bool = False,
+    ) -> Generator[Question, Sequence[Tensor], Tensor]:
+        """A generator that yields (z, t, preview), is sent the network's outputs, and returns clean patches.
+
+        `eps` [R, n, P] is the noise that it starts from. Outputs are one tensor per guidance lane, conditional
+        first; `scale` is the guidance scale. Patches in `given` keep their clean estimate throughout, so the
+        others are drawn beside them (the conditional flow of in-painting, Song et al. 2020, appendix I.2, with the
+        estimate replaced where theirs replaces z).
+
+        Raises:
+            ValueError: the sampler is unknown, draws nothing, or adds no noise that a temperature could scale.
+        """
+        times = shifted_grid(sample.steps, sample.time_shift)
+        clip = self.path.smallest_level(times)
+        kind = choose(SOLVERS, sample.solver, "sample.solver")
+        if not kind.from_noise:
+            raise ValueError(f"sample.solver '{sample.solver}' corrects at one time and draws nothing: choose another")
+        heat = sample.noise_temperature
+        if heat != 1 and not kind.stochastic:
+            raise ValueError(
+                f"sample.noise_temperature {heat} scales the noise that a sampler adds, and '{sample.solver}' adds "
+                "none: set sample.solver to euler_maruyama, ancestral or ddim with eta, or the temperature to 1"
+            )
+
+        def heated(like: Tensor) -> Tensor:
+            return heat * noise(like)
+
+        start = eps * self.path.sigma(times[0]).to(eps.dtype)
+        solver = build_solver(sample.solver, start, times, self.path, heated, **sample.solver_options)
+        guidance = (sample.guidance_interval, sample.guidance_rescale, sample.guidance_renorm)
+        preview = None
+        try:
+            z, t = next(solver)
+            while True:
+                outputs = yield z, t, preview
+                v = [self.path.convert(self.settings.prediction, "v", out.to(z.dtype), z, t, clip) for out in outputs]
+                guided = classifier_free(v[0], v[1], t, scale, *guidance) if v[1:] else v[0]
+                answer = clipped(self.path, guided, z, t, kind.asks, clip, sample.clean_range)
+                if given is not None:
+                    known = self.path.convert("x", kind.asks, given.x_RNP, z, t, clip)
+                    answer = torch.where(given.mask_RN.unsqueeze(-1), known, answer)
+                preview = self.path.convert(kind.asks, "x", answer, z, t, clip) if previews else None
+                z, t = solver.send(answer)
+        except StopIteration as stop:
+            clean: Tensor = stop.value
+            return clean if given is None else torch.where(given.mask_RN.unsqueeze(-1), given.x_RNP, clean)
+
+
+def build_path(settings: ObjectiveConfig) -> Path:
+    """The path that `objective.path` names.
+
+    Raises:
+        ValueError: an unknown path or argument, or a velocity that the path cannot give.
+    """
+    try:
+        path: Path = choose(PATHS, settings.path, "objective.path")(**settings.path_options)
+    except TypeError as error:
+        raise ValueError(f"objective.path_options of '{settings.path}': {error}") from None
+    if "v" in (settings.prediction, settings.loss_space) and path.singular.get("v"):
+        raise ValueError(
+            f"the velocity of objective.path '{settings.path}' diverges at the data: set objective.prediction and "
+            "objective.loss_space to x, eps or v_sh, or take the cosine path"
+        )
+    return path if settings.noise_scale == 1 else ScaledNoise(path, settings.noise_scale)

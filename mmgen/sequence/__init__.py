@@ -1,0 +1,1 @@
+"""Documents, packed rows and the attention rule."""

@@ -1,0 +1,152 @@
+"""Documents to packed rows, and the attention rule.
+
+A document is an ordered list of text and image segments. Written out it is BOS segments EOS, an image being
+BOI size patches EOI, where `patches` is one block per copy of the image. Rows hold whole documents.
+
+Suffixes: B rows, S positions, I patches in the batch, M images in the batch, N patches of one image, P patch length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmgen.image.patch import Floats, Grid, raster
+from mmgen.sequence.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Block:
+    """One copy of an image in a row."""
+
+    order_N: NDArray[np.int64]
+    """Raster index of the patch at each place."""
+    draws: dict[str, NDArray[np.float32]]
+    """What the objective drew for the patches, first axis N in the order of the places (t, eps, masks...)."""
+    bidirectional: bool = True
+    """Patches of the block see each other both ways."""
+    noised: bool = False
+    """Positions outside the block never see it."""
+    loss: bool | NDArray[np.bool_] = True
+    """Its patches are learned; [N] where only some are."""
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """Token ids of one stretch of text."""
+
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class ImageSegment:
+    """One image: its patch rows in raster order, its grid and the blocks it becomes."""
+
+    x_NP: Floats
+    grid: Grid
+    blocks: Sequence[Block]
+
+
+Document = Sequence[TextSegment | ImageSegment]
+
+
+@dataclass
+class Strip:
+    """A stretch of one written document: per position lists, and the patches that stand in it."""
+
+    ids: list[int] = field(default_factory=list)
+    position: list[int] = field(default_factory=list)
+    block: list[int] = field(default_factory=list)
+    bidirectional: list[bool] = field(default_factory=list)
+    noised: list[bool] = field(default_factory=list)
+    patches: list[tuple[int, Floats, NDArray[np.int64], Block]] = field(default_factory=list)
+    """(offset, x_NP and (row, column) in the order of the places, block) of each block."""
+    openings: list[tuple[int, tuple[int, int]]] = field(default_factory=list)
+    """(offset of the size token, place of the first patch generated) of each image."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Writer:
+    """Writes one document position by position; `take` hands over what was written since the last call.
+
+    Training writes whole documents; the decoder writes what it has just generated. Both therefore number
+    positions and blocks by the same code.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.position = 0
+        """Position of what is written next."""
+        self._strip = Strip()
+        self._blocks = 0
+
+    def tokens(self, ids: Sequence[int]) -> None:
+        """Append tokens; each counts one position up."""
+        n = len(ids)
+        self._append(list(ids), list(range(self.position, self.position + n)), -1, False, False)
+        self.position += n
+
+    def open_image(self, grid: Grid, first: tuple[int, int] = (0, 0)) -> None:
+        """Append BOI and the size token."""
+        self.tokens([self.tokenizer.boi])
+        self.size(grid, first)
+
+    def size(self, grid: Grid, first: tuple[int, int] = (0, 0)) -> None:
+        """Append the size token; `first` is the place of the patch that is generated first."""
+        if grid not in self.tokenizer.size:
+            declared = ", ".join(f"{rows}x{columns}" for rows, columns in self.tokenizer.size)
+            raise ValueError(f"patch grid {grid[0]}x{grid[1]} was never declared (declared: {declared})")
+        self.tokens([self.tokenizer.size[grid]])
+        self._strip.openings.append((len(self._strip) - 1, first))
+
+    def patches(self, x_NP: Floats, grid: Grid, blocks: Sequence[Block]) -> None:
+        """Append the blocks of an image; all of them share one position."""
+        places = raster(grid)
+        for block in blocks:
+            n = len(block.order_N)
+            here = (len(self._strip), x_NP[block.order_N], places[block.order_N], block)
+            self._strip.patches.append(here)
+            ids, position = [self.tokenizer.pad] * n, [self.position] * n
+            self._append(ids, position, self._blocks, block.bidirectional, block.noised)
+            self._blocks += 1
+        self.position += 1
+
+    def close_image(self) -> None:
+        """Append EOI."""
+        self.tokens([self.tokenizer.eoi])
+
+    def document(self, document: Document) -> Strip:
+        """Write BOS, all segments and EOS, and take the result."""
+        self.tokens([self.tokenizer.bos])
+        for segment in document:
+            self.segment(segment)
+        self.tokens([self.tokenizer.eos])
+        return self.take()
+
+    def segment(self, segment: TextSegment | ImageSegment) -> None:
+        """Append one whole segment."""
+        if isinstance(segment, TextSegment):
+            self.tokens(segment.ids)
+        else:
+            row, column = raster(segment.grid)[segment.blocks[-1].order_N[0]]
+            self.open_image(segment.grid, (int(row), int(column)))
+            self.patches(segment.x_NP, segment.grid, segment.blocks)
+            self.close_image()
+
+    def take(self) -> Strip:
+        """What was written since the last `take`."""
+        strip, self._strip = self._strip, Strip()
+        return strip
+
+    def _append(self, ids: list[int], position: list[int], block: int, bidirectional: bool, noised: bool) -> None:
+        n = len(ids)
+        self._strip.ids += ids
+        self._strip.position += position
+        self._strip.block += [block] * n
+        self._strip.bidirectional += [bidirectional] * n
+        self._strip.noised += [noised] * n

@@ -1,0 +1,256 @@
+"""Reading checkpoints: which one to continue from, whether it is whole and fits, and its model.
+
+A checkpoint folder holds config.json (the model), tokenizer.json, trainer.json (step, data position, settings), one
+state-RANK.safetensors per process with named fragments (`fragments.py`), and manifest.json with the SHA-256 of each
+file. `saver.py` writes it. Nothing in it is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from mmgen.config import Config
+from mmgen.data.order import Cursors, Position
+from mmgen.model import MMGenConfig, MMGenModel
+from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train.checkpoint.fragments import Store
+from mmgen.train.checkpoint.write import sha256
+from mmgen.train.engine import Engine
+from mmgen.train.optimizer import EMA
+from mmgen.train.ranks import Ranks
+
+
+def latest(run: Path) -> Path | None:
+    """The checkpoint that `latest` names, else the newest one of a run folder; None where there is none."""
+    found = candidates(run)
+    return found[0] if found else None
+
+
+def candidates(run: Path) -> list[Path]:
+    """All checkpoints of a run, in the order in which they should be tried: `latest`, then from new to old."""
+    link = run / "checkpoints" / "latest"
+    steps = sorted(link.parent.glob("step-*"), key=_number, reverse=True)
+    first = [link.resolve()] if link.exists() else []
+    return first + [path for path in steps if path.resolve() not in first]
+
+
+def newest_good(
+    run: Path, say: Callable[[str], None] | None = None, ranks: Ranks | None = None
+) -> tuple[Path, dict[str, Any]] | None:
+    """The first candidate that is whole, with its trainer record; every rank checks a share of the files.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged; starting anew would overwrite the run.
+    """
+    ranks = ranks or Ranks()
+    found = ranks.gather_objects(candidates(run))[0]
+    problems = []
+    for folder in found:
+        try:
+            trainer, problem = read_trainer(folder, ranks.rank, ranks.world), ""
+        except ValueError as error:
+            trainer, problem = {}, str(error)
+        told = [text for text in ranks.gather_objects(problem) if text]
+        if not told:
+            return folder, trainer
+        problems.append(told[0])
+        (say or ranks.say)(f"{told[0]}; trying an older one")
+    if problems:
+        raise ValueError(f"no checkpoint of {run} is whole: {problems[0]}. Choose another run.dir to start anew")
+    return None
+
+
+def clean(run: Path) -> None:
+    """Remove what a killed save left behind."""
+    for path in (run / "checkpoints").glob(".*.tmp"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def read_trainer(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """Verify files against the manifest (the share of `rank`) and return trainer.json.
+
+    Raises:
+        ValueError: a file is missing or damaged; the message names it.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not a checkpoint of mmgen ({error})") from None
+    for name, digest in sorted(manifest.items())[rank::world]:
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise ValueError(f"checkpoint file {folder / name} is missing or damaged")
+    try:
+        trainer: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'trainer.json'} cannot be read ({error})") from None
+    return trainer
+
+
+def check_same_run(trainer: dict[str, Any], config: Config, tokenizer: Tokenizer, folder: Path) -> None:
+    """Raise ValueError where the tokenizer, or settings that shape weights or data order, are not the checkpoint's."""
+
+    def shape(settings: dict[str, Any]) -> dict[str, Any]:
+        data = {k: v for k, v in settings["data"].items() if k not in ("workers", "max_bad_fraction", "val")}
+        train = {"batch_rows": settings["train"]["batch_rows"]}
+        seed = {"seed": settings["run"]["seed"]}
+        return {
+            "run": seed,
+            "data": data,
+            "model": settings["model"],
+            "objective": settings["objective"],
+            "train": train,
+        }
+
+    _refuse(differences(shape(config.model_dump(mode="json")), shape(_settings(trainer, folder))), folder)
+    if Tokenizer.load(folder / "tokenizer.json", config.model.patcher.grids) != tokenizer:
+        raise ValueError(
+            f"{config.data.tokenizer} is not the tokenizer of the checkpoint {folder}: its ids would mean other words. "
+            f"Copy {folder / 'tokenizer.json'} back, or choose another run.dir to start a new run"
+        )
+
+
+def check_same_data(trainer: dict[str, Any], fingerprint: str, folder: Path) -> None:
+    """Raise ValueError where the training shards are not the checkpoint's: the order of documents rests on them."""
+    if trainer.get("data", "") not in ("", fingerprint):
+        raise ValueError(
+            f"the training shards are not those of the checkpoint {folder}: names or contents changed, and with them "
+            "the order of documents. Put them back, or start a new run from its weights (train.init_from)"
+        )
+
+
+def check_same_model(trainer: dict[str, Any], config: Config, folder: Path) -> None:
+    """Raise ValueError where the model or the objective that is asked for is not the checkpoint's."""
+
+    def shape(settings: dict[str, Any]) -> dict[str, Any]:
+        return {name: settings[name] for name in ("model", "objective")}
+
+    _refuse(differences(shape(config.model_dump(mode="json")), shape(_settings(trainer, folder))), folder)
+
+
+def _settings(trainer: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings stored with a checkpoint; those that are younger than it have their defaults."""
+    try:
+        return Config.model_validate(trainer["config"]).model_dump(mode="json")
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+        raise ValueError(
+            f"the checkpoint {folder} was written with settings that this version does not know: {fields}"
+        ) from None
+
+
+def _refuse(changed: list[str], folder: Path) -> None:
+    if changed:
+        raise ValueError(
+            f"the checkpoint {folder} belongs to another configuration: {'; '.join(changed)}. "
+            "Restore these settings, or choose another run.dir to start a new run"
+        )
+
+
+def restore(folder: Path, engine: Engine, trainer: dict[str, Any]) -> None:
+    """Load weights, moments, averages and buffers into an engine.
+
+    Each rank reads what overlaps its own fragments; who wrote them, and under which stage, does not matter.
+
+    Raises:
+        ValueError: the checkpoint lacks some of the weights.
+    """
+    store = Store(folder)
+    kinds = store.kinds()
+    if "exp_avg" in kinds:
+        engine.create_state(trainer["optimizer_steps"])
+    states = engine.optimizer.state
+    with torch.no_grad():
+        for fragment in engine.fragments:
+            held = {kind: t for kind, t in states.get(fragment.flat, {}).items() if kind in kinds}
+            for kind, tensor in {**held, "weight": fragment.flat}.items():
+                if kind == "weight" or store.numel(kind, fragment.name):
+                    read = store.read(kind, fragment.name, fragment.start, fragment.numel)
+                    fragment.of(tensor).copy_(read)
+        for name, buffer in engine.model.named_buffers():
+            if name in store.names("buffer"):
+                buffer.copy_(store.whole("buffer", name))
+    engine.refresh()
+
+
+def restore_random(folder: Path, ranks: Ranks, step: int) -> None:
+    """Let this rank's random numbers go on; another number of ranks than before gets new ones, fixed by the step."""
+    store = Store(folder)
+    if len(store.names("rng")) == ranks.world:
+        torch.set_rng_state(store.whole("rng", str(ranks.rank)))
+        if torch.cuda.is_available() and store.names("rng_cuda"):
+            torch.cuda.set_rng_state(store.whole("rng_cuda", str(ranks.rank)))
+    else:
+        torch.manual_seed(hash((step, ranks.rank)) % 2**63)
+
+
+def start_from(folder: Path, engine: Engine) -> list[str]:
+    """Weights of another run's checkpoint (its averaged ones) into a new run; returns the parameters that stay fresh.
+
+    Raises:
+        ValueError: it is no checkpoint, is damaged, or has no parameter of this model.
+    """
+    read_trainer(folder)
+    store = Store(folder)
+    kind = EMA if EMA in store.kinds() else "weight"
+    sizes = {name: max(store.numel(kind, name), store.numel("weight", name)) for name in store.names("weight")}
+    fresh = []
+    for name, p in engine.model.named_parameters():
+        if sizes.get(name) != getattr(p, "ds_numel", p.numel()):
+            fresh.append(name)
+    if len(fresh) == len(list(engine.model.parameters())):
+        raise ValueError(f"train.init_from {folder} has no parameter of this model's names and sizes")
+    with torch.no_grad():
+        for fragment in engine.fragments:
+            if fragment.name not in fresh:
+                chosen = kind if store.numel(kind, fragment.name) else "weight"
+                fragment.of(fragment.flat).copy_(store.read(chosen, fragment.name, fragment.start, fragment.numel))
+    engine.refresh()
+    return fresh
+
+
+def load_model(folder: Path, weights: bool | str = True) -> tuple[MMGenModel, Tokenizer]:
+    """The model and tokenizer of a checkpoint, by default with averaged weights; or with those of another name.
+
+    Raises:
+        ValueError: a file is damaged, or there are no weights of that name.
+    """
+    read_trainer(folder)
+    store = Store(folder)
+    kind = weights if isinstance(weights, str) else EMA if weights else "weight"
+    if kind not in store.kinds() and kind != EMA:
+        known = ", ".join(sorted(k for k in store.kinds() if k.startswith((EMA, "power", "weight"))))
+        raise ValueError(f"checkpoint {folder} has no weights '{kind}' (sample.weights); it has {known}")
+    model = MMGenModel(MMGenConfig.from_pretrained(folder))
+    store.fill(model, kind)
+    return model.eval(), Tokenizer.load(folder / "tokenizer.json", model.patcher.grids)
+
+
+def position_of(trainer: dict[str, Any]) -> Position | Cursors:
+    """Where the checkpoint's run stands in its data."""
+    if "streams" in trainer["position"]:
+        return Cursors.of(trainer["position"])
+    return Position(**trainer["position"])
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """Dotted names under which two nested mappings differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found: list[str] = []
+        for key in sorted({*one, *other}):
+            found += differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return [] if one == other else [f"{prefix} ({one!r} here, {other!r} there)"]

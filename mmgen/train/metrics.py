@@ -1,0 +1,129 @@
+"""What a step cost and gave: loss per range of t, arithmetic against the peak, memory, time that counted."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from bisect import bisect_left
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmgen.data.loader import Step
+from mmgen.model import Losses, MMGenModel
+from mmgen.sequence.batch import Batch
+from mmgen.train.ranks import Ranks
+
+BUCKETS = 5
+"""Equal ranges of t whose image loss is told apart."""
+
+
+def by_time(batch: Batch, losses: Losses) -> Tensor:
+    """[2, BUCKETS]: sums and counts of learned patches' losses per range of t; zero where a patch has several t."""
+    found = torch.zeros(2, BUCKETS, device=losses.image_J.device)
+    t_I = batch.draws.get("t")
+    if t_I is not None and t_I.numel() == len(t_I) > 0:  # one draw per patch
+        bucket = (t_I.flatten()[batch.loss_at_J] * BUCKETS).long().clamp(0, BUCKETS - 1)
+        found[0].index_add_(0, bucket, losses.image_J.float())
+        found[1].index_add_(0, bucket, torch.ones_like(losses.image_J, dtype=torch.float32))
+    return found
+
+
+def time_losses(found: Tensor, prefix: str = "loss") -> dict[str, float]:
+    """Mean image loss per range of t, of those that occurred."""
+    sums, counts = found.tolist()
+    edges = [i / BUCKETS for i in range(BUCKETS + 1)]
+    return {
+        f"{prefix}/image_t{edges[i]:.1f}-{edges[i + 1]:.1f}": sums[i] / counts[i]
+        for i in range(BUCKETS)
+        if counts[i] > 0
+    }
+
+
+def attended_pairs(batch: Batch) -> int:
+    """Pairs of a query and a key that it sees, over all real positions of a batch, from the documents' lengths.
+
+    Causal pairs of each document, and the later half of each bidirectional block. What `foreign_noise` hides
+    is not taken off, so a layout with noised copies is counted a little high.
+    """
+    total = 0
+    for document, block, both in zip(batch.document_BS, batch.block_BS, batch.bidirectional_BS, strict=True):
+        lengths = torch.bincount(document[document >= 0])
+        total += int((lengths * (lengths + 1) // 2).sum())
+        inside = torch.bincount(block[(block >= 0) & both])
+        total += int((inside * (inside - 1) // 2).sum())
+    return total
+
+
+class Arithmetic:
+    """Model FLOPs of a step: 6 per weight used and position, and the attended pairs (Chowdhery et al. 2022, app. B)."""
+
+    def __init__(self, model: MMGenModel) -> None:
+        embedding = model.get_input_embeddings().weight
+        sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+        table = getattr(embedding, "ds_numel", embedding.numel())
+        vocabulary, width = getattr(embedding, "ds_shape", embedding.shape)
+        self.width, self.head = int(width), int(vocabulary * width)
+        self.body: int = sum(size for name, size in sizes.items() if name.startswith("backbone.")) - table
+        self.image: int = sum(sizes.values()) - self.body - table
+        self.layers: int = model.backbone.config.num_hidden_layers
+
+    def flops(self, positions: int, pairs: int, labels: int, patches: int) -> float:
+        """Forward and backward: backbone at every position, head at labels, image projections at patches."""
+        attention: float = 12.0 * self.layers * self.width * pairs
+        return 6.0 * (self.body * positions + self.head * labels + self.image * patches) + attention
+
+
+def step_flops(arithmetic: Arithmetic, step: Step) -> float:
+    """Model FLOPs of this process's share of a step."""
+    pairs = sum(attended_pairs(batch) for batch in step.micro)
+    labels = sum(len(batch.label_at_L) for batch in step.micro)
+    return arithmetic.flops(step.positions, pairs, labels, sum(len(batch.at_I) for batch in step.micro))
+
+
+def measured_peak(device: torch.device, bf16: bool, seconds: float = 0.3) -> float:
+    """FLOP/s of a product of two square matrices: the best of repetitions during `seconds`."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    best, until = 0.0, time.perf_counter() + seconds
+    for i in range(1000):
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if i:
+            best = max(best, 2 * n**3 / (time.perf_counter() - began))
+        if i > 1 and time.perf_counter() > until:
+            break
+    return best
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of the device at their peak, or of this process now on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/statm")
+    if status.exists():
+        return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def slowest(ranks: Ranks, seconds: float) -> tuple[int, float]:
+    """The rank whose own work took longest, and its seconds over the median of all, to 2%.
+
+    The median is read from a histogram over 1e-4 to 1e4 s, so that no message grows with the number of ranks.
+    """
+    decade, lowest = 64, -4
+    shares = [0.0] * (8 * decade)
+    shares[min(max(int((math.log10(max(seconds, 1e-9)) - lowest) * decade), 0), len(shares) - 1)] = 1.0
+    below = list(accumulate(ranks.sums(shares)))
+    median = 10 ** ((bisect_left(below, ranks.world / 2) + 0.5) / decade + lowest)
+    # The longest time in microseconds and its rank in one number, which float64 holds exactly.
+    (longest,) = ranks.maxima([round(seconds * 1e6) * ranks.world + ranks.rank])
+    micro, rank = divmod(int(longest), ranks.world)
+    return rank, micro / 1e6 / median

@@ -1,0 +1,81 @@
+"""What a run shows of itself on the way: validation losses and sample grids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from mmgen.config import Config
+from mmgen.data.loader import Corpus
+from mmgen.data.order import Position
+from mmgen.data.shards.samples import read
+from mmgen.generate.decoder import Decoder, Request
+from mmgen.image import sheet
+from mmgen.image.latent import build_patcher
+from mmgen.model import Losses, MMGenModel
+from mmgen.sequence.batch import Batch, encoded
+from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train import metrics
+from mmgen.train.engine import Engine
+from mmgen.train.ranks import Ranks
+
+SAMPLES = 12
+
+
+@torch.no_grad()
+def held_out(model: MMGenModel, corpus: Corpus, ranks: Ranks) -> Iterator[tuple[Batch, Losses]]:
+    """Each batch of one epoch of a corpus and its losses, with fixed noise; a rank gets its share of every step."""
+    training = model.training
+    model.eval()
+    rows, patcher = corpus.plan.epoch_rows(0), build_patcher(corpus.config.model.patcher, model.device)
+    number = 0
+    while chunk := list(islice(rows, corpus.config.train.batch_rows)):
+        for batch in corpus.step(number, chunk, Position(), ranks.rank, ranks.world).micro:
+            batch = encoded(batch, patcher).to(model.device)
+            yield batch, model(batch)
+        number += 1
+    model.train(training)
+
+
+def validation(model: MMGenModel, corpus: Corpus, ranks: Ranks) -> dict[str, float]:
+    """Losses over one epoch of a corpus with fixed noise, each rank taking a share of every step.
+
+    `val_loss/text` in nats per text target, `val_loss/image` per entry, and that per range of t.
+    """
+    sums = torch.zeros(4, device=model.device)
+    times = torch.zeros(2, metrics.BUCKETS, device=model.device)
+    for batch, losses in held_out(model, corpus, ranks):
+        counts = [losses.text.new_tensor(float(n)) for n in (losses.text_count, losses.image_count)]
+        sums += torch.stack([losses.text, losses.image, *counts])
+        times += metrics.by_time(batch, losses)
+    text, image, texts, images = ranks.total(sums).tolist()
+    found = {"val_loss/text": text / max(texts, 1), "val_loss/image": image / max(images, 1)}
+    return found | metrics.time_losses(ranks.total(times), "val_loss")
+
+
+def sample_prompts(config: Config) -> list[str]:
+    """The first captions of the validation shards: the fixed prompts of a run's sample grids."""
+    if not config.data.val:
+        return []
+    return [sample.caption for sample in islice(read(config.data.val, bad=[]), SAMPLES) if sample.caption]
+
+
+def draw(decoder: Decoder, captions: list[str]) -> Image.Image:
+    """One image per caption, seeds 0, 1, ..., as a grid."""
+    results = decoder.generate([Request([caption], "image", seed) for seed, caption in enumerate(captions)])
+    return sheet.grid([result.images[0] for result in results], captions)
+
+
+def draw_samples(engine: Engine, tokenizer: Tokenizer, config: Config, prompts: list[str], step: int) -> Path:
+    """Draw the sample grid of a step with averaged weights; under stage 3 all ranks must call the model alike."""
+    path = config.run.dir / "samples" / f"step-{step}.png"
+    with engine.averaged(config.sample.weights):
+        if engine.ranks.rank == 0 or config.train.zero_stage == 3:
+            drawn = draw(Decoder(engine.model, tokenizer, config.sample), prompts)
+            if engine.ranks.rank == 0:
+                sheet.save(drawn, path)
+    return path

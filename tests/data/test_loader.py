@@ -1,0 +1,208 @@
+"""Order, randomness and the loader: the same steps for any number of processes and workers, bad input survived."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmgen.config import Config
+from mmgen.config_io import override
+from mmgen.data.loader import Corpus, Step, steps
+from mmgen.data.order import Position, chances, epoch_order, keyed, pack
+from mmgen.data.shards.samples import BadSample, expand, read
+from mmgen.sequence.batch import Batch
+from mmgen.sequence.tokenizer import Tokenizer
+from tests.conftest import pairs, picture, png, write_tar
+
+
+def corpus_of(config: Config) -> Corpus:
+    return Corpus(config.data.train, Tokenizer.load(config.data.tokenizer, config.model.patcher.grids), config)
+
+
+def parts(step: Step) -> list[torch.Tensor]:
+    batch = step.micro[0]
+    return [batch.ids_BS, batch.x_IP, *(batch.draws[name] for name in sorted(batch.draws)), batch.label_BS]
+
+
+def same(a: Step, b: Step) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(parts(a), parts(b), strict=True))
+
+
+def test_workers_and_resume_change_nothing(config: Config) -> None:
+    corpus = corpus_of(config)
+    plain = list(steps(corpus, 0, 9, Position()))
+    for workers in (1, 2):
+        other = Corpus(config.data.train, corpus.tokenizer, override(config, {"data": {"workers": workers}}))
+        assert all(same(a, b) for a, b in zip(plain, steps(other, 0, 9, Position()), strict=True))
+    for at in (1, 4, 7):
+        rest = list(steps(corpus, at, 9, plain[at - 1].after))
+        assert all(same(a, b) for a, b in zip(plain[at:], rest, strict=True))
+    wrong = list(steps(corpus, 4, 9, plain[4].after))
+    assert not same(plain[4], wrong[0]), "an off-by-one resume must show"
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_share_one_global_step(config: Config, world: int) -> None:
+    """Rows of rank r are r, r + W, ...; all ranks together are the single-process step, noise included."""
+    config = override(config, {"train": {"batch_rows": 5}})
+    corpus = corpus_of(config)
+    source = corpus.plan.rows(Position())
+    rows, after = zip(*(next(source) for _ in range(5)), strict=True)
+    whole = corpus.step(7, rows, after[-1]).micro[0]
+    for rank in range(world):
+        mine = corpus.step(7, rows, after[-1], rank, world).micro[0]
+        expected = list(range(rank, 5, world))
+        assert torch.equal(mine.ids_BS[: len(expected)], whole.ids_BS[expected])
+        for place, row in enumerate(expected):
+            assert torch.equal(eps_of(mine, place), eps_of(whole, row))
+        assert (mine.document_BS[len(expected) :] == -1).all(), "missing rows are empty rows"
+
+
+def eps_of(batch: Batch, row: int) -> torch.Tensor:
+    here = batch.at_I // batch.ids_BS.shape[1] == row
+    return torch.cat([batch.draws["eps"][here].flatten(), batch.draws["t"][here]])
+
+
+def test_micro_steps_are_a_cut_of_the_step(config: Config) -> None:
+    whole = next(steps(corpus_of(config), 0, 1, Position())).micro
+    cut = next(steps(corpus_of(override(config, {"train": {"micro_rows": 1}})), 0, 1, Position())).micro
+    assert len(whole) == 1
+    assert len(cut) == 4
+    assert torch.equal(torch.cat([batch.ids_BS for batch in cut]), whole[0].ids_BS)
+    assert torch.equal(torch.cat([batch.draws["eps"] for batch in cut]), whole[0].draws["eps"])
+
+
+def test_an_epoch_holds_each_sample_once(config: Config) -> None:
+    corpus = corpus_of(config)
+    for epoch in (0, 1):
+        seen = Counter(document.index for row in corpus.plan.epoch_rows(epoch) for document in row)
+        assert seen == Counter(range(40))
+    assert not np.array_equal(epoch_order(40, 3, 0), epoch_order(40, 3, 1))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=60))
+def test_packing(lengths: list[int]) -> None:
+    rows = pack(lengths, 20)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 20 for row in rows)
+    assert len(rows) <= max(1, 2 * -(-sum(lengths) // 20)), "best fit uses less than twice the optimum"
+
+
+def test_forms_have_their_shares(config: Config) -> None:
+    corpus = corpus_of(config)
+    forms = Counter(corpus.form(epoch, index) for epoch in range(200) for index in range(40))
+    total = sum(forms.values())
+    assert abs(forms["image first"] / total - 0.2) < 0.02
+    assert abs(forms["caption dropped"] / total - 0.08) < 0.01
+    assert corpus.form(3, 5) == corpus.form(3, 5)
+
+
+def test_randomness_is_keyed() -> None:
+    assert keyed(1, "a").random() == keyed(1, "a").random()
+    assert keyed(1, "a").random() != keyed(1, "b").random()
+    assert keyed("ab", "c").random() != keyed("a", "bc").random()
+    draws = np.array([chances(i, "x") for i in range(4000)])
+    assert np.abs(draws.mean(0) - 0.5).max() < 0.02
+    assert np.abs(np.corrcoef(draws.T)[0, 1]) < 0.05
+
+
+def test_capped_time_only_where_text_follows(config: Config) -> None:
+    """A dropped caption leaves no text: the unconditional branch must see every t."""
+    config = override(config, {"objective": {"time": {"stratified": False}}})
+    corpus = corpus_of(config)
+    seen: dict[str, list[float]] = {}
+    for epoch in range(12):
+        for row in corpus.plan.epoch_rows(epoch):
+            for document in row:
+                strip = corpus.write(document, None)
+                seen.setdefault(corpus.form(epoch, document.index), []).append(float(strip.patches[0][3].draws["t"][0]))
+    assert min(seen["image first"]) >= 0.5
+    assert min(seen["caption first"]) < 0.1
+    assert min(seen["caption dropped"]) < 0.3
+
+
+def test_a_shard_of_webdatasets_own_writer(config: Config, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with (tmp_path / "theirs.tar").open("wb") as file, webdataset.TarWriter(file) as sink:
+        sink.write({"__key__": "a", "jpg": np.asarray(picture(rng)), "txt": "a jpeg"})
+        sink.write({"__key__": "b", "png": np.asarray(picture(rng)), "json": {"caption": "a png"}, "cls": 3})
+        sink.write({"__key__": "c", "txt": "only text"})
+    corpus = corpus_of(override(config, {"data": {"train": [str(tmp_path / "theirs.tar")]}}))
+    assert [sample.caption for sample in corpus.samples] == ["a jpeg", "a png", "only text"]
+    assert [corpus.has_image(i) for i in range(3)] == [True, True, False]
+    assert next(steps(corpus, 0, 1, Position())).images > 0
+
+
+def test_a_corrupt_image_leaves_its_slot_empty(config: Config, tmp_path: Path) -> None:
+    """Everything else in the step stays where it was, and the loss is logged with its reason."""
+    one = override(config, {"model": {"patcher": {"image_sizes": [[4, 4]]}}})
+    good = pairs(12)
+    bad = {**good, "0005.png": good["0005.png"][:60]}
+    both = []
+    for name, members in (("good", good), ("bad", bad)):
+        folder = tmp_path / name
+        folder.mkdir()
+        shard = write_tar(folder / "train.tar", members)
+        both.append(list(steps(corpus_of(override(one, {"data": {"train": [str(shard)]}})), 0, 3, Position())))
+    reasons = [item for step in both[1] for item in step.bad]
+    assert reasons
+    assert reasons[0]["key"] == "0005"
+    assert "image cannot be decoded" in reasons[0]["reason"]
+    for whole, holed in zip(*both, strict=True):
+        a, b = whole.micro[0], holed.micro[0]
+        kept = b.document_BS >= 0
+        assert torch.equal(a.ids_BS[kept], b.ids_BS[kept])
+        if holed.bad:
+            assert kept.sum() < (a.document_BS >= 0).sum()
+
+
+def test_bad_groups_are_listed(tmp_path: Path) -> None:
+    members = {
+        "a.json": b"{not json",
+        "b.cls": b"3",
+        "c.txt": b"\xff\xfe",
+        "d.json": b'{"caption": 7}',
+        "e.txt": b"fine",
+    }
+    shard = write_tar(tmp_path / "s.tar", members)
+    bad: list[dict[str, str]] = []
+    assert [sample.key for sample in read([str(shard)], bad)] == ["e"]
+    assert [item["key"] for item in bad] == ["a", "b", "c", "d"]
+    with pytest.raises(BadSample):
+        list(read([str(shard)]))
+
+
+def test_missing_and_truncated_shards_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no-such\.tar does not exist"):
+        expand([str(tmp_path / "no-such.tar")])
+    with pytest.raises(ValueError, match="no shards are given"):
+        expand([])
+    whole = write_tar(tmp_path / "cut.tar", pairs(3)).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:1300])
+    with pytest.raises(ValueError, match=r"cut\.tar cannot be read to its end"):
+        list(read([str(tmp_path / "cut.tar")]))
+
+
+def test_a_caption_longer_than_a_row(config: Config, tmp_path: Path) -> None:
+    members = {**pairs(3), "0001.json": json.dumps({"caption": "long " * 20}).encode()}
+    long = override(config, {"data": {"train": [str(write_tar(tmp_path / "long.tar", members))]}})
+    with pytest.raises(ValueError, match=r"sample long\.tar/0001 needs \d+ positions but data\.row_length is 48"):
+        corpus_of(long)
+    corpus = corpus_of(override(long, {"data": {"overlong": "truncate"}}))
+    assert max(corpus.length(0, i) for i in range(3)) <= 48
+
+
+def test_images_of_other_sizes_are_fitted(config: Config, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    members = {"a.png": png(picture(rng, (40, 40))), "a.txt": b"x", "b.png": png(picture(rng, (90, 60))), "b.txt": b"y"}
+    corpus = corpus_of(override(config, {"data": {"train": [str(write_tar(tmp_path / "big.tar", members))]}}))
+    assert [corpus.dataset.grids_of(i) for i in range(2)] == [[(2, 2)], [(3, 2)]]

@@ -1,0 +1,228 @@
+"""The seam holds what comes next: stand-ins for a raster MAR, a clean-copy layout and a U-Net projection.
+
+Each goes from shards through packing, loss and backward pass to generation. They are defined here, against
+`objective/` alone; nothing else of mmgen is touched.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmgen import objective as objectives
+from mmgen.backbone import attention_mask
+from mmgen.config import Config
+from mmgen.config_io import override
+from mmgen.data.loader import Corpus
+from mmgen.data.order import Position
+from mmgen.flow.solvers import runge_kutta, solve
+from mmgen.generate.decoder import Decoder, Request
+from mmgen.objective import layers
+from mmgen.model import MMGenModel, build_model
+from mmgen.objective import BackboneCall, Drawing, Embedded, ImageObjective, ImageSpec, TransfusionObjective
+from mmgen.objective.layers import PatchProjection, PlaceEmbedding
+from mmgen.sequence.attention import dense_visible
+from mmgen.sequence.batch import Batch, Places
+from mmgen.sequence.document import Block
+from mmgen.sequence.tokenizer import Tokenizer
+
+
+class RasterMAR(ImageObjective):
+    """Next-patch prediction: causal, clean inputs, a small head denoises each patch given the state before it."""
+
+    def __init__(self, settings, patcher, width) -> None:
+        super().__init__(settings, patcher, width)
+        length = patcher.patch_length
+        self.enter, self.place = nn.Linear(length, width), PlaceEmbedding(width)
+        self.head = nn.Sequential(nn.Linear(width + length + 1, width), nn.SiLU(), nn.Linear(width, length))
+
+    @classmethod
+    def layout(cls, settings, site, rng) -> list[Block]:
+        n, draws = site.grid[0] * site.grid[1], 3
+        shape = (n, draws, site.patch_length)
+        noise = {"t": rng.random((n, draws), np.float32), "eps": rng.standard_normal(shape, np.float32)}
+        return [Block(np.arange(n), noise, bidirectional=False)]
+
+    @classmethod
+    def context(cls, settings, grid, patch_length) -> Block:
+        n = grid[0] * grid[1]
+        draws = {"t": np.ones((n, 3), np.float32), "eps": np.zeros((n, 3, patch_length), np.float32)}
+        return Block(np.arange(n), draws, bidirectional=False, loss=False)
+
+    def embed(self, batch: Batch) -> Embedded:
+        ends = torch.ones(len(batch.image_I), dtype=torch.bool)
+        ends[:-1] = batch.image_I[1:] != batch.image_I[:-1]
+        following = self.place(batch.place_I2.roll(-1, 0)) * ~ends.unsqueeze(1)
+        at = torch.cat([batch.at_I, batch.size_at_M])
+        values = torch.cat([self.enter(batch.x_IP) + following, self.place(batch.first_M2)])
+        return Embedded(at, values, batch.at_I[batch.loss_at_J] - 1, batch)
+
+    def _denoise(self, hidden: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return self.head(torch.cat([hidden, z, t], -1))
+
+    def loss(self, hidden_JD: Tensor, state: Batch) -> Tensor:
+        x, eps, t = (a[state.loss_at_J] for a in (state.x_IP, state.draws["eps"], state.draws["t"].unsqueeze(-1)))
+        x = x.unsqueeze(1)
+        hidden = hidden_JD.unsqueeze(1).expand(-1, eps.shape[1], -1)
+        v = self._denoise(hidden, t * x + (1 - t) * eps, t)
+        return (v - (x - eps)).square().mean((1, 2))
+
+    def generate(self, spec: ImageSpec) -> Drawing:
+        hidden_RD, patches = spec.opening_GRD[0], []
+        n = spec.noise_RNP.shape[1]
+        for i in range(n):
+            times = torch.arange(5, dtype=spec.noise_RNP.dtype) / 4
+
+            def velocity(z: Tensor, t: Tensor, hidden: Tensor = hidden_RD) -> Tensor:
+                return self._denoise(hidden, z, t.expand(len(z), 1))
+
+            patches.append(solve(runge_kutta(spec.noise_RNP[:, i], times, scheme="euler"), velocity))
+            if i + 1 < n:
+                place = self.place(torch.tensor(divmod(i + 1, spec.grid[1])))
+                inputs = self.enter(patches[-1]) + place
+                hidden_RD = (yield BackboneCall(inputs.unsqueeze(1), bidirectional=False, keep=True))[0, :, 0]
+        return torch.stack(patches, 1)
+
+
+class CleanCopy(TransfusionObjective):
+    """Transfusion in which later text reads a second, clean copy of the image."""
+
+    @classmethod
+    def layout(cls, settings, site, rng) -> list[Block]:
+        (noised,) = super().layout(settings, site, rng)
+        clean = cls.context(settings, site.grid, site.patch_length)
+        return [Block(noised.order_N, noised.draws, noised.bidirectional, noised=True), clean]
+
+    @classmethod
+    def copies(cls, settings) -> int:
+        return 2
+
+
+class UNetProjection(PatchProjection):
+    """A convolution over each image's patch grid, whose features skip the backbone."""
+
+    def __init__(self, settings, width) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(settings.patch_length, width, 3, padding=1)
+        self.leave = nn.Conv2d(2 * width, settings.patch_length, 3, padding=1)
+
+    def _over_grids(self, layer: nn.Module, rows_IC: Tensor, places: Places) -> Tensor:
+        out = []
+        for image in places.image_I.unique():
+            mine = places.image_I == image
+            height, width = (places.place_I2[mine].amax(0) + 1).tolist()
+            out.append(layer(rows_IC[mine].T.reshape(1, -1, height, width))[0].flatten(1).T)
+        return torch.cat([*out, layer(rows_IC.new_zeros(1, rows_IC.shape[1], 1, 1))[0].flatten(1).T[:0]])
+
+    def encode(self, x_IP, t_I, places):
+        entered = self._over_grids(self.enter, x_IP, places)
+        return entered, entered
+
+    def decode(self, hidden_ID, memory, t_I, places):
+        return self._over_grids(self.leave, torch.cat([hidden_ID, memory], 1), places)
+
+
+def build(config: Config, monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[Config, MMGenModel, Tokenizer]:
+    monkeypatch.setitem(objectives.OBJECTIVES, "raster", RasterMAR)
+    monkeypatch.setitem(objectives.OBJECTIVES, "copy", CleanCopy)
+    monkeypatch.setitem(layers.PROJECTIONS, "unet", UNetProjection)
+    changes = {"unet": {"model": {"patcher": {"projection": "unet"}}}}.get(name, {"objective": {"kind": name}})
+    config = override(config, changes)
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    torch.manual_seed(0)
+    return config, build_model(config, len(tokenizer)), tokenizer
+
+
+@pytest.mark.parametrize("name", ["raster", "copy", "unet", "transfusion"])
+def test_from_shards_to_pictures(config: Config, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    config, model, tokenizer = build(config, monkeypatch, name)
+    corpus = Corpus(config.data.train, tokenizer, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    source = corpus.plan.rows(Position())
+    rows = [next(source) for _ in range(4)]
+    batch = corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0]
+    history = []
+    for _ in range(30):
+        losses = model(batch)
+        image = losses.image / losses.image_count
+        (losses.text / losses.text_count + image).backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(image.item())
+    assert history[-1] < 0.9 * history[0], "the objective learns"
+    decoder = Decoder(model, tokenizer, config.sample)
+    results = decoder.generate([Request(["picture 1"], "image", 1), Request(["picture 2"], "image", 2, (3, 2))])
+    assert [result.images[0].size for result in results] == [(4, 4), (4, 6)]
+    assert decoder.generate([Request([results[0].images[0]], "text")])[0].segments is not None
+
+
+def test_raster_is_causal_and_learns_every_patch(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state that predicts a patch depends on no later patch, and on each earlier one."""
+    config, model, tokenizer = build(config, monkeypatch, "raster")
+    model = model.double().eval()
+    corpus = Corpus(config.data.train, tokenizer, config)
+    row, after = next(corpus.plan.rows(Position()))
+    batch = corpus.step(1, [row], after).micro[0].to("cpu", torch.float64)
+    base = _read(model, batch)
+    image = batch.image_I == batch.image_I[0]
+    for i in torch.nonzero(image).flatten().tolist():
+        moved = Batch(**{**vars(batch), "x_IP": batch.x_IP.clone()})
+        moved.x_IP[i] += 1
+        changed = (_read(model, moved) - base).abs().amax(1) > 1e-12
+        assert not changed[: i + 1].any()
+        assert changed[i + 1 : int(image.sum())].all()
+
+
+def _read(model: MMGenModel, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        inputs, embedded = model.embed(batch)
+        hidden = model.hidden(inputs, batch.position_BS, attention_mask(batch.sites))
+    return hidden.flatten(0, 1)[embedded.read_at_J]
+
+
+def test_raster_generation_equals_one_forward_pass(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cache and one patch per call, the drawn patches are those that the full pass predicts."""
+    config, model, tokenizer = build(config, monkeypatch, "raster")
+    model = model.double().eval()
+    config = override(config, {"sample": {"guidance_scale": 1.0}})
+    decoder = Decoder(model, tokenizer, config.sample)
+    drawn, pictures = [], decoder.patcher.pictures
+    decoder.patcher.pictures = lambda x_RNP, grid: drawn.extend(x_RNP) or pictures(x_RNP, grid)
+    decoder.generate([Request(["abc"], "image", 9)])
+    from mmgen.sequence.batch import collate
+    from mmgen.sequence.document import ImageSegment, TextSegment, Writer
+
+    patch_length = model.patcher.patch_length
+    context = RasterMAR.context(config.objective, (2, 2), patch_length)
+    learned = Block(context.order_N, context.draws, bidirectional=False)
+    text = TextSegment(tokenizer.encode("abc"))
+    strip = Writer(tokenizer).document([text, ImageSegment(drawn[0], (2, 2), [learned])])
+    nothing = RasterMAR.context(config.objective, (0, 0), patch_length)
+    batch = collate([[strip]], len(strip), tokenizer, nothing, patch_length).to("cpu", torch.float64)
+    hidden = _read(model, batch)
+    noise = np.random.Generator(np.random.Philox(key=9)).standard_normal((4, patch_length), np.float32)
+    z, times = torch.from_numpy(noise).double(), torch.arange(5, dtype=torch.float64) / 4
+    with torch.no_grad():
+        again = solve(
+            runge_kutta(z, times, scheme="euler"), lambda z, t: model.objective._denoise(hidden, z, t.expand(4, 1))
+        )
+    np.testing.assert_allclose(drawn[0], again.numpy(), atol=1e-5)
+
+
+def test_a_noised_copy_is_seen_by_nobody_else(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, model, tokenizer = build(config, monkeypatch, "copy")
+    corpus = Corpus(config.data.train, tokenizer, config)
+    row, after = next(corpus.plan.rows(Position()))
+    batch = corpus.step(1, [row], after).micro[0]
+    seen, noised, block = dense_visible(batch.sites)[0], batch.noised_BS[0], batch.block_BS[0]
+    assert noised.any()
+    for k in torch.nonzero(noised).flatten().tolist():
+        assert (block[seen[:, k]] == block[k]).all()
+    # Both copies of an image share their positions and places.
+    first, second = (batch.at_I[batch.image_I == i] for i in (0, 1))
+    assert torch.equal(batch.position_BS.flatten()[first], batch.position_BS.flatten()[second])
+    assert torch.equal(batch.place_I2[batch.image_I == 0], batch.place_I2[batch.image_I == 1])
+    assert torch.equal(batch.loss_at_J, torch.nonzero(noised.flatten()[batch.at_I]).flatten())
