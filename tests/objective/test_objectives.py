@@ -19,9 +19,8 @@ from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.flow.solvers import runge_kutta, solve
 from mmgen.generate.decoder import Decoder, Request
-from mmgen.objective import layers
 from mmgen.model import MMGenModel, build_model
-from mmgen.objective import BackboneCall, Drawing, Embedded, ImageObjective, ImageSpec, TransfusionObjective
+from mmgen.objective import BackboneCall, Drawing, Embedded, ImageObjective, ImageSpec, TransfusionObjective, layers
 from mmgen.objective.layers import PatchProjection, PlaceEmbedding
 from mmgen.sequence.attention import dense_visible
 from mmgen.sequence.batch import Batch, Places
