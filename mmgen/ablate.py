@@ -137,7 +137,7 @@ def _equal(name: str, config: Config, how: str, first: Arm | None) -> Arm:
 
 def parameters(config: Config) -> int:
     """Number of parameters of a configuration's model; nothing is allocated."""
-    vocabulary = len(Tokenizer.load(config.data.tokenizer, config.model.patcher.grids))
+    vocabulary = len(Tokenizer.of(config))
     with torch.device("meta"):
         return sum(p.numel() for p in MMGenModel(MMGenConfig.of(config, vocabulary)).parameters())
 
@@ -167,7 +167,7 @@ def same_parameters(config: Config, wanted: int, name: str) -> Config:
 
 def step_flops(config: Config) -> float:
     """Floating-point operations of one training step, counted by torch on the run's first batch."""
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     config = settled(config, tokenizer)
     corpus = training_corpus(config, tokenizer)
     model = build_model(config, len(tokenizer))

@@ -57,5 +57,5 @@ def _vocabulary(config: Config) -> int:
     """Size of the vocabulary; without a tokenizer file yet, the bytes and special tokens."""
     grids = config.model.patcher.grids
     if Path(config.data.tokenizer).is_file():
-        return len(Tokenizer.load(config.data.tokenizer, grids))
+        return len(Tokenizer.of(config))
     return 256 + len(SPECIAL) + len(grids)

@@ -32,7 +32,7 @@ from mmgen.image.latent import build_patcher
 from mmgen.model import MMGenModel, build_model
 from mmgen.sequence.batch import Batch, encoded
 from mmgen.sequence.tokenizer import Tokenizer
-from mmgen.train.loop import can_compile, uses_bf16
+from mmgen.train.engine import can_compile, uses_bf16
 from mmgen.train.optimizer import build_optimizer
 
 Step = Callable[[], None]
@@ -144,7 +144,7 @@ def bench_step(config: Config, rounds: int, tell: Callable[[str], None]) -> dict
     torch.manual_seed(config.run.seed)
     shards = config.data.val or config.data.train
     config = override(config, {"data": {"train": shards}, "train": {"micro_rows": None}})
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     config = settled(config, tokenizer)
     corpus = Corpus(config.data.train, tokenizer, config)
     source = corpus.plan.rows(Position())

@@ -23,6 +23,7 @@ from mmgen.config_io import load as load_config
 
 if TYPE_CHECKING:
     from mmgen.sequence.tokenizer import Tokenizer
+    from mmgen.train.checkpoint.read import Checkpoint
 
 app = App(name="mmgen", version=__version__, help="Train and use one transformer over text and images.")
 bench = App(name="bench", help="Measure speed against a floor, in one interleaved run.")
@@ -176,9 +177,9 @@ def export(
     """Write a trained run as a Hugging Face folder, with the weights that `sample.weights` names."""
     from mmgen.train.checkpoint.export import export as write
 
-    found, trainer = newest(config)
-    write(config.run.dir, found, out, config.sample.weights)
-    show({"folder": str(out), "step": trainer["step"], "weights": config.sample.weights}, as_json)
+    found = newest(config)
+    write(config.run.dir, found.folder, out, config.sample.weights)
+    show({"folder": str(out), "step": found.state.step, "weights": config.sample.weights}, as_json)
     return 0
 
 
@@ -349,7 +350,7 @@ def chosen_data(shards: tuple[str, ...], config: Config) -> tuple[list[str | Sou
     from mmgen.sequence.tokenizer import Tokenizer
 
     patterns: list[str | SourceConfig] = [*shards] or [*config.data.train, *config.data.val]
-    return patterns, Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    return patterns, Tokenizer.of(config)
 
 
 @lab.command(name="list")
@@ -411,21 +412,21 @@ def load(config: Config) -> Any:
 
     from mmgen.train.checkpoint import read as checkpoint
 
-    found, trainer = newest(config)
-    model, tokenizer = checkpoint.load_model(found, config.sample.weights)
+    found = newest(config)
+    model, tokenizer = checkpoint.load_model(found.folder, config.sample.weights)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return model.to(device), tokenizer, trainer
+    return model.to(device), tokenizer, found.state
 
 
-def newest(config: Config) -> tuple[Path, dict[str, Any]]:
-    """The newest whole checkpoint of a run and its record; its model must be the one of the settings."""
+def newest(config: Config) -> Checkpoint:
+    """The newest whole checkpoint of a run; its model must be the one of the settings."""
     from mmgen.data.latents import settled
     from mmgen.train.checkpoint import read as checkpoint
 
     found = checkpoint.newest_good(config.run.dir, tell)
     if found is None:
         raise FileNotFoundError(f"{config.run.dir} holds no checkpoint: train it first with `mmgen train --config ...`")
-    checkpoint.check_same_model(found[1], settled(config, None, found[1]), found[0])
+    checkpoint.check_same_model(found, settled(config, None, found.state.config))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -23,10 +23,10 @@ IMAGES = 512
 """Images whose latents are measured."""
 
 
-def settled(config: Config, tokenizer: Tokenizer | None, trainer: dict[str, Any] | None = None) -> Config:
+def settled(config: Config, tokenizer: Tokenizer | None, stored: Mapping[str, Any] | None = None) -> Config:
     """The configuration with fingerprint and normalisation of its autoencoder filled in where they are left out.
 
-    They are those of a checkpoint's record `trainer`, where there is one. For a new run the weights are read, and mean
+    They are those of a checkpoint's settings `stored`, where there is one. For a new run the weights are read, and mean
     and standard deviation per channel come from the autoencoder's configuration or, where it has none, from the first
     images that the run will see.
 
@@ -36,9 +36,9 @@ def settled(config: Config, tokenizer: Tokenizer | None, trainer: dict[str, Any]
     vae = config.model.patcher.vae
     if not config.model.patcher.latent or (vae.fingerprint and vae.mean and vae.std):
         return config
-    if trainer is not None:
-        stored = trainer["config"]["model"]["patcher"].get("vae") or {}
-        facts = {name: stored.get(name) for name in ("fingerprint", "mean", "std")}
+    if stored is not None:
+        before = stored["model"]["patcher"].get("vae") or {}
+        facts = {name: before.get(name) for name in ("fingerprint", "mean", "std")}
     else:
         patcher = LatentPatcher(config.model.patcher, device())
         statistics = patcher.autoencoder.statistics

@@ -81,7 +81,7 @@ def _check_variant(
     )
     head = config.objective.head.model_copy(update={"kind": "flow"})
     objective = config.objective.model_copy(update={"bidirectional": None, "head": head, **change})
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     model = _awake(config.model_copy(update={"objective": objective}), tokenizer)
     requests = _requests(config)
     recorders: list[Recorder] = []

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, quarantine.jsonl and a progress line."""
+"""A run's records: metrics.jsonl, TensorBoard, quarantine.jsonl and a progress line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mmgen.config import Config
 
 
 class Log:
-    """Writes a run's records. On resume, lines past the checkpoint are dropped, so no step is told twice."""
+    """Writes a run's records. On resume, lines past the checkpoint are dropped, so that no step has two."""
 
     def __init__(self, config: Config, first: int, main: bool = True) -> None:
         settings, run = config.train, config.run.dir
@@ -84,7 +85,7 @@ class Log:
             self.say(f"skipped {len(fresh)} bad sample(s), first {first['shard']}/{first['key']}: {first['reason']}")
         return len(self._quarantined)
 
-    def event(self, file: str, record: dict[str, Any]) -> None:
+    def event(self, file: str, record: Mapping[str, object]) -> None:
         """Append a rare record to a file of its own."""
         if self.main:
             with (self.run / file).open("a") as opened:
@@ -121,14 +122,12 @@ def _tracker(name: str, config: Config) -> Any:
     return package.init(project="mmgen", name=config.run.dir.name, config=settings, resume=resume)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    records = []
+def _lines(path: Path) -> Iterator[Any]:
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            yield json.loads(line)
         except ValueError:  # cut short by a crash
             continue
-    return records
 
 
 def _keep(path: Path, last: int) -> None:

@@ -31,7 +31,8 @@ from mmgen.data.tools.check import FAULTS
 from mmgen.data.tools.check_streams import check_streams
 from mmgen.plan import plan
 from mmgen.sequence.tokenizer import Tokenizer
-from mmgen.train.loop import refuse_bad_data, train
+from mmgen.train.loop import train
+from mmgen.train.report import refuse_bad_data
 from tests.conftest import pairs, run, tiny, write_tar
 
 STEPS = 9

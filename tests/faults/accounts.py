@@ -65,7 +65,7 @@ def count(config: Config, out: Path, fault: str | None, rank: int) -> int:
         for name in SENT:
             setattr(dist, name, lambda *a, f=getattr(dist, name), **named: (f(*a, **named), f(*a, **named))[1])
     ranks = start(config)
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     torch.manual_seed(0)
     engine: Any = build_engine(config, len(tokenizer), ranks)
     stage = config.train.zero_stage

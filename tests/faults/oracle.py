@@ -113,7 +113,7 @@ def configure(folder: Path, cell: Cell) -> Config:
 def plain(config: Config, out: Path, skips: bool, rank: int) -> int:
     """The reference: one process, torch's own optimiser, the whole batch at once."""
     torch.manual_seed(config.run.seed)
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     model = build_model(config, len(tokenizer))
     settings = config.train
     optimizer = torch.optim.AdamW(

@@ -346,4 +346,4 @@ def test_checkpoints_of_the_other_objective_are_refused(config: Config) -> None:
     found = checkpoint.latest(config.run.dir)
     assert found is not None
     with pytest.raises(ValueError, match=r"objective\.kind \('transfusion' here, 'mar' there\)"):
-        checkpoint.check_same_model(checkpoint.read_trainer(found), config, found)
+        checkpoint.check_same_model(checkpoint.Checkpoint(found, checkpoint.read_trainer(found)), config)
