@@ -37,7 +37,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmgen.config import Config
 from mmgen.config_io import explain, load, override
 from mmgen.data.latents import settled
-from mmgen.data.loader import steps
 from mmgen.data.streams import training_corpus
 from mmgen.evaluate.report import write_report
 from mmgen.model import MMGenConfig, MMGenModel, build_model
@@ -171,7 +170,7 @@ def step_flops(config: Config) -> float:
     config = settled(config, tokenizer)
     corpus = training_corpus(config, tokenizer)
     model = build_model(config, len(tokenizer))
-    batches = [encoded(batch, corpus.patcher) for batch in next(steps(corpus, 0, 1, corpus.start)).micro]
+    batches = [encoded(batch, corpus.patcher) for batch in corpus.first_step().micro]
     with FlopCounterMode(display=False) as counter:
         for batch in batches:
             losses = model(batch)

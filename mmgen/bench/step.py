@@ -24,7 +24,6 @@ from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.data.latents import settled
 from mmgen.data.loader import Corpus
-from mmgen.data.order import Position
 from mmgen.flow.schedule import LinearPath
 from mmgen.flow.solvers import SOLVERS, build_solver, solve
 from mmgen.flow.time import uniform_grid
@@ -147,9 +146,7 @@ def bench_step(config: Config, rounds: int, tell: Callable[[str], None]) -> dict
     tokenizer = Tokenizer.of(config)
     config = settled(config, tokenizer)
     corpus = Corpus(config.data.train, tokenizer, config)
-    source = corpus.plan.rows(Position())
-    rows = [next(source) for _ in range(config.train.batch_rows)]
-    batch = corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0]
+    (batch,) = corpus.first_step().micro
     batch = encoded(batch, build_patcher(config.model.patcher, device)).to(device)
     bf16 = uses_bf16(config)
     steps: dict[str, Step] = {}

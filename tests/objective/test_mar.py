@@ -15,7 +15,6 @@ from torch import Tensor
 from mmgen.config import Config, MaskRatioConfig, SampleConfig
 from mmgen.config_io import override
 from mmgen.data.loader import Corpus
-from mmgen.data.order import Position
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.model import MMGenModel, build_model
 from mmgen.objective import Given, ImageSite, ImageSpec, MARObjective
@@ -37,10 +36,8 @@ def mar(config: Config, order: str = "masked", **more: object) -> Config:
 
 
 def first_batch(config: Config, tokenizer: Tokenizer, rows: int = 3) -> Batch:
-    corpus = Corpus(config.data.train, tokenizer, config)
-    source = corpus.plan.rows(Position())
-    planned = [next(source) for _ in range(rows)]
-    return corpus.step(1, [row for row, _ in planned], planned[-1][1]).micro[0].to("cpu", torch.float64)
+    config = override(config, {"train": {"batch_rows": rows}})
+    return Corpus(config.data.train, tokenizer, config).first_step().micro[0].to("cpu", torch.float64)
 
 
 @given(st.floats(0, 1, exclude_max=True), st.floats(0.7, 1.0), st.floats(0.1, 0.5), st.floats(0, 0.9))

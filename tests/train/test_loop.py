@@ -18,7 +18,7 @@ import yaml
 
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.data.loader import Corpus, steps
+from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.model import build_model
 from mmgen.sequence.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def gradients(config: Config, micro_rows: int | None, factor: float = 1.0) -> li
     torch.manual_seed(0)
     tokenizer = Tokenizer.of(config)
     model = build_model(config, len(tokenizer)).double()
-    step = next(steps(Corpus(config.data.train, tokenizer, config), 0, 1, Position()))
+    step = Corpus(config.data.train, tokenizer, config).first_step()
     counts = count(step)
     for batch in step.micro:
         out = model(batch.to("cpu", torch.float64))

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from mmgen import cli
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.data.loader import Corpus, steps
+from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.model import Losses, MMGenModel
 from mmgen.sequence.batch import Batch
@@ -472,7 +472,7 @@ def test_every_parameter_takes_part(config: Config, tmp_path: Path, objective: d
     tokenizer = Tokenizer.of(config)
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
     rank, world = (7, 8) if held == "nothing" else (0, 1)
-    (batch,) = next(steps(Corpus(config.data.train, tokenizer, config), 0, 1, Position(), rank, world)).micro
+    (batch,) = Corpus(config.data.train, tokenizer, config).first_step(rank, world).micro
     found = model(batch)
     # Where only pictures stand, BOI and EOS are still to be predicted.
     assert (found.text_count > 0, found.image_count > 0) == (held != "nothing", held == "pictures")
@@ -484,7 +484,7 @@ def test_losses_per_range_of_t_make_up_the_image_loss(config: Config) -> None:
     tokenizer = Tokenizer.of(config)
     corpus = Corpus(config.data.train, tokenizer, config)
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
-    (batch,) = next(steps(corpus, 0, 1, Position())).micro
+    (batch,) = corpus.first_step().micro
     found = model(batch)
     times = meter.by_time(batch, found)
     assert float(times[0].sum()) == pytest.approx(float(found.image), rel=1e-5)
@@ -495,6 +495,6 @@ def test_attended_pairs_are_those_of_the_mask(config: Config) -> None:
     from mmgen.sequence.attention import dense_visible
 
     tokenizer = Tokenizer.of(config)
-    (batch,) = next(steps(Corpus(config.data.train, tokenizer, config), 0, 1, Position())).micro
+    (batch,) = Corpus(config.data.train, tokenizer, config).first_step().micro
     real = (batch.document_BS >= 0).unsqueeze(-1)
     assert meter.attended_pairs(batch) == int((dense_visible(batch.sites) & real).sum())
