@@ -13,7 +13,7 @@ from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.objective import objective_class
 from mmgen.sequence.tokenizer import SPECIAL, Tokenizer
 from mmgen.train.engine import uses_bf16
-from mmgen.train.memory import theory
+from mmgen.train.memory import Shape, theory
 from mmgen.train.optimizer import averages
 
 BYTES = 4
@@ -32,7 +32,8 @@ def plan(config: Config) -> dict[str, Any]:
         model = MMGenModel(MMGenConfig.of(config, tokens))
     parameters = sum(p.numel() for p in model.parameters())
     micro = min(config.train.micro_rows or config.train.batch_rows, -(-config.train.batch_rows // world))
-    state = theory(parameters, config.train.zero_stage, world, uses_bf16(config), len(averages(config.train)))
+    shape = Shape(parameters, config.train.zero_stage, world, uses_bf16(config))
+    state = theory(shape, len(averages(config.train)))
     fields = model.backbone.config
     positions = micro * config.data.row_length
     per_position = fields.num_hidden_layers * (16 * fields.hidden_size + 5 * fields.intermediate_size)

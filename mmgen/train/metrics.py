@@ -19,7 +19,7 @@ from mmgen.train.engine import Engine
 from mmgen.train.ranks import Ranks
 
 BUCKETS = 5
-"""Equal ranges of t whose image loss is told apart."""
+"""Equal ranges of t with an image loss of their own."""
 
 
 def by_time(batch: Batch, losses: Losses) -> Tensor:

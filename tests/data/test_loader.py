@@ -49,6 +49,14 @@ def test_workers_and_resume_change_nothing(config: Config) -> None:
     assert not same(plain[4], wrong[0]), "an off-by-one resume must show"
 
 
+def test_the_first_step_is_that_of_a_run(config: Config) -> None:
+    corpus = corpus_of(override(config, {"data": {"workers": 1}}))
+    for rank, world in ((0, 1), (1, 2)):
+        first = corpus.first_step(rank, world)
+        assert same(first, next(steps(corpus, 0, 1, Position(), rank, world)))
+        assert first.images > 0
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_share_one_global_step(config: Config, world: int) -> None:
     """Rows of rank r are r, r + W, ...; all ranks together are the single-process step, noise included."""
