@@ -14,7 +14,7 @@ from PIL import Image
 from mmgen.data.order import Cursors, Position
 from mmgen.model import MMGenModel
 from mmgen.train.checkpoint.fragments import Store
-from mmgen.train.checkpoint.read import read_trainer
+from mmgen.train.checkpoint.read import load_model, read_trainer
 from mmgen.train.state import TrainerState
 from tests.conftest import run
 from tests.golden.record import FOLDER as GOLDEN
@@ -59,12 +59,15 @@ def test_a_run_draws_the_same_image(version1: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_export_has_the_averaged_weights(version1: Path, name: str) -> None:
-    model = MMGenModel.from_pretrained(f"{name}_export")
-    store = Store(version1 / name / "checkpoints" / "latest")
-    found = {parameter: weight.detach().flatten() for parameter, weight in model.named_parameters()}
-    assert found.keys() == set(store.names("ema"))
-    assert all(torch.equal(weight, store.whole("ema", parameter)) for parameter, weight in found.items())
+def test_run_and_export_have_the_averaged_weights(version1: Path, name: str) -> None:
+    latest = version1 / name / "checkpoints" / "latest"
+    store = Store(latest)
+    averaged = {parameter: store.whole("ema", parameter) for parameter in store.names("ema")}
+    assert any(not torch.equal(weight, store.whole("weight", parameter)) for parameter, weight in averaged.items())
+    for model in (MMGenModel.from_pretrained(f"{name}_export"), load_model(latest)[0]):
+        found = {parameter: weight.detach().flatten() for parameter, weight in model.named_parameters()}
+        assert found.keys() == averaged.keys()
+        assert all(torch.equal(weight, averaged[parameter]) for parameter, weight in found.items())
 
 
 def test_a_state_comes_back_from_its_json() -> None:
