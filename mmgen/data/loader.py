@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -25,11 +25,11 @@ from mmgen.data.shards import store
 from mmgen.data.shards.samples import Bad, BadSample, Picture, Sample, open_image, open_latent
 from mmgen.data.shards.store import Patterns
 from mmgen.flow.time import stratified
-from mmgen.image.latent import LatentPatcher, build_patcher
-from mmgen.image.patch import Floats, Grid, scale
+from mmgen.image.latent import AutoencoderFacts, LatentPatcher, build_patcher
+from mmgen.image.patch import Floats, Grid
 from mmgen.image.resize import CENTRE, draft, fit
-from mmgen.objective import ImageSite, objective_class
-from mmgen.sequence.batch import Batch, collate
+from mmgen.objective import ImageSite, build_layout
+from mmgen.sequence.batch import RawBatch, RowFormat, collate
 from mmgen.sequence.document import Document, ImageSegment, Strip, TextSegment, Writer
 from mmgen.sequence.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ class Step:
     """This process's share of one global step."""
 
     number: int
-    micro: list[Batch]
+    micro: list[RawBatch]
     after: Position | Cursors
     """Where the run stands once this step is done."""
     documents: int
@@ -56,13 +56,8 @@ class Step:
 
     def pin_memory(self) -> Step:
         """Move the batches to page-locked memory, from where a GPU copies while it computes."""
-        self.micro = [_pinned(batch) for batch in self.micro]
+        self.micro = [batch.pin_memory() for batch in self.micro]
         return self
-
-
-def _pinned(batch: Batch) -> Batch:
-    plain = {f.name: getattr(batch, f.name).pin_memory() for f in fields(batch) if f.name != "draws"}
-    return Batch(**plain, draws={name: value.pin_memory() for name, value in batch.draws.items()})
 
 
 Decoded = list[list[int] | tuple[NDArray[Any], Grid]]
@@ -75,11 +70,10 @@ class Documents(ABC):
     Decoding and every random draw happen per document and depend on (seed, epoch, shard, key) alone.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: Config, autoencoder: AutoencoderFacts | None = None) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.patcher = build_patcher(config.model.patcher)
-        self.objective = objective_class(config.objective)
-        self.copies = self.objective.copies(config.objective)
+        self.patcher = build_patcher(config.model.patcher, facts=autoencoder)
+        self.layout = build_layout(config.objective, config.model.patcher)
 
     @abstractmethod
     def segments(self, planned: PlannedDocument) -> tuple[tuple[str, str], Decoded]:
@@ -88,7 +82,7 @@ class Documents(ABC):
     @property
     @abstractmethod
     def unencoded(self) -> bool:
-        """Batches carry pixels that the model's device is to encode."""
+        """Batches carry pixels, which `prepare` scales or encodes, and not precomputed patches."""
 
     @abstractmethod
     def name(self, planned: PlannedDocument) -> tuple[str, str]:
@@ -117,13 +111,11 @@ class Documents(ABC):
                 document.append(TextSegment(segment))
                 continue
             x_NP, grid = segment
-            if not self.config.model.patcher.latent:
-                x_NP = scale(x_NP)
             rng = keyed(self.config.run.seed, epoch, shard, key, "noise", image)
             quantile = rng.random() if quantiles is None else quantiles[image]
             before, after = bool(texts) and texts[0] < i, bool(texts) and texts[-1] > i
-            site = ImageSite(grid, self.config.model.patcher.patch_length, before, after, quantile)
-            document.append(ImageSegment(x_NP, grid, self.objective.layout(self.config.objective, site, rng)))
+            site = ImageSite(grid, before, after, quantile)
+            document.append(ImageSegment(x_NP, grid, self.layout.blocks(site, rng)))
             image += 1
         return document
 
@@ -136,7 +128,7 @@ class Documents(ABC):
 
     def _cut(self, told: Decoded, length: int) -> Decoded:
         """Text shortened from the end until the document has its planned length."""
-        sizes = [3 + self.copies * s[1][0] * s[1][1] if isinstance(s, tuple) else len(s) for s in told]
+        sizes = [3 + self.layout.copies * s[1][0] * s[1][1] if isinstance(s, tuple) else len(s) for s in told]
         spare = 2 + sum(sizes) - length
         for i in range(len(told) - 1, -1, -1):
             segment = told[i]
@@ -186,13 +178,12 @@ class Documents(ABC):
             )
         return x_NP, grid
 
-    def batch(self, rows: Sequence[Sequence[Strip | int]]) -> Batch:
+    def batch(self, rows: Sequence[Sequence[Strip | int]]) -> RawBatch:
         """Collate written rows."""
-        patcher, row_length = self.config.model.patcher, self.config.data.row_length
-        nothing = self.objective.context(self.config.objective, (0, 0), patcher.patch_length)
-        if self.unencoded:
-            return collate(rows, row_length, self.tokenizer, nothing, patcher.pixel_length, np.uint8)
-        return collate(rows, row_length, self.tokenizer, nothing, patcher.patch_length)
+        patches = self.patcher.sent if self.unencoded else self.patcher.ready
+        return collate(
+            rows, RowFormat(self.config.data.row_length, self.tokenizer, self.layout.context((0, 0)), patches)
+        )
 
     def written(self, row: PlannedRow, ordinal: int, quantile: Callable[[int], float], step: Step) -> list[Strip | int]:
         """Write the documents of a row and count them in `step`.
@@ -211,7 +202,7 @@ class Documents(ABC):
         step.documents += len(row)
         return strips
 
-    def micro_batches(self, written: list[list[Strip | int]], world: int) -> list[Batch]:
+    def micro_batches(self, written: list[list[Strip | int]], world: int) -> list[RawBatch]:
         """The written rows of a rank as its micro-batches, filled up with empty rows."""
         settings = self.config.train
         share = -(-settings.batch_rows // world)
@@ -232,8 +223,10 @@ class Documents(ABC):
 class Corpus(Documents):
     """The documents of a list of shards, read through their indexes, and the plan of their order."""
 
-    def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config) -> None:
-        super().__init__(tokenizer, config)
+    def __init__(
+        self, patterns: Patterns, tokenizer: Tokenizer, config: Config, autoencoder: AutoencoderFacts | None = None
+    ) -> None:
+        super().__init__(tokenizer, config, autoencoder)
         self.dataset = Dataset(patterns, tokenizer, config)
         self._check_kind()
         self.dataset.refuse_overlong()
@@ -273,7 +266,7 @@ class Corpus(Documents):
 
     @property
     def unencoded(self) -> bool:
-        return self.config.model.patcher.latent and not self.dataset.autoencoders
+        return not self.dataset.autoencoders
 
     @property
     def told(self) -> str:
