@@ -61,15 +61,18 @@ def test_an_unknown_fault_is_named(config: Config) -> None:
 
 OBJECTIVES = {
     "transfusion": {},
-    "masked": {"kind": "mar", "order": "masked"},
-    "random": {"kind": "mar", "order": "random"},
-    "raster": {"kind": "mar", "order": "raster"},
+    "masked": {"kind": "mar", "mar": {"order": "masked"}},
+    "random": {"kind": "mar", "mar": {"order": "random"}},
+    "raster": {"kind": "mar", "mar": {"order": "raster"}},
 }
 SETTINGS = {"temperature": 0.7, "max_images": 2, "top_p": 0.9, "unmask_steps": 2, "steps": 3, "max_new_tokens": 6}
 
 
 def decoder_of(config: Config, objective: str, **sample: object) -> Decoder:
-    changes = {"objective": {**OBJECTIVES[objective], "head": {"width": 24}}, "sample": {**SETTINGS, **sample}}
+    changes = {
+        "objective": {**OBJECTIVES[objective], "mar": {**OBJECTIVES[objective].get("mar", {}), "head": {"width": 24}}},
+        "sample": {**SETTINGS, **sample},
+    }
     config = override(config, changes)
     model, tokenizer = awake(config)
     return Decoder(model, tokenizer, config.sample)
