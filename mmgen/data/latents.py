@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmgen.config import Config
-from mmgen.config_io import override
+from mmgen.config import Config, VAEConfig
 from mmgen.data.loader import Corpus
 from mmgen.data.shards.samples import BadSample
 from mmgen.image.latent import Autoencoder, LatentPatcher, Statistics
@@ -48,7 +47,12 @@ def settled(config: Config, tokenizer: Tokenizer | None, trainer: dict[str, Any]
         mean, std = statistics or (None, None)
         facts = {"fingerprint": patcher.fingerprint, "mean": mean, "std": std}
     missing = {name: value for name, value in facts.items() if getattr(vae, name) is None}
-    return override(config, {"model": {"patcher": {"vae": missing}}})
+    return _with_vae(config, vae.model_copy(update=missing))
+
+
+def _with_vae(config: Config, vae: VAEConfig) -> Config:
+    patcher = config.model.patcher.model_copy(update={"vae": vae})
+    return config.model_copy(update={"model": config.model.model_copy(update={"patcher": patcher})})
 
 
 def device() -> str:
@@ -64,7 +68,7 @@ def measure(config: Config, tokenizer: Tokenizer, autoencoder: Autoencoder, imag
     """
     channels, patch = config.model.patcher.vae.channels, config.model.patcher.patch_size
     plain = {"mean": [0.0] * channels, "std": [1.0] * channels, "fingerprint": autoencoder.fingerprint}
-    config = override(config, {"model": {"patcher": {"vae": plain}}})
+    config = _with_vae(config, config.model.patcher.vae.model_copy(update=plain))
     corpus, patcher = Corpus(config.data.train, tokenizer, config), LatentPatcher(config.model.patcher, device())
     patcher.autoencoder = autoencoder
     found: list[NDArray[np.float64]] = []

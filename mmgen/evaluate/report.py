@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmgen.config import Config, EvalConfig, choose
-from mmgen.config_io import override
 from mmgen.data.loader import Corpus
 from mmgen.data.shards.samples import Picture, Sample, open_image, open_latent, read
 from mmgen.data.shards.store import Patterns
@@ -215,7 +214,8 @@ def evaluate(
         ValueError, FileNotFoundError: the eval section names an unknown task, or shards that are missing or unlabelled.
     """
     began = time.monotonic()
-    config = override(config, {"model": {"patcher": model.patcher.model_dump()}})  # what a run found of its autoencoder
+    own = config.model.model_copy(update={"patcher": model.patcher})  # with what the run found of its autoencoder
+    config = config.model_copy(update={"model": own})
     settings = config.eval
     task: Task = choose(TASKS, settings.task, "eval.task")()
     judge = Judge(task, settings.judge)

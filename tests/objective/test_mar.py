@@ -321,7 +321,7 @@ def test_combinations_without_sense_are_refused(config: Config, settings: dict, 
 
 
 def test_a_unet_projection_is_refused(config: Config) -> None:
-    with pytest.raises(ValueError, match="for objective.kind 'mar' 'unet'"):
+    with pytest.raises(ValueError, match="unknown model.patcher.projection 'unet'"):
         awake(override(mar(config), {"model": {"patcher": {"projection": "unet"}}}))
 
 

@@ -1,0 +1,89 @@
+"""Parameters that commands share, and how settings become flags.
+
+A command takes `config: Settings`. For the command line its type is replaced by a twin of `Config` in which every
+field is a flag. The twin has the fields and their types, but not the checks between fields: those hold for the whole
+configuration, after the flags have been put on top of the YAML file.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from functools import cache, wraps
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+from cyclopts import Parameter
+from pydantic import BaseModel, create_model
+
+from mmgen.config import Config
+from mmgen.config_io import registered, section_of
+
+
+@dataclass(frozen=True)
+class Uses:
+    """The sections of settings that a command's help shows; the others can be set as well."""
+
+    sections: tuple[str, ...] = tuple(Config.model_fields)
+
+
+Settings = Annotated[Config, Uses()]
+RunSettings = Annotated[Config, Uses(("run", "sample"))]
+"""Settings of a command on a trained run: the model and its objective are the run's own."""
+DataSettings = Annotated[Config, Uses(("run", "data", "model", "objective"))]
+Json = Annotated[bool, Parameter(name="--json", help="Print one JSON document and nothing else.", negative="")]
+Folder = Annotated[Path, Parameter(help="Folder for the images.")]
+Rounds = Annotated[int, Parameter(help="Interleaved repetitions.")]
+
+
+class Overrides(BaseModel):
+    """Base of the twins of sections."""
+
+    model_config = Config.model_config
+
+
+def with_flags(command: Callable[..., int], described: bool) -> Callable[..., int]:
+    """The command with a flag for every setting in place of `config`; a command without `config` as it is.
+
+    Where `described`, help lists the names that a registry gives to a setting.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    if "config" not in hints:
+        return command
+    (uses,) = (item for item in get_args(hints["config"]) if isinstance(item, Uses))
+    flags = twin(Config, uses.sections, described)
+    hints["config"] = Annotated[flags, Parameter(name="*")]
+    signature = inspect.signature(command)
+    parameters = [
+        parameter.replace(annotation=hints[name], default=flags() if name == "config" else parameter.default)
+        for name, parameter in signature.parameters.items()
+    ]
+
+    @wraps(command)
+    def flagged(*args: object, **named: object) -> int:
+        return command(*args, **named)
+
+    flagged.__annotations__ = hints
+    flagged.__dict__["__signature__"] = signature.replace(parameters=parameters)
+    return flagged
+
+
+@cache
+def twin(model: type[BaseModel], shown: tuple[str, ...], described: bool, prefix: str = "") -> type[Overrides]:
+    """A class with the fields of a section and of those inside it, and without their checks."""
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        own = copy(field)
+        kind: object = field.annotation
+        if section := section_of(kind):
+            kind = twin(section, shown, described, f"{prefix}{name}.")
+            own.default = kind()
+        elif described and (choices := registered(prefix + name)):
+            own.metadata = [*field.metadata, Parameter(choices=choices)]
+        if not prefix:
+            own.metadata = [*own.metadata, Parameter(show=name in shown, group=f"Settings of {name}")]
+        own.annotation = kind  # type: ignore[assignment]
+        fields[name] = (kind, own)
+    return create_model(model.__name__, __base__=Overrides, __doc__=model.__doc__, **fields)
