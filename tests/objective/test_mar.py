@@ -103,7 +103,7 @@ def test_a_noised_copy_is_foreign_to_all_others(config: Config, kind: dict) -> N
     assert noised.any()
     for b, k in torch.nonzero(noised).tolist():
         assert (block[b][seen[b, :, k]] == block[b, k]).all()
-    added = plan(config)["positions_added_by_copies"]
+    added = plan(config).positions_added_by_copies
     assert added == [4, 6]
     copies = batch.image_I.unique().numel() // 2
     assert (
