@@ -289,7 +289,7 @@ class ObjectiveConfig(Settings):
     """How images are learned: the one line that an ablation changes."""
 
     kind: str = "transfusion"
-    """`transfusion`: the backbone denoises. `mar`: the backbone conditions a small denoiser."""
+    """Transfusion: the backbone denoises. MAR: the backbone conditions a small denoiser."""
     order: Literal["masked", "random", "raster"] = "masked"
     """How MAR goes through an image: `masked` (bidirectional, several patches a step), or one patch after another."""
     head: HeadConfig = HeadConfig()
@@ -303,13 +303,14 @@ class ObjectiveConfig(Settings):
     loss_space: Prediction = "v"
     """Where the error is measured."""
     path: str = "linear"
-    """`linear`, `cosine`, `vp`, `ddpm` or `ve`."""
+    """How data and noise are mixed: alpha and sigma as functions of t."""
     path_options: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
     """Arguments of the path, as `{log_snr_min: -10}`."""
     noise_scale: Annotated[float, Field(gt=0)] = 1.0
     """Standard deviation of the noise; large images need more (JiT: image side / 256)."""
     weight: str | None = None
-    """Factor of the squared error: `snr`, `min_snr` (x), `sigmoid` (eps), `sigma_squared` (score), `logit_normal`."""
+    """Factor of the squared error; `min_snr` is made for the loss space x, `sigmoid` for eps, `sigma_squared` for
+    score."""
     lambda_image: Annotated[float, Field(ge=0)] = 5.0
     """Weight of the image loss against the text loss."""
     time: TimeConfig = TimeConfig()

@@ -15,14 +15,15 @@ from pydantic import ValidationError
 
 from mmgen import __version__
 from mmgen.cli.commands import COMMANDS, GROUPS
-from mmgen.cli.flags import Overrides, with_flags
+from mmgen.cli.flags import Choices, Overrides, with_flags
 from mmgen.cli.show import tell
 from mmgen.config import Config
-from mmgen.config_io import explain, load, override
+from mmgen.config_io import REGISTRIES, explain, load, override, registered
 
 USAGE = 2
 """Exit code of an error of the user's making."""
 HELP = ("--help", "-h")
+CONFIG_HELP = "YAML file of settings, each of which is a flag too: `mmgen settings` lists them."
 
 
 def main() -> None:
@@ -31,10 +32,10 @@ def main() -> None:
     _choose_accelerator()
     try:
         code = launch(sys.argv[1:])
-    except cyclopts.CycloptsError as error:
-        code = complain(str(error))
-    except ValidationError as error:
-        code = complain("\n".join(explain(item) for item in error.errors()))
+    except (cyclopts.CycloptsError, ValidationError) as error:
+        wrong = error if isinstance(error, ValidationError) else error.__cause__
+        explained = isinstance(wrong, ValidationError) and "\n".join(explain(item) for item in wrong.errors())
+        code = complain(explained or str(error))
     except (FloatingPointError, ChildProcessError) as error:
         code = complain(str(error), 1)
     except (ValueError, OSError, ImportError) as error:
@@ -44,13 +45,16 @@ def main() -> None:
 
 def launch(words: Sequence[str]) -> int:
     """Read the YAML file, put the overrides on top, and run the command; returns its exit code."""
-    described = any(word in HELP for word in words) and _names_command(words)
-    app = build(described)
+    wants_help = any(word in HELP for word in words) and _names_command(words)
+    app = build(tuple((name, registered(name)) for name in REGISTRIES) if wants_help else ())
 
     @app.meta.default
     def with_settings(
         *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-        config: Annotated[Path | None, Parameter(help="YAML file of settings; `mmgen settings` lists them.")] = None,
+        config: Annotated[
+            Path | None,
+            Parameter(help="YAML file of settings, each of which is a flag too: `mmgen settings` lists them."),
+        ] = None,
     ) -> int:
         base = Config() if config is None else load(config)
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
@@ -63,8 +67,8 @@ def launch(words: Sequence[str]) -> int:
     return int(app.meta(words, exit_on_error=False, print_error=False, result_action="return_value") or 0)
 
 
-def build(described: bool = False) -> App:
-    """The command-line program; where `described`, help lists the names of registries, which needs torch."""
+def build(choices: Choices = ()) -> App:
+    """The command-line program; help of settings lists `choices`, which are registries' and need torch."""
     app = App(name="mmgen", version=__version__, help="Train and use one transformer over text and images.")
     groups = {name: App(name=name, help=text) for name, text in GROUPS.items()}
     for group in groups.values():
@@ -72,7 +76,7 @@ def build(described: bool = False) -> App:
     for words, command in COMMANDS.items():
         *parents, name = words.split()
         place = groups[parents[0]] if parents else app
-        place.command(with_flags(command, described), name=name)
+        place.command(with_flags(command, choices), name=name)
     return app
 
 

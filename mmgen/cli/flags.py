@@ -13,13 +13,13 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, BeforeValidator, create_model
 
 from mmgen.config import Config
-from mmgen.config_io import registered, section_of
+from mmgen.config_io import section_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Uses:
     sections: tuple[str, ...] = tuple(Config.model_fields)
 
 
+Choices = tuple[tuple[str, tuple[str, ...]], ...]
+"""Settings with the names that each may have."""
 Settings = Annotated[Config, Uses()]
 RunSettings = Annotated[Config, Uses(("run", "sample"))]
 """Settings of a command on a trained run: the model and its objective are the run's own."""
@@ -44,16 +46,16 @@ class Overrides(BaseModel):
     model_config = Config.model_config
 
 
-def with_flags(command: Callable[..., int], described: bool) -> Callable[..., int]:
+def with_flags(command: Callable[..., int], choices: Choices = ()) -> Callable[..., int]:
     """The command with a flag for every setting in place of `config`; a command without `config` as it is.
 
-    Where `described`, help lists the names that a registry gives to a setting.
+    `choices` are what help lists.
     """
     hints = get_type_hints(command, include_extras=True)
     if "config" not in hints:
         return command
     (uses,) = (item for item in get_args(hints["config"]) if isinstance(item, Uses))
-    flags = twin(Config, uses.sections, described)
+    flags = twin(Config, uses.sections, choices)
     hints["config"] = Annotated[flags, Parameter(name="*")]
     signature = inspect.signature(command)
     parameters = [
@@ -71,19 +73,29 @@ def with_flags(command: Callable[..., int], described: bool) -> Callable[..., in
 
 
 @cache
-def twin(model: type[BaseModel], shown: tuple[str, ...], described: bool, prefix: str = "") -> type[Overrides]:
+def twin(model: type[BaseModel], shown: tuple[str, ...], choices: Choices, prefix: str = "") -> type[Overrides]:
     """A class with the fields of a section and of those inside it, and without their checks."""
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         own = copy(field)
         kind: object = field.annotation
         if section := section_of(kind):
-            kind = twin(section, shown, described, f"{prefix}{name}.")
+            kind = twin(section, shown, choices, f"{prefix}{name}.")
             own.default = kind()
-        elif described and (choices := registered(prefix + name)):
-            own.metadata = [*field.metadata, Parameter(choices=choices)]
+        elif get_origin(kind) is list:
+            own.metadata = [*field.metadata, BeforeValidator(_whole_list)]
+        elif names := dict(choices).get(prefix + name):
+            own.metadata = [*field.metadata, Parameter(choices=names)]
         if not prefix:
             own.metadata = [*own.metadata, Parameter(show=name in shown, group=f"Settings of {name}")]
         own.annotation = kind  # type: ignore[assignment]
         fields[name] = (kind, own)
     return create_model(model.__name__, __base__=Overrides, __doc__=model.__doc__, **fields)
+
+
+def _whole_list(value: object) -> object:
+    """`[[40, 40], [20, 40]]`, a list of lists as YAML writes it, is read as one element: take the lists out of it."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
+        inner = value[0]
+        return inner if inner and all(isinstance(item, list) for item in inner) else value
+    return value
