@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +77,24 @@ def test_intervals_are_students() -> None:
     values = [0.9, 0.95, 0.97]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     found = ablate.interval(values)
-    assert found["mean"] == pytest.approx((low + high) / 2)
-    assert found["half_width"] == pytest.approx((high - low) / 2)
-    assert ablate.interval([[1.0, 2.0], [3.0, 2.0]])["mean"] == [2.0, 2.0]
-    assert ablate.interval([1.0]) == {"mean": 1.0, "half_width": None}
+    assert found.mean == pytest.approx((low + high) / 2)
+    assert found.half_width == pytest.approx((high - low) / 2)
+    assert ablate.intervals([[1.0, 2.0], [3.0, 2.0]]).mean == [2.0, 2.0]
+    assert ablate.intervals([[1.0, 0.9], [3.0, 0.95], [2.0, 0.97]]).at(1) == found
+    assert ablate.interval([1.0]) == ablate.Interval(1.0, None)
+
+
+def test_numbers_that_all_runs_report_are_summarised() -> None:
+    runs = [
+        {"a": 1, "b": 2.0, "c": [1, 2], "d": "x", "e": True, "f": [], "g": 1},
+        {"a": 3, "b": 2.0, "c": [3, 2], "g": None},
+    ]
+    assert set(ablate.summary(runs)) == {"a", "b", "c"}
+
+
+def test_nested_keys() -> None:
+    found = ablate.nested({"train.lr": 1, "train": {"steps": 2}, "sample.steps": 3, "run": {"seed": 1}, "run.seed": 2})
+    assert found == {"train": {"lr": 1, "steps": 2}, "sample": {"steps": 3}, "run": {"seed": 2}}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +142,7 @@ def test_runs_resume_and_failures_are_named(tmp_path: Path, config: Config, monk
     commands.clear()
     broken.clear()
     broken["seed"] = -1
-    report = ablate.ablate(path, told.append)
+    report = asdict(ablate.ablate(path, told.append))
     assert [seed for _, seed in commands] == ["transfusion 1", "transfusion 1", "mar 1", "mar 1"]
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     arm = report["arms"]["mar"]

@@ -302,7 +302,7 @@ class StreamCorpus(Documents):
 
     def steps(self, first: int, last: int, start: Cursors, rank: int, world: int) -> Iterator[Step]:
         """Global steps [first, last); raises ValueError for a world that does not divide the number of streams."""
-        self.config.check(world)
+        self.config.check_processes(world)
         own = range(rank, self.dataset.count, world)
         lanes = min(self.config.data.workers, len(own))
         parts = ahead(_Lanes(self, first, last, start, own), lanes, pinned=False)

@@ -44,7 +44,7 @@ def train(config: Config) -> int:
         OSError: the last checkpoint of the run, or that of an interruption, could not be written.
     """
     ranks = start(config)
-    config.check(ranks.world)
+    config.check_processes(ranks.world)
     torch.manual_seed(config.run.seed)
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     found = checkpoint.newest_good(config.run.dir, ranks=ranks)

@@ -326,7 +326,7 @@ def test_what_streams_cannot_do_is_refused(streamed: Config, monkeypatch: pytest
     with pytest.raises(
         ValueError, match=r"data.streams is 4, which 3 processes .* start 1 or 2 or 4 processes, .* data.streams 6"
     ):
-        streamed.check(3)
+        streamed.check_processes(3)
     with pytest.raises(ValueError, match="3 processes"):
         next(steps(opened(streamed), 0, 1, Cursors(), 0, 3))
     monkeypatch.setenv("WORLD_SIZE", "3")

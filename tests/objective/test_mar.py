@@ -18,7 +18,7 @@ from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.model import MMGenModel, build_model
-from mmgen.objective import Given, ImageSite, ImageSpec, MARObjective
+from mmgen.objective import Given, ImageSite, ImageSpec
 from mmgen.objective.mar import MARLayout, guidance_at, mask_ratio, unmask_counts
 from mmgen.plan import plan
 from mmgen.sequence.attention import dense_visible
@@ -106,7 +106,7 @@ def test_a_noised_copy_is_foreign_to_all_others(config: Config, kind: dict) -> N
     assert noised.any()
     for b, k in torch.nonzero(noised).tolist():
         assert (block[b][seen[b, :, k]] == block[b, k]).all()
-    added = plan(config)["positions_added_by_copies"]
+    added = plan(config).positions_added_by_copies
     assert added == [4, 6]
     copies = batch.image_I.unique().numel() // 2
     assert (

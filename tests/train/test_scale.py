@@ -21,7 +21,7 @@ import torch.distributed as dist
 import yaml
 from transformers import AutoTokenizer
 
-from mmgen import cli
+from mmgen.cli.export import export as export_command
 from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.data.loader import Corpus, steps
@@ -376,9 +376,9 @@ def test_export_is_read_by_transformers(config: Config, tmp_path: Path, average:
 
 def test_export_from_the_command_line(config: Config, tmp_path: Path) -> None:
     train(config)
-    assert cli.export(config=config, out=tmp_path / "out") == 0
+    assert export_command(config=config, out=tmp_path / "out") == 0
     with pytest.raises(ValueError, match="no weights 'ema_0.3'.*it has ema, weight"):
-        cli.export(config=override(config, {"sample": {"weights": "ema_0.3"}}), out=tmp_path / "no")
+        export_command(config=override(config, {"sample": {"weights": "ema_0.3"}}), out=tmp_path / "no")
 
 
 def test_a_new_run_starts_from_weights(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

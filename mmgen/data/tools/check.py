@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from mmgen.config import Config
-from mmgen.config_io import override
 from mmgen.data.loader import Corpus, Planned, planned_steps
 from mmgen.data.order import Plan, PlannedRow, Position
 from mmgen.data.shards import store
@@ -62,7 +61,7 @@ def check(
     shards = expand(patterns)
     if inject == "duplicated_shard":
         patterns = [*patterns, shards[0]]
-    config = override(config, {"data": {"cache_bytes": 0}})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"cache_bytes": 0})})
     ensure_all(shards, tokenizer, config.data, workers, lambda done, all_: tell(f"indexed {done} of {all_} shards"))
     corpus = Corpus(patterns, tokenizer, config)
     bad = list(corpus.bad)
