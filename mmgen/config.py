@@ -414,7 +414,10 @@ def in_sections(raw: dict[str, Any]) -> dict[str, Any]:
             continue  # absent means the default; MAR has no choice of context
         own = moved.get(section, {})
         own = own.model_dump() if isinstance(own, Settings) else own
-        moved[section] = {**own, name: raw[name]}
+        value = raw[name]
+        if isinstance(value, dict) and isinstance(own.get(name), dict):
+            value = {**own[name], **value}
+        moved[section] = {**own, name: value}
     return moved
 
 

@@ -6,10 +6,10 @@ which names each of them may have. `load` and `override` check them, and `settin
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from mmgen.config import Config, choose, nearest
+from mmgen.config import FLAT, Config, choose, nearest
 
 
 def _projections() -> Collection[str]:
@@ -62,7 +62,14 @@ def _tasks() -> Collection[str]:
     return TASKS
 
 
+def _patchers() -> Collection[str]:
+    from mmgen.image.latent import PATCHERS
+
+    return PATCHERS
+
+
 REGISTRIES: dict[str, Callable[[], Collection[str]]] = {
+    "model.patcher.kind": _patchers,
     "model.patcher.projection": _projections,
     "objective.kind": _objectives,
     "objective.path": _paths,
@@ -102,7 +109,26 @@ def load(path: str | Path) -> Config:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections such as 'train:'")
+    for note in old_keys(raw):
+        print(f"{path}: {note}", file=sys.stderr, flush=True)
     return _validated(raw, f"{path}: ")
+
+
+def old_keys(raw: Mapping[str, object]) -> Iterator[str]:
+    """A note for each kind of key that earlier versions used and that is still read."""
+    objective = raw.get("objective")
+    flat = [name for name in FLAT if isinstance(objective, Mapping) and name in objective]
+    if flat:
+        moved = ", ".join(f"objective.{name} is now objective.{FLAT[name]}.{name}" for name in flat)
+        yield f"keys of an earlier version were read: {moved}"
+    model = raw.get("model")
+    patcher = model.get("patcher") if isinstance(model, Mapping) else None
+    vae = patcher.get("vae") if isinstance(patcher, Mapping) else None
+    if isinstance(vae, Mapping) and "fingerprint" in vae:
+        yield (
+            "model.patcher.vae.fingerprint, mean and std of an earlier version were left out: "
+            "they are now kept with the model and in its checkpoints"
+        )
 
 
 def override(config: Config, changes: Mapping[str, object]) -> Config:
@@ -121,8 +147,8 @@ def merged(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, ob
 
 def _validated(raw: object, source: str) -> Config:
     try:
+        check_names(raw)  # before other checks, which may rest on a name
         config = Config.model_validate(raw)
-        check_names(config)
     except ValidationError as error:
         raise ValueError("\n".join(source + explain(item) for item in error.errors())) from None
     except ValueError as error:
@@ -130,11 +156,13 @@ def _validated(raw: object, source: str) -> Config:
     return config
 
 
-def check_names(config: Config) -> None:
+def check_names(raw: object) -> None:
     """Raise ValueError where a setting names no entry of its registry, with the nearest name and all of them."""
     for setting, names in REGISTRIES.items():
-        chosen = attrgetter(setting)(config)
-        if chosen is not None:
+        chosen = raw
+        for key in setting.split("."):
+            chosen = chosen.get(key) if isinstance(chosen, Mapping) else None
+        if isinstance(chosen, str):
             choose(dict.fromkeys(names()), chosen, setting)
 
 

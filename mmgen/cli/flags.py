@@ -8,7 +8,7 @@ configuration, after the flags have been put on top of the YAML file.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -17,8 +17,9 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter
 from pydantic import BaseModel, BeforeValidator, create_model
+from pydantic.fields import FieldInfo
 
-from mmgen.config import Config
+from mmgen.config import FLAT, OBJECTIVE_SETTINGS, Config, ObjectiveConfig
 from mmgen.config_io import section_of
 
 
@@ -76,7 +77,7 @@ def with_flags(command: Callable[..., int], choices: Choices = ()) -> Callable[.
 def twin(model: type[BaseModel], shown: tuple[str, ...], choices: Choices, prefix: str = "") -> type[Overrides]:
     """A class with the fields of a section and of those inside it, and without their checks."""
     fields: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
+    for name, field in [*model.model_fields.items(), *_earlier(model)]:
         own = copy(field)
         kind: object = field.annotation
         if section := section_of(kind):
@@ -86,11 +87,20 @@ def twin(model: type[BaseModel], shown: tuple[str, ...], choices: Choices, prefi
             own.metadata = [*field.metadata, BeforeValidator(_whole_list)]
         elif names := dict(choices).get(prefix + name):
             own.metadata = [*field.metadata, Parameter(choices=names)]
+        if name not in model.model_fields:
+            own.metadata = [*own.metadata, Parameter(show=False)]
         if not prefix:
             own.metadata = [*own.metadata, Parameter(show=name in shown, group=f"Settings of {name}")]
         own.annotation = kind  # type: ignore[assignment]
         fields[name] = (kind, own)
     return create_model(model.__name__, __base__=Overrides, __doc__=model.__doc__, **fields)
+
+
+def _earlier(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """Fields of sections of `objective` that were keys of `objective` itself in earlier versions."""
+    if model is ObjectiveConfig:
+        for name, section in FLAT.items():
+            yield name, OBJECTIVE_SETTINGS[section].model_fields[name]
 
 
 def _whole_list(value: object) -> object:
