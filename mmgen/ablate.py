@@ -37,7 +37,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmgen.config import Config
 from mmgen.config_io import explain, load, merged, override
 from mmgen.data.latents import find_facts
-from mmgen.data.loader import steps
 from mmgen.data.streams import training_corpus
 from mmgen.evaluate.report import write_report
 from mmgen.model import MMGenConfig, MMGenModel, build_model
@@ -171,7 +170,7 @@ def _equal(name: str, config: Config, how: str, first: Arm | None) -> Arm:
 
 def parameters(config: Config) -> int:
     """Number of parameters of a configuration's model; nothing is allocated."""
-    vocabulary = len(Tokenizer.load(config.data.tokenizer, config.model.patcher.grids))
+    vocabulary = len(Tokenizer.of(config))
     with torch.device("meta"):
         return sum(p.numel() for p in MMGenModel(MMGenConfig.of(config, vocabulary)).parameters())
 
@@ -201,10 +200,10 @@ def same_parameters(config: Config, wanted: int, name: str) -> Config:
 
 def step_flops(config: Config) -> float:
     """Floating-point operations of one training step, counted by torch on the run's first batch."""
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     corpus = training_corpus(config, tokenizer, find_facts(config, tokenizer))
     model = build_model(config, len(tokenizer))
-    batches = [prepare(raw, corpus.patcher) for raw in next(steps(corpus, 0, 1, corpus.start)).micro]
+    batches = [prepare(raw, corpus.patcher) for raw in corpus.first_step().micro]
     with FlopCounterMode(display=False) as counter:
         for batch in batches:
             losses = model(batch)

@@ -13,7 +13,7 @@ from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.objective import build_layout
 from mmgen.sequence.tokenizer import SPECIAL, Tokenizer
 from mmgen.train.engine import uses_bf16
-from mmgen.train.memory import theory
+from mmgen.train.memory import Shape, theory
 from mmgen.train.optimizer import averages
 
 BYTES = 4
@@ -65,7 +65,8 @@ def plan(config: Config) -> Plan:
     parameters = sum(p.numel() for p in model.parameters())
     rows, length = config.train.batch_rows, config.data.row_length
     micro = min(config.train.micro_rows or rows, -(-rows // world))
-    state = theory(parameters, config.train.zero_stage, world, uses_bf16(config), len(averages(config.train)))
+    shape = Shape(parameters, config.train.zero_stage, world, uses_bf16(config))
+    state = theory(shape, len(averages(config.train)))
     fields = model.backbone.config
     per_position = fields.num_hidden_layers * (16 * fields.hidden_size + 5 * fields.intermediate_size)
     copies = build_layout(config.objective, config.model.patcher).copies
@@ -94,5 +95,5 @@ def _vocabulary(config: Config) -> int:
     """Size of the vocabulary; without a tokenizer file yet, the bytes and special tokens."""
     grids = config.model.patcher.grids
     if Path(config.data.tokenizer).is_file():
-        return len(Tokenizer.load(config.data.tokenizer, grids))
+        return len(Tokenizer.of(config))
     return 256 + len(SPECIAL) + len(grids)

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmgen import ablate
 from mmgen.config import Config
 from mmgen.data.loader import Corpus
-from mmgen.data.order import Position
 from mmgen.model import build_model
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import ready
@@ -50,7 +49,7 @@ def test_equal_parameters(tmp_path: Path, config: Config) -> None:
     assert unequal[0].parameters == arms[0].parameters
     assert abs(unequal[1].parameters / unequal[0].parameters - 1) > 0.02
     assert abs(arms[1].parameters / arms[0].parameters - 1) <= 0.02
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     for arm in arms:
         assert sum(p.numel() for p in build_model(arm.config, len(tokenizer)).parameters()) == arm.parameters
     large = {"transfusion": {}, "mar": {"objective.kind": "mar", "objective.mar.head.width": 512}}
@@ -62,13 +61,11 @@ def test_equal_flops(tmp_path: Path, config: Config) -> None:
     _, arms = ablate.read(written(tmp_path, config, equal="flops"))
     total = [arm.flops * arm.config.train.steps for arm in arms]
     assert abs(total[1] / total[0] - 1) <= 0.5 * arms[1].flops / total[0] + 1e-9
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     corpus = Corpus(config.data.train, tokenizer, config)
-    source = corpus.plan.rows(Position())
-    rows = [next(source) for _ in range(config.train.batch_rows)]
     model = build_model(config, len(tokenizer))
     with FlopCounterMode(display=False) as counter:
-        losses = model(ready(corpus, corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0]))
+        losses = model(ready(corpus, corpus.first_step().micro[0]))
         (losses.text + losses.image).backward()
     assert arms[0].flops == counter.get_total_flops()
 

@@ -94,7 +94,7 @@ def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], 
     """
     torch.set_num_threads(1)
     config = override(config, {"data": {"workers": 0, "crop": "center"}})
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     warm = Corpus(config.data.train, tokenizer, config)
     cold = Corpus(config.data.train, tokenizer, override(config, {"data": {"cache_bytes": 0}}))
     shards, count = warm.dataset.shards, min(samples, len(warm.samples))

@@ -93,7 +93,7 @@ def _decoder(config: Config, objective: dict[str, Any], side: int) -> Decoder:
     pixels = side * config.model.patcher.side
     patcher = {"image_sizes": [[pixels, pixels]]}
     config = override(config, {"objective": objective, "model": {"patcher": patcher}})
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     torch.manual_seed(0)
     model = build_model(config, len(tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -101,4 +101,4 @@ def _chosen(shards: tuple[str, ...], config: Config) -> tuple[list[str | SourceC
     from mmgen.sequence.tokenizer import Tokenizer
 
     patterns: list[str | SourceConfig] = [*shards] or [*config.data.train, *config.data.val]
-    return patterns, Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    return patterns, Tokenizer.of(config)

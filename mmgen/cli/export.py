@@ -22,7 +22,7 @@ def export(
     """Write a trained run as a Hugging Face folder, with the weights that `sample.weights` names."""
     from mmgen.train.checkpoint.export import export as write
 
-    found, trainer = newest(config)
-    write(config.run.dir, found, out, config.sample.weights)
-    show({"folder": str(out), "step": trainer["step"], "weights": config.sample.weights}, as_json)
+    found = newest(config)
+    write(config.run.dir, found.folder, out, config.sample.weights)
+    show({"folder": str(out), "step": found.state.step, "weights": config.sample.weights}, as_json)
     return 0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmgen.cli.show import tell
 from mmgen.config import Config
@@ -12,6 +11,8 @@ from mmgen.config import Config
 if TYPE_CHECKING:
     from mmgen.model import MMGenModel
     from mmgen.sequence.tokenizer import Tokenizer
+    from mmgen.train.checkpoint.read import Checkpoint
+    from mmgen.train.state import TrainerState
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Trained:
 
     model: MMGenModel
     tokenizer: Tokenizer
-    trainer: dict[str, Any]
+    trainer: TrainerState
     """The checkpoint's record of its run."""
 
 
@@ -30,19 +31,19 @@ def load_run(config: Config) -> Trained:
 
     from mmgen.train.checkpoint import read as checkpoint
 
-    found, trainer = newest(config)
-    model, tokenizer = checkpoint.load_model(found, config.sample.weights)
+    found = newest(config)
+    model, tokenizer = checkpoint.load_model(found.folder, config.sample.weights)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     model.to(torch.device(device))
-    return Trained(model, tokenizer, trainer)
+    return Trained(model, tokenizer, found.state)
 
 
-def newest(config: Config) -> tuple[Path, dict[str, Any]]:
-    """The newest whole checkpoint of a run and its record; its model must be the one of the settings."""
+def newest(config: Config) -> Checkpoint:
+    """The newest whole checkpoint of a run; its model must be the one of the settings."""
     from mmgen.train.checkpoint import read as checkpoint
 
     found = checkpoint.newest_good(config.run.dir, tell)
     if found is None:
         raise FileNotFoundError(f"{config.run.dir} holds no checkpoint: train it first with `mmgen train --config ...`")
-    checkpoint.check_same_model(found[1], config, found[0])
+    checkpoint.check_same_model(found, config)
     return found

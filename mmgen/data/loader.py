@@ -92,6 +92,10 @@ class Documents(ABC):
     def steps(self, first: int, last: int, start: Any, rank: int, world: int) -> Iterator[Step]:
         """Global steps [first, last) of a run that stands at `start`, decoded ahead in `data.workers` processes."""
 
+    @abstractmethod
+    def first_step(self, rank: int = 0, world: int = 1) -> Step:
+        """The share of `rank` in a run's first global step, made in this process: for who measures or inspects one."""
+
     def document(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Document:
         """Decode one document; `quantiles` are the stratified draws for t of its images. Raises `BadSample`."""
         epoch = planned.epoch
@@ -328,6 +332,10 @@ class Corpus(Documents):
     def steps(self, first: int, last: int, start: Position, rank: int, world: int) -> Iterator[Step]:
         stream = _Stream(self, first, last, start, rank, world)
         return ahead(stream, self.config.data.workers, torch.cuda.is_available())
+
+    def first_step(self, rank: int = 0, world: int = 1) -> Step:
+        ((number, rows, after),) = planned_steps(self.plan, self.config.train.batch_rows, 0, 1, self.start)
+        return self.step(number, rows, after, rank, world)
 
     def _prefetch(self, indices: Sequence[int]) -> None:
         """Fetch samples of remote shards side by side: each alone would wait for its answer."""

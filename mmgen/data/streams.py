@@ -309,6 +309,10 @@ class StreamCorpus(Documents):
         whole = (self.joined([next(parts) for _ in range(max(1, lanes))], rank, world) for _ in range(first, last))
         return (step.pin_memory() for step in whole) if torch.cuda.is_available() else whole
 
+    def first_step(self, rank: int = 0, world: int = 1) -> Step:
+        own = range(rank, self.dataset.count, world)
+        return self.joined(list(_Lanes(self, 0, 1, self.start, own)), rank, world)
+
 
 def _spread(shared: float, offset: float, rows: list[PlannedRow]) -> Callable[[int], float]:
     """The draw for t of each image of a stream's rows; streams are offset against each other, so all are even."""

@@ -82,7 +82,7 @@ def _check_variant(
     )
     neutral = {"kind": "transfusion", "bidirectional": None, "mar": {"head": {"kind": "flow"}}}
     objective = override(override(config, {"objective": neutral}), {"objective": change}).objective
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     model = _awake(config.model_copy(update={"objective": objective}), tokenizer)
     requests = _requests(config)
     recorders: list[Recorder] = []

@@ -11,7 +11,6 @@ from mmgen.bench import generation as bench_generation
 from mmgen.bench import step as bench
 from mmgen.config import Config
 from mmgen.data.loader import Corpus
-from mmgen.data.order import Position
 from mmgen.model import build_model
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import ready
@@ -19,11 +18,10 @@ from tests.conftest import ready
 
 def test_the_floor_has_the_same_matrix_products(config: Config) -> None:
     """Counted by torch: the model adds only the embeddings of time and place, and the floor leaves nothing out."""
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     model = build_model(config, len(tokenizer))
     source = Corpus(config.data.train, tokenizer, config)
-    row, after = next(source.plan.rows(Position()))
-    batch = ready(source, source.step(1, [row], after).micro[0])
+    batch = ready(source, source.first_step().micro[0])
     counts = {}
     for name, step in (
         ("floor", bench.Floor(model, batch, False).step),
