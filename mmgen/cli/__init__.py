@@ -204,9 +204,9 @@ def generation(
     as_json: Json = False,
 ) -> int:
     """Time drawing with the cache against full recomputation, for each objective, at 64 and 256 patches."""
-    from mmgen.bench.generation import bench_generation
+    from mmgen.bench import generation as bench
 
-    show(bench_generation(config, rounds), as_json)
+    show(bench.as_json(bench.bench_generation(config, rounds)), as_json)
     return 0
 
 
@@ -245,7 +245,7 @@ def parity(
     """Compare what sampling computes with what training computes; ends with code 1 where they differ."""
     from mmgen.parity import check_parity
 
-    results = check_parity(config if file is None else load_config(file), inject)
+    results = [report.as_dict() for report in check_parity(config if file is None else load_config(file), inject)]
     holds = all(result["holds"] for result in results)
     if as_json:
         print(json.dumps({"holds": holds, "variants": results}))

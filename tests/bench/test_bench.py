@@ -7,11 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmgen.backbone import RowCache
-from mmgen.bench import generation as bench_generation
 from mmgen.bench import step as bench
+from mmgen.bench.generation import as_json, bench_generation
 from mmgen.config import Config
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
+from mmgen.generate.parts import Parts
 from mmgen.model import build_model
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import ready
@@ -49,25 +50,27 @@ def test_report(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("first call" in line for line in told)
 
 
-def test_recomputation_draws_the_same_images(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_generation, "SIDES", (2, 4))
-    report = bench_generation.bench_generation(config, 1)
-    assert set(report) == {f"{name}_{n}" for name in ("transfusion", "masked", "raster") for n in (4, 16)}
-    for cell in report.values():
-        assert cell["largest_difference"] < 1e-4
-        assert cell["recomputed_over_cached"] > 0
+def test_recomputation_draws_the_same_images(config: Config) -> None:
+    times = bench_generation(config, 1, sides=(2, 4))
+    assert set(times) == {f"{name}_{n}" for name in ("transfusion", "masked", "raster") for n in (4, 16)}
+    for cell in times.values():
+        assert cell.largest_difference < 1e-4
+        assert cell.recomputed_over_cached > 0
+    assert set(as_json(times)["masked_4"]) == {
+        "seconds", "seconds_recomputed", "recomputed_over_cached", "largest_difference",
+    }  # fmt: skip
 
 
-def test_a_cache_that_forgets_is_seen(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = RowCache.update
+class Forgetful(RowCache):
+    """Loses the keys of the second slot."""
 
-    def zeroed(self: RowCache, key: torch.Tensor, value: torch.Tensor, layer: int, *args: object, **kwargs: object):
-        keys, values = update(self, key, value, layer)
+    def update(self, *args: object, **kwargs: object):
+        keys, values = super().update(*args, **kwargs)
         keys = keys.clone()
         keys[:, :, 1] = 0
         return keys, values
 
-    monkeypatch.setattr(RowCache, "update", zeroed)
-    monkeypatch.setattr(bench_generation, "SIDES", (2,))
-    report = bench_generation.bench_generation(config, 1)
-    assert max(cell["largest_difference"] for cell in report.values()) > 1e-4
+
+def test_a_cache_that_forgets_is_seen(config: Config) -> None:
+    times = bench_generation(config, 1, sides=(2,), parts=Parts(cache=Forgetful))
+    assert max(cell.largest_difference for cell in times.values()) > 1e-4
