@@ -192,7 +192,7 @@ def step(
     """Time a training step over a bare loop with the same matrix products, eager and compiled."""
     from mmgen.bench.step import bench_step
 
-    show(bench_step(config, rounds, tell), as_json)
+    show(bench_step(config, rounds, tell).as_dict(), as_json)
     return 0
 
 
@@ -221,16 +221,16 @@ def data_speed(
     """Time reading against webdataset's pipeline, and packing, waiting and resuming."""
     from mmgen.bench.data import bench_data
 
-    show(bench_data(config, rounds, samples, tell), as_json)
+    show(bench_data(config, rounds, samples, tell).as_dict(), as_json)
     return 0
 
 
 @bench.command
 def samplers(*, rounds: Annotated[int, Parameter(help="Interleaved repetitions.")] = 15, as_json: Json = False) -> int:
     """Time what each sampler adds to the calls of a network of a millisecond or more."""
-    from mmgen.bench.step import bench_samplers
+    from mmgen.bench.samplers import bench_samplers
 
-    show(bench_samplers(rounds), as_json)
+    show(bench_samplers(rounds).as_dict(), as_json)
     return 0
 
 
