@@ -23,7 +23,7 @@ def parity(
     """Compare what sampling computes with what training computes; ends with code 1 where they differ."""
     from mmgen.parity import check_parity
 
-    results = check_parity(config if file is None else load(file), inject)
+    results = [report.as_dict() for report in check_parity(config if file is None else load(file), inject)]
     holds = all(result["holds"] for result in results)
     if as_json:
         print_json({"holds": holds, "variants": results})
