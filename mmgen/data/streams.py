@@ -23,7 +23,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mmgen.config import Config
 from mmgen.data.dataset import Facts, Measured, facts_of, patch_grids
-from mmgen.data.loader import Corpus, Decoded, Documents, Step, ahead
+from mmgen.data.documents import Decoded, Documents, Step
+from mmgen.data.loader import Corpus, ahead
 from mmgen.data.order import (
     Cursor,
     Cursors,

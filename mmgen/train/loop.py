@@ -13,8 +13,9 @@ import yaml
 from torch import Tensor
 
 from mmgen.config import Config
+from mmgen.data.documents import Step
 from mmgen.data.latents import settled
-from mmgen.data.loader import Corpus, Step, steps
+from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Cursors, Position
 from mmgen.data.shards.samples import worst_shards
 from mmgen.data.streams import training_corpus

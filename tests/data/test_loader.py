@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.data.loader import Corpus, Step, steps
+from mmgen.data.documents import Step
+from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position, chances, epoch_order, keyed, pack
 from mmgen.data.shards.samples import BadSample, expand, read
 from mmgen.sequence.batch import Batch

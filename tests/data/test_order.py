@@ -15,7 +15,8 @@ from scipy import stats
 
 from mmgen.config import Config, SourceConfig
 from mmgen.config_io import override
-from mmgen.data.loader import Corpus, Step, steps
+from mmgen.data.documents import Step
+from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import (
     Cursor,
     Cursors,

@@ -23,7 +23,8 @@ import yaml
 
 from mmgen.config import Config, LimitsConfig
 from mmgen.config_io import override
-from mmgen.data.loader import Corpus, Step, steps
+from mmgen.data.documents import Step
+from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Cursor, Cursors, PlannedDocument, Position
 from mmgen.data.shards import store
 from mmgen.data.streams import StreamCorpus, Streams, training_corpus
