@@ -36,12 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmgen.config import Config
 from mmgen.config_io import explain, load, override
-from mmgen.data.latents import settled
+from mmgen.data.latents import find_facts
 from mmgen.data.loader import steps
 from mmgen.data.streams import training_corpus
 from mmgen.evaluate.report import write_report
 from mmgen.model import MMGenConfig, MMGenModel, build_model
-from mmgen.sequence.batch import encoded
+from mmgen.sequence.batch import prepare
 from mmgen.sequence.tokenizer import Tokenizer
 
 WIDTH_STEP = 8
@@ -168,10 +168,9 @@ def same_parameters(config: Config, wanted: int, name: str) -> Config:
 def step_flops(config: Config) -> float:
     """Floating-point operations of one training step, counted by torch on the run's first batch."""
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
-    config = settled(config, tokenizer)
-    corpus = training_corpus(config, tokenizer)
+    corpus = training_corpus(config, tokenizer, find_facts(config, tokenizer))
     model = build_model(config, len(tokenizer))
-    batches = [encoded(batch, corpus.patcher) for batch in next(steps(corpus, 0, 1, corpus.start)).micro]
+    batches = [prepare(raw, corpus.patcher) for raw in next(steps(corpus, 0, 1, corpus.start)).micro]
     with FlopCounterMode(display=False) as counter:
         for batch in batches:
             losses = model(batch)

@@ -10,7 +10,7 @@ import torch
 
 from mmgen.config import Config
 from mmgen.model import MMGenConfig, MMGenModel
-from mmgen.objective import objective_class
+from mmgen.objective import build_layout
 from mmgen.sequence.tokenizer import SPECIAL, Tokenizer
 from mmgen.train.engine import uses_bf16
 from mmgen.train.memory import theory
@@ -36,7 +36,7 @@ def plan(config: Config) -> dict[str, Any]:
     fields = model.backbone.config
     positions = micro * config.data.row_length
     per_position = fields.num_hidden_layers * (16 * fields.hidden_size + 5 * fields.intermediate_size)
-    copies = objective_class(config.objective).copies(config.objective)
+    copies = build_layout(config.objective, config.model.patcher).copies
     return {
         "parameters": parameters,
         "vocabulary": tokens,

@@ -22,10 +22,10 @@ from mmgen.model import build_model
 from mmgen.sequence.attention import Sites, dense_visible
 from mmgen.sequence.tokenizer import Tokenizer
 
-OBJECTIVES = {
-    "transfusion": {"kind": "transfusion", "context": None},
-    "masked": {"kind": "mar", "order": "masked", "context": None},
-    "raster": {"kind": "mar", "order": "raster", "context": None},
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "transfusion": {"kind": "transfusion"},
+    "masked": {"kind": "mar", "mar": {"order": "masked"}},
+    "raster": {"kind": "mar", "mar": {"order": "raster"}},
 }
 SIDES = (8, 16)
 """Patches per side of the image."""
@@ -49,7 +49,7 @@ class Recomputing(Schedule):
         self.inputs[here], self.position[here] = inputs_LWD, position_LW
         reach = keys.slot.shape[1]
         inputs, position = (kept[lanes.squeeze(1), :reach] for kept in (self.inputs, self.position))
-        hidden = self.model.hidden(inputs, position, additive(dense_visible(keys)))
+        hidden = self.model.hidden(inputs, position, additive(dense_visible(keys)), (keys.block >= 0).long())
         return hidden.gather(1, slots.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 

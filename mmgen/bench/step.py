@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.data.latents import settled
+from mmgen.data.latents import find_facts
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.flow.schedule import LinearPath
@@ -30,7 +30,7 @@ from mmgen.flow.solvers import SOLVERS, build_solver, solve
 from mmgen.flow.time import uniform_grid
 from mmgen.image.latent import build_patcher
 from mmgen.model import MMGenModel, build_model
-from mmgen.sequence.batch import Batch, encoded
+from mmgen.sequence.batch import Batch, prepare
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.loop import can_compile, uses_bf16
 from mmgen.train.optimizer import build_optimizer
@@ -145,12 +145,12 @@ def bench_step(config: Config, rounds: int, tell: Callable[[str], None]) -> dict
     shards = config.data.val or config.data.train
     config = override(config, {"data": {"train": shards}, "train": {"micro_rows": None}})
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
-    config = settled(config, tokenizer)
-    corpus = Corpus(config.data.train, tokenizer, config)
+    facts = find_facts(config, tokenizer)
+    corpus = Corpus(config.data.train, tokenizer, config, facts)
     source = corpus.plan.rows(Position())
     rows = [next(source) for _ in range(config.train.batch_rows)]
-    batch = corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0]
-    batch = encoded(batch, build_patcher(config.model.patcher, device)).to(device)
+    raw = corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0]
+    batch = prepare(raw, build_patcher(config.model.patcher, device, facts), device)
     bf16 = uses_bf16(config)
     steps: dict[str, Step] = {}
     for compiled in (False, True) if can_compile(device) else (False,):

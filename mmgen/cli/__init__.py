@@ -419,13 +419,12 @@ def load(config: Config) -> Any:
 
 def newest(config: Config) -> tuple[Path, dict[str, Any]]:
     """The newest whole checkpoint of a run and its record; its model must be the one of the settings."""
-    from mmgen.data.latents import settled
     from mmgen.train.checkpoint import read as checkpoint
 
     found = checkpoint.newest_good(config.run.dir, tell)
     if found is None:
         raise FileNotFoundError(f"{config.run.dir} holds no checkpoint: train it first with `mmgen train --config ...`")
-    checkpoint.check_same_model(found[1], settled(config, None, found[1]), found[0])
+    checkpoint.check_same_model(found[1], config, found[0])
     return found
 
 

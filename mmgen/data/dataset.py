@@ -21,7 +21,7 @@ from mmgen.data.shards.index import LATENT, TEXT, ShardIndex, ensure, ensure_all
 from mmgen.data.shards.samples import Bad, Sample
 from mmgen.data.shards.store import Patterns, expand
 from mmgen.image.resize import nearest_size
-from mmgen.objective import objective_class
+from mmgen.objective import build_layout
 from mmgen.sequence.tokenizer import Tokenizer
 
 OPEN_SHARDS = 256
@@ -96,7 +96,7 @@ class Measured(ABC):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.copies = objective_class(config.objective).copies(config.objective)
+        self.copies = build_layout(config.objective, config.model.patcher).copies
 
     @abstractmethod
     def gather(self, indices: Ints) -> Facts:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from mmgen.config import Config
 from mmgen.data.dataset import DROPPED, IMAGE_FIRST
 from mmgen.data.order import Cursors, PlannedDocument, PlannedRow, Position, chances, keyed
 from mmgen.data.shards.samples import Bad, BadSample, Picture, Sample, open_image, open_latent
-from mmgen.image.latent import LatentPatcher, build_patcher
-from mmgen.image.patch import Floats, Grid, scale
+from mmgen.image.latent import AutoencoderFacts, LatentPatcher, build_patcher
+from mmgen.image.patch import Floats, Grid
 from mmgen.image.resize import CENTRE, draft, fit
-from mmgen.objective import ImageSite, objective_class
-from mmgen.sequence.batch import Batch, collate
+from mmgen.objective import ImageSite, build_layout
+from mmgen.sequence.batch import RawBatch, RowFormat, collate
 from mmgen.sequence.document import Document, ImageSegment, Strip, TextSegment, Writer
 from mmgen.sequence.tokenizer import Tokenizer
 
@@ -28,7 +27,7 @@ class Step:
     """This process's share of one global step."""
 
     number: int
-    micro: list[Batch]
+    micro: list[RawBatch]
     after: Position | Cursors
     """Where the run stands once this step is done."""
     documents: int
@@ -40,13 +39,8 @@ class Step:
 
     def pin_memory(self) -> Step:
         """Move the batches to page-locked memory, from where a GPU copies while it computes."""
-        self.micro = [_pinned(batch) for batch in self.micro]
+        self.micro = [batch.pin_memory() for batch in self.micro]
         return self
-
-
-def _pinned(batch: Batch) -> Batch:
-    plain = {f.name: getattr(batch, f.name).pin_memory() for f in fields(batch) if f.name != "draws"}
-    return Batch(**plain, draws={name: value.pin_memory() for name, value in batch.draws.items()})
 
 
 Decoded = list[list[int] | tuple[NDArray[Any], Grid]]
@@ -59,11 +53,10 @@ class Documents(ABC):
     Decoding and every random draw happen per document and depend on (seed, epoch, shard, key) alone.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: Config, autoencoder: AutoencoderFacts | None = None) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.patcher = build_patcher(config.model.patcher)
-        self.objective = objective_class(config.objective)
-        self.copies = self.objective.copies(config.objective)
+        self.patcher = build_patcher(config.model.patcher, facts=autoencoder)
+        self.layout = build_layout(config.objective, config.model.patcher)
 
     @abstractmethod
     def segments(self, planned: PlannedDocument) -> tuple[tuple[str, str], Decoded]:
@@ -72,7 +65,7 @@ class Documents(ABC):
     @property
     @abstractmethod
     def unencoded(self) -> bool:
-        """Batches carry pixels that the model's device is to encode."""
+        """Batches carry pixels, which `prepare` scales or encodes, and not precomputed patches."""
 
     @abstractmethod
     def name(self, planned: PlannedDocument) -> tuple[str, str]:
@@ -101,13 +94,11 @@ class Documents(ABC):
                 document.append(TextSegment(segment))
                 continue
             x_NP, grid = segment
-            if not self.config.model.patcher.latent:
-                x_NP = scale(x_NP)
             rng = keyed(self.config.run.seed, epoch, shard, key, "noise", image)
             quantile = rng.random() if quantiles is None else quantiles[image]
             before, after = bool(texts) and texts[0] < i, bool(texts) and texts[-1] > i
-            site = ImageSite(grid, self.config.model.patcher.patch_length, before, after, quantile)
-            document.append(ImageSegment(x_NP, grid, self.objective.layout(self.config.objective, site, rng)))
+            site = ImageSite(grid, before, after, quantile)
+            document.append(ImageSegment(x_NP, grid, self.layout.blocks(site, rng)))
             image += 1
         return document
 
@@ -120,7 +111,7 @@ class Documents(ABC):
 
     def _cut(self, told: Decoded, length: int) -> Decoded:
         """Text shortened from the end until the document has its planned length."""
-        sizes = [3 + self.copies * s[1][0] * s[1][1] if isinstance(s, tuple) else len(s) for s in told]
+        sizes = [3 + self.layout.copies * s[1][0] * s[1][1] if isinstance(s, tuple) else len(s) for s in told]
         spare = 2 + sum(sizes) - length
         for i in range(len(told) - 1, -1, -1):
             segment = told[i]
@@ -170,13 +161,12 @@ class Documents(ABC):
             )
         return x_NP, grid
 
-    def batch(self, rows: Sequence[Sequence[Strip | int]]) -> Batch:
+    def batch(self, rows: Sequence[Sequence[Strip | int]]) -> RawBatch:
         """Collate written rows."""
-        patcher, row_length = self.config.model.patcher, self.config.data.row_length
-        nothing = self.objective.context(self.config.objective, (0, 0), patcher.patch_length)
-        if self.unencoded:
-            return collate(rows, row_length, self.tokenizer, nothing, patcher.pixel_length, np.uint8)
-        return collate(rows, row_length, self.tokenizer, nothing, patcher.patch_length)
+        patches = self.patcher.sent if self.unencoded else self.patcher.ready
+        return collate(
+            rows, RowFormat(self.config.data.row_length, self.tokenizer, self.layout.context((0, 0)), patches)
+        )
 
     def written(self, row: PlannedRow, ordinal: int, quantile: Callable[[int], float], step: Step) -> list[Strip | int]:
         """Write the documents of a row and count them in `step`.
@@ -195,7 +185,7 @@ class Documents(ABC):
         step.documents += len(row)
         return strips
 
-    def micro_batches(self, written: list[list[Strip | int]], world: int) -> list[Batch]:
+    def micro_batches(self, written: list[list[Strip | int]], world: int) -> list[RawBatch]:
         """The written rows of a rank as its micro-batches, filled up with empty rows."""
         settings = self.config.train
         share = -(-settings.batch_rows // world)

@@ -23,7 +23,7 @@ from mmgen.data.shards import store
 from mmgen.data.shards.samples import BadSample, Sample
 from mmgen.data.shards.store import Patterns
 from mmgen.flow.time import stratified
-from mmgen.image.latent import LatentPatcher
+from mmgen.image.latent import AutoencoderFacts, LatentPatcher
 from mmgen.sequence.document import Strip
 from mmgen.sequence.tokenizer import Tokenizer
 
@@ -36,8 +36,10 @@ FETCHERS = 16
 class Corpus(Documents):
     """The documents of a list of shards, read through their indexes, and the plan of their order."""
 
-    def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config) -> None:
-        super().__init__(tokenizer, config)
+    def __init__(
+        self, patterns: Patterns, tokenizer: Tokenizer, config: Config, autoencoder: AutoencoderFacts | None = None
+    ) -> None:
+        super().__init__(tokenizer, config, autoencoder)
         self.dataset = Dataset(patterns, tokenizer, config)
         self._check_kind()
         self.dataset.refuse_overlong()
@@ -77,7 +79,7 @@ class Corpus(Documents):
 
     @property
     def unencoded(self) -> bool:
-        return self.config.model.patcher.latent and not self.dataset.autoencoders
+        return not self.dataset.autoencoders
 
     @property
     def told(self) -> str:

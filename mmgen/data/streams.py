@@ -43,6 +43,7 @@ from mmgen.data.shards.samples import Bad, BadSample, Group, Picture, Sample, da
 from mmgen.data.shards.store import Patterns, expand
 from mmgen.data.shards.tar import Damaged
 from mmgen.flow.time import stratified
+from mmgen.image.latent import AutoencoderFacts
 from mmgen.image.patch import Grid
 from mmgen.sequence.document import Strip
 from mmgen.sequence.tokenizer import Tokenizer
@@ -238,15 +239,17 @@ class StreamCorpus(Documents):
     Each loader process reads some of this process's streams and writes their documents; they are put together here.
     """
 
-    def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config) -> None:
-        super().__init__(tokenizer, config)
+    def __init__(
+        self, patterns: Patterns, tokenizer: Tokenizer, config: Config, autoencoder: AutoencoderFacts | None = None
+    ) -> None:
+        super().__init__(tokenizer, config, autoencoder)
         self.dataset = Streams(expand(patterns), tokenizer, config)
         self.bad: list[Bad] = []
         self.start = Cursors()
 
     @property
     def unencoded(self) -> bool:
-        return self.config.model.patcher.latent
+        return True
 
     @property
     def told(self) -> str:
@@ -329,11 +332,13 @@ class _Lanes(IterableDataset[Part]):
             yield self.corpus.part(number, sources)
 
 
-def training_corpus(config: Config, tokenizer: Tokenizer) -> Corpus | StreamCorpus:
+def training_corpus(
+    config: Config, tokenizer: Tokenizer, autoencoder: AutoencoderFacts | None = None
+) -> Corpus | StreamCorpus:
     """What `data.train` holds, in streams or through indexes as `data.streams` says.
 
     Raises:
         FileNotFoundError, ValueError: a shard is missing, or there are too few of them.
     """
     kind = StreamCorpus if config.data.streams else Corpus
-    return kind(config.data.train, tokenizer, config)
+    return kind(config.data.train, tokenizer, config, autoencoder)

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmgen.config import Config, EvalConfig, choose
-from mmgen.config_io import override
 from mmgen.data.loader import Corpus
 from mmgen.data.shards.samples import Picture, Sample, open_image, open_latent, read
 from mmgen.data.shards.store import Patterns
@@ -33,7 +32,7 @@ from mmgen.evaluate.metrics import (
 from mmgen.evaluate.tasks import TASKS, Object, Pixels, Task
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.image import sheet
-from mmgen.image.latent import LatentPatcher, build_patcher
+from mmgen.image.latent import LatentPatcher
 from mmgen.image.patch import Floats, Grid, Patcher
 from mmgen.model import MMGenModel
 from mmgen.sequence.tokenizer import Tokenizer
@@ -215,12 +214,11 @@ def evaluate(
         ValueError, FileNotFoundError: the eval section names an unknown task, or shards that are missing or unlabelled.
     """
     began = time.monotonic()
-    config = override(config, {"model": {"patcher": model.patcher.model_dump()}})  # what a run found of its autoencoder
     settings = config.eval
     task: Task = choose(TASKS, settings.task, "eval.task")()
     judge = Judge(task, settings.judge)
     bad: list[dict[str, str]] = []
-    patcher = build_patcher(model.patcher, model.device)
+    patcher = model.build_patcher()
     train, test = (Pictures(shards, patcher, bad) for shards in (config.data.train, settings.test))
     real = Real(task, train, test, settings.samples)
     tell(f"{settings.task}: judging {settings.samples} images against {len(test.samples)} real ones")
@@ -263,7 +261,7 @@ def evaluate(
     )
     tell(f"images to captions: {report['i2t_accuracy']:.3f} right")
     if config.data.val:
-        report |= held_out_losses(model, Corpus(config.data.val, tokenizer, config))
+        report |= held_out_losses(model, Corpus(config.data.val, tokenizer, config, model.autoencoder))
     report |= {
         "bad_samples": len(bad),
         "train_seconds": round(trainer["train_seconds"], 1),

@@ -19,7 +19,6 @@ from PIL import Image
 
 from mmgen.config import SampleConfig
 from mmgen.generate.scheduler import Draw, Drawn, Feed, Row, Schedule
-from mmgen.image.latent import build_patcher
 from mmgen.image.patch import Floats, Grid, raster
 from mmgen.model import MMGenModel
 from mmgen.sequence.document import ImageSegment, TextSegment, Writer
@@ -106,8 +105,8 @@ class Decoder:
         self.model = model
         self.tokenizer = tokenizer
         self.sample = sample
-        self.patcher = build_patcher(model.patcher, model.device)
-        self.objective = model.objective
+        self.patcher = model.build_patcher()
+        self.layout = model.objective.layout
         size = int(model.get_input_embeddings().weight.shape[0])
         ids = np.arange(size)
         words = (ids < len(tokenizer)) & ~np.isin(ids, list(tokenizer.special))
@@ -224,7 +223,7 @@ class Decoder:
         while True:
             if grid is not None:
                 say()
-                order_N = self.objective.order(self.objective.settings, grid, rng)
+                order_N = self.layout.order(grid, rng)
                 row, column = raster(grid)[order_N[0]]
                 first = int(row), int(column)
                 writer.size(grid, first)
@@ -236,7 +235,7 @@ class Decoder:
                 images += 1
                 if request.mode == "image":
                     return end(True)
-                context = self.objective.context(self.objective.settings, grid, x_NP.shape[1])
+                context = self.layout.context(grid)
                 writer.patches(x_NP, grid, [replace(context, order_N=order_N)])
                 writer.close_image()
                 grid = None
@@ -276,7 +275,7 @@ class Decoder:
         if isinstance(piece, str):
             return TextSegment(self.tokenizer.encode(piece))
         x_NP, grid = self.patcher.encode(piece)
-        context = self.objective.context(self.objective.settings, grid, x_NP.shape[1])
+        context = self.layout.context(grid)
         return ImageSegment(x_NP, grid, [context])
 
     def _feed(self, writer: Writer, allowed_V: NDArray[np.bool_], rng: np.random.Generator) -> Feed:

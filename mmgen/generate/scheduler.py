@@ -27,7 +27,7 @@ from mmgen.image.patch import Floats, Grid, Patcher
 from mmgen.model import MMGenModel
 from mmgen.objective import BackboneCall, Drawing, Given, ImageSpec
 from mmgen.sequence.attention import Sites, dense_visible
-from mmgen.sequence.batch import collate
+from mmgen.sequence.batch import RowFormat, collate, prepare
 from mmgen.sequence.document import Strip, Writer
 from mmgen.sequence.tokenizer import Tokenizer
 
@@ -237,7 +237,7 @@ class Schedule:
         except StopIteration as stop:
             # Later positions see the finished image as `context` writes it, so whatever was kept goes.
             self.cache.length[[*chain(*canvas.lanes)]] = canvas.start
-            x_RNP = stop.value.float().cpu().numpy()
+            x_RNP = _numbers(stop.value)
             images = self.patcher.pictures(x_RNP, canvas.grid)
             for r, x_NP, image in zip(canvas.lanes[0], x_RNP, images, strict=True):
                 self._answer(r, Drawn(x_NP, image))
@@ -264,10 +264,10 @@ class Schedule:
         position = torch.zeros(shape, dtype=torch.long, device=self.device)
         sites = [position - 1, position - 1, position > 0, position > 0]  # document, block, bidirectional, noised
         if strips:
-            length = self.model.patcher.patch_length
-            nothing = self.model.objective.context(self.model.objective.settings, (0, 0), length)
             rows = [[strips[lane]] if lane in strips else [] for lane in order]
-            batch = collate(rows, width, self.tokenizer, nothing, length).to(self.device, self.dtype)
+            nothing = self.model.objective.layout.context((0, 0))
+            raw = collate(rows, RowFormat(width, self.tokenizer, nothing, self.patcher.ready))
+            batch = prepare(raw, self.patcher, self.device, self.dtype)
             inputs_LWD, _ = self.model.embed(batch)
             position, sites = batch.position_BS, list(batch.sites[1:])
         else:  # most calls of a long drawing
@@ -302,7 +302,14 @@ class Schedule:
         self, here: tuple[Tensor, Tensor], inputs_LWD: Tensor, position_LW: Tensor, query: Sites, keys: Sites
     ) -> Tensor:
         """Hidden states of new positions, whose lanes [L, 1] and slots [L, W] are `here`, over the cache."""
-        return self.model.hidden(inputs_LWD, position_LW, additive(dense_visible(query, keys)), self.cache)
+        mask = additive(dense_visible(query, keys))
+        return self.model.hidden(inputs_LWD, position_LW, mask, (query.block >= 0).long(), self.cache)
+
+
+def _numbers(x_RNP: Tensor) -> NDArray[Any]:
+    """Patches on the host: float32, or integers where they are codes."""
+    numbers: NDArray[Any] = (x_RNP.float() if x_RNP.is_floating_point() else x_RNP).cpu().numpy()
+    return numbers
 
 
 def _warpers(sample: SampleConfig) -> LogitsProcessorList:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmgen.config import Config, SampleConfig, choose
+from mmgen.config_io import override
 from mmgen.generate import decoder as generate
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.model import MMGenConfig, MMGenModel
@@ -32,12 +33,12 @@ STEPS = 3
 WEIGHT = 1.7
 """Guidance scale of the check."""
 VARIANTS: dict[str, dict[str, Any]] = {
-    "transfusion, noisy": {"kind": "transfusion", "context": "noisy"},
-    "transfusion, capped": {"kind": "transfusion", "context": "capped"},
-    "transfusion, clean copy": {"kind": "transfusion", "context": "clean_copy"},
-    "mar, masked": {"kind": "mar", "order": "masked", "context": None},
-    "mar, random": {"kind": "mar", "order": "random", "context": None},
-    "mar, raster": {"kind": "mar", "order": "raster", "context": None},
+    "transfusion, noisy": {"kind": "transfusion", "transfusion": {"context": "noisy"}},
+    "transfusion, capped": {"kind": "transfusion", "transfusion": {"context": "capped"}},
+    "transfusion, clean copy": {"kind": "transfusion", "transfusion": {"context": "clean_copy"}},
+    "mar, masked": {"kind": "mar", "mar": {"order": "masked"}},
+    "mar, random": {"kind": "mar", "mar": {"order": "random"}},
+    "mar, raster": {"kind": "mar", "mar": {"order": "raster"}},
 }
 SCRIPTS = ("wwiwiw", "iiw", "wiw")
 """What each row chooses: w a word, i an image; then the end."""
@@ -79,8 +80,8 @@ def _check_variant(
     sample = SampleConfig(
         steps=STEPS, guidance_scale=WEIGHT, unmask_steps=STEPS, max_images=3, max_new_tokens=8, temperature=1.0
     )
-    head = config.objective.head.model_copy(update={"kind": "flow"})
-    objective = config.objective.model_copy(update={"bidirectional": None, "head": head, **change})
+    neutral = {"kind": "transfusion", "bidirectional": None, "mar": {"head": {"kind": "flow"}}}
+    objective = override(override(config, {"objective": neutral}), {"objective": change}).objective
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     model = _awake(config.model_copy(update={"objective": objective}), tokenizer)
     requests = _requests(config)

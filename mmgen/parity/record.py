@@ -80,9 +80,9 @@ class Recorder(Schedule):
         caught: list[Tensor] = []
         original = self.model.hidden
 
-        def spied(inputs: Tensor, position: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+        def spied(inputs: Tensor, position: Tensor, mask: Tensor, modality: Tensor, cache: Any = None) -> Tensor:
             caught.extend((inputs, position, mask))
-            return original(inputs, position, mask, cache)
+            return original(inputs, position, mask, modality, cache)
 
         with mock.patch.object(self.model, "hidden", spied):
             hidden = super()._forward(strips, canvases)
@@ -120,18 +120,16 @@ class Recorder(Schedule):
         """Identities of a strip's positions, counting on from what the lane has been fed."""
         tokens, images = self.written.get(lane, (0, 0))
         names = names_of(strip, tokens, images, lambda block: "patch")
-        self.written[lane] = (tokens + sum(name[0] == "token" for name in names), images + len(strip.patches))
+        self.written[lane] = (tokens + sum(name[0] == "token" for name in names), images + len(strip.images))
         return names
 
 
 def names_of(strip: Strip, tokens: int, images: int, role: Callable[[int], str]) -> list[Identity]:
     """What stands at each position of a strip; `role` says what the patches of its b-th block are called."""
     names: list[Identity] = [()] * len(strip)
-    positions = [strip.position[offset] for offset, *_ in strip.patches]
-    for b, (offset, x, _, block) in enumerate(strip.patches):
-        image = images + len(dict.fromkeys(positions[: b + 1])) - 1  # the copies of an image share their position
-        for k in range(len(x)):
-            names[offset + k] = (role(b), image, int(block.order_N[k]))
+    for b, placed in enumerate(strip.blocks):
+        for k, number in enumerate(placed.block.order_N.tolist()):
+            names[placed.offset + k] = (role(b), images + placed.image, number)
     for i, name in enumerate(names):
         if not name:
             names[i] = ("token", tokens)

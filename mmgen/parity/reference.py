@@ -20,7 +20,7 @@ from mmgen.objective import Embedded, ImageSite
 from mmgen.objective.mar import guidance_at
 from mmgen.parity.record import Drawn, Fed, Identity, names_of
 from mmgen.sequence.attention import dense_visible
-from mmgen.sequence.batch import Batch, Places, collate
+from mmgen.sequence.batch import Batch, Places, RowFormat, collate, prepare
 from mmgen.sequence.document import ImageSegment, TextSegment, Writer
 from mmgen.sequence.tokenizer import Tokenizer
 
@@ -120,28 +120,27 @@ class Reference:
                 document.append(segment)
                 continue
             learning = images == drawing
-            site = ImageSite(segment.grid, segment.x_NP.shape[1], text_before=True, text_after=True, quantile=0.4)
-            blocks = self.objective.layout(self.settings, site, rng)
-            if not self.settings.policy.startswith("clean") and not learning:
-                # A noisy context image at t = 1 is a draw that training may make; sampling makes no other.
-                clean = self.objective.context(self.settings, segment.grid, segment.x_NP.shape[1])
-                blocks = [replace(block, draws=clean.draws) for block in blocks]
-            if self.settings.causal_order:
-                blocks = [replace(block, order_N=segment.order_N) for block in blocks]
+            layout = self.objective.layout
+            site = ImageSite(segment.grid, text_before=True, text_after=True, quantile=0.4)
+            blocks = layout.blocks(site, rng)
+            if layout.copies == 1 and not learning:
+                # Sampling knows a finished image clean; in training its only copy may be noisy.
+                blocks = [replace(block, draws=layout.context(segment.grid).draws) for block in blocks]
+            blocks = [replace(block, order_N=segment.order_N) for block in blocks]
             last = len(blocks) - 1
             roles += ["patch" if (b == 0 if learning else b == last) else f"copy {b}" for b in range(len(blocks))]
             document.append(ImageSegment(segment.x_NP, segment.grid, blocks))
             images += 1
         strip = Writer(self.tokenizer).document(document)
-        length = self.model.patcher.patch_length
-        nothing = self.objective.context(self.settings, (0, 0), length)
-        batch = collate([[strip]], len(strip), self.tokenizer, nothing, length).to("cpu", torch.float64)
+        patcher = self.model.build_patcher()
+        form = RowFormat(len(strip), self.tokenizer, self.objective.layout.context((0, 0)), patcher.ready)
+        batch = prepare(collate([[strip]], form), patcher, "cpu", torch.float64)
         names = names_of(strip, 0, 0, roles.__getitem__)
         at = torch.tensor([i for i, name in enumerate(names) if name[:2] == ("patch", drawing)], dtype=torch.long)
         if put is not None:
             put(batch, torch.nonzero(torch.isin(batch.at_I, at)).flatten())
         inputs, embedded = self.model.embed(batch)
-        hidden = self.model.hidden(inputs, batch.position_BS, attention_mask(batch.sites))[0]
+        hidden = self.model.hidden(inputs, batch.position_BS, attention_mask(batch.sites), batch.modality)[0]
         seen = dense_visible(batch.sites)[0]
         fed = {
             name: Fed(
@@ -163,7 +162,7 @@ class Reference:
         documents: list[_Document] = [(segments[: at + 1], image.number), ([shown], 0)]
         if self.settings.kind == "transfusion":
             self._denoise(report, where, image, documents)
-        elif self.settings.causal_order:
+        elif self.settings.mar.causal:
             self._follow(report, where, image, documents)
         else:
             self._unmask(report, where, image, documents)
@@ -180,10 +179,10 @@ class Reference:
             for (segments, number), sampled in zip(documents, next(calls), strict=True):
                 reading = self.read(segments, number, put)
                 report.same(f"{where}, t = {float(t):.2f}", sampled, reading)
-                memory, j = reading.embedded.state[3], reading.of_drawing
+                memory, j = reading.embedded.state.memory, reading.of_drawing
                 places = Places(reading.batch.image_I[j], reading.batch.place_I2[j])
                 memory = None if memory is None else memory[j]
-                outputs.append(self.objective.projection.decode(reading.learned, memory, t.expand(len(j)), places))
+                outputs.append(self.objective.projection.leave.leave(reading.learned, memory, t.expand(len(j)), places))
             return self._velocities(outputs, z, t)
 
         drawn = self._euler(image.noise_NP, velocity, torch.tensor(self.sample.guidance_scale, dtype=torch.float64))

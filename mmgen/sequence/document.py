@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmgen.image.patch import Floats, Grid, raster
+from mmgen.image.patch import Grid, raster
 from mmgen.sequence.tokenizer import Tokenizer
 
 
@@ -45,12 +46,41 @@ class TextSegment:
 class ImageSegment:
     """One image: its patch rows in raster order, its grid and the blocks it becomes."""
 
-    x_NP: Floats
+    x_NP: NDArray[Any]
     grid: Grid
     blocks: Sequence[Block]
 
 
 Document = Sequence[TextSegment | ImageSegment]
+
+
+@dataclass(frozen=True)
+class ImagePatches:
+    """The patches [N, P] of one image in raster order, and their grid; its copies share them."""
+
+    x_NP: NDArray[Any]
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class PlacedBlock:
+    """A block and where it begins."""
+
+    offset: int
+    """Position of its first patch, counted from the start of the strip."""
+    image: int
+    """Index of its image among those of the strip."""
+    block: Block
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The size token of an image."""
+
+    offset: int
+    """Its position, counted from the start of the strip."""
+    first: tuple[int, int]
+    """(row, column) of the patch that is generated first."""
 
 
 @dataclass
@@ -62,10 +92,9 @@ class Strip:
     block: list[int] = field(default_factory=list)
     bidirectional: list[bool] = field(default_factory=list)
     noised: list[bool] = field(default_factory=list)
-    patches: list[tuple[int, Floats, NDArray[np.int64], Block]] = field(default_factory=list)
-    """(offset, x_NP and (row, column) in the order of the places, block) of each block."""
-    openings: list[tuple[int, tuple[int, int]]] = field(default_factory=list)
-    """(offset of the size token, place of the first patch generated) of each image."""
+    images: list[ImagePatches] = field(default_factory=list)
+    blocks: list[PlacedBlock] = field(default_factory=list)
+    openings: list[Opening] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -102,15 +131,14 @@ class Writer:
             declared = ", ".join(f"{rows}x{columns}" for rows, columns in self.tokenizer.size)
             raise ValueError(f"patch grid {grid[0]}x{grid[1]} was never declared (declared: {declared})")
         self.tokens([self.tokenizer.size[grid]])
-        self._strip.openings.append((len(self._strip) - 1, first))
+        self._strip.openings.append(Opening(len(self._strip) - 1, first))
 
-    def patches(self, x_NP: Floats, grid: Grid, blocks: Sequence[Block]) -> None:
+    def patches(self, x_NP: NDArray[Any], grid: Grid, blocks: Sequence[Block]) -> None:
         """Append the blocks of an image; all of them share one position."""
-        places = raster(grid)
+        self._strip.images.append(ImagePatches(x_NP, grid))
         for block in blocks:
             n = len(block.order_N)
-            here = (len(self._strip), x_NP[block.order_N], places[block.order_N], block)
-            self._strip.patches.append(here)
+            self._strip.blocks.append(PlacedBlock(len(self._strip), len(self._strip.images) - 1, block))
             ids, position = [self.tokenizer.pad] * n, [self.position] * n
             self._append(ids, position, self._blocks, block.bidirectional, block.noised)
             self._blocks += 1

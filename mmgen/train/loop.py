@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from mmgen.config import Config
 from mmgen.data.documents import Step
-from mmgen.data.latents import settled
+from mmgen.data.latents import find_facts
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Cursors, Position
 from mmgen.data.shards.samples import worst_shards
 from mmgen.data.streams import training_corpus
-from mmgen.image.latent import build_patcher
-from mmgen.sequence.batch import encoded
+from mmgen.image.latent import AutoencoderFacts
+from mmgen.sequence.batch import prepare
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train import metrics
 from mmgen.train.checkpoint import read as checkpoint
@@ -48,7 +49,7 @@ def train(config: Config) -> int:
     torch.manual_seed(config.run.seed)
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     found = checkpoint.newest_good(config.run.dir, ranks=ranks)
-    config = ranks.gather_objects(settled(config, tokenizer, found[1] if found else None))[0]
+    facts = ranks.gather_objects(known_facts(found[1]) if found else find_facts(config, tokenizer))[0]
     if found:
         folder, trainer = found
         checkpoint.check_same_run(trainer, config, tokenizer, folder)
@@ -59,7 +60,7 @@ def train(config: Config) -> int:
             return 0
     watchdog = Watchdog(config.train.timeout, ranks.rank)
     try:
-        run = Run(config, ranks, tokenizer, watchdog)
+        run = Run(config, ranks, tokenizer, watchdog, facts)
         if found:
             run.restore(*found)
         elif config.train.init_from is not None:
@@ -72,13 +73,20 @@ def train(config: Config) -> int:
     return code
 
 
-def build_engine(config: Config, vocabulary: int, ranks: Ranks) -> Engine:
+def build_engine(config: Config, vocabulary: int, ranks: Ranks, facts: AutoencoderFacts | None = None) -> Engine:
     """The machinery that the settings and the number of processes ask for."""
     if not shard(config):
-        return Engine(config, vocabulary, ranks)
+        return Engine(config, vocabulary, ranks, facts)
     from mmgen.train.zero import ZeroEngine
 
-    return ZeroEngine(config, vocabulary, ranks)
+    return ZeroEngine(config, vocabulary, ranks, facts)
+
+
+def known_facts(trainer: dict[str, Any]) -> AutoencoderFacts | None:
+    """What a checkpoint knows of its autoencoder; earlier versions kept it among the settings."""
+    if trainer.get("autoencoder"):
+        return AutoencoderFacts(**trainer["autoencoder"])
+    return AutoencoderFacts.of_settings(trainer["config"]["model"]["patcher"])
 
 
 class Told(NamedTuple):
@@ -97,15 +105,18 @@ class Told(NamedTuple):
 class Run:
     """A run in memory: engine, data, logs, and where it stands."""
 
-    def __init__(self, config: Config, ranks: Ranks, tokenizer: Tokenizer, watchdog: Watchdog) -> None:
+    def __init__(
+        self, config: Config, ranks: Ranks, tokenizer: Tokenizer, watchdog: Watchdog, facts: AutoencoderFacts | None
+    ) -> None:
+        self.facts = facts
         self.config, self.ranks, self.tokenizer, self.watchdog = config, ranks, tokenizer, watchdog
         known = [*averages(config.train), "weight"]
         if config.sample.weights not in known:
             raise ValueError(f"sample.weights '{config.sample.weights}' is not kept by this run: {', '.join(known)}")
-        self.corpus = training_corpus(config, tokenizer)
-        self.engine = build_engine(config, len(tokenizer), ranks)
+        self.corpus = training_corpus(config, tokenizer, facts)
+        self.engine = build_engine(config, len(tokenizer), ranks, facts)
         self.model, self.device = self.engine.model, self.engine.device
-        self.patcher = build_patcher(config.model.patcher, self.device)
+        self.patcher = self.model.build_patcher()
         self.patcher.load()  # not when the first image is drawn
         self.saver = Saver(config.run.dir / "checkpoints", self.engine, ranks, tokenizer)
         self.data = self.corpus.dataset.fingerprint
@@ -159,9 +170,9 @@ class Run:
                 for group in engine.optimizer.param_groups:
                     group["lr"] = learning_rate(settings, step)
                 sums, times = torch.zeros(2, device=self.device), torch.zeros(2, metrics.BUCKETS, device=self.device)
-                for i, batch in enumerate(data.micro):
+                for i, raw in enumerate(data.micro):
                     self.watchdog.phase("forward", step)
-                    batch = encoded(batch, self.patcher).to(self.device)
+                    batch = prepare(raw, self.patcher, self.device)
                     losses = engine.forward(batch)
                     parts = torch.stack([losses.text, losses.image]) / counts
                     self.watchdog.phase("backward", step)
@@ -325,6 +336,7 @@ class Run:
             "born": self.born,
             "world": self.ranks.world,
             "data": self.data,
+            "autoencoder": asdict(self.facts) if self.facts else None,
         }
         self.saver.begin(self.step, record, settings.keep_last, settings.keep_every)
         if must or not settings.save_async:
@@ -349,7 +361,7 @@ class Run:
             self.log.say(f"samples: {path}")
         due = step == settings.steps or (settings.val_every and step % settings.val_every == 0)
         if self.config.data.val and due:
-            corpus = Corpus(self.config.data.val, self.tokenizer, self.config)
+            corpus = Corpus(self.config.data.val, self.tokenizer, self.config, self.facts)
             with self.engine.averaged(self.config.sample.weights):
                 self.log.record(step, validation(self.model, corpus, self.ranks))
 

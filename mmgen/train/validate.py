@@ -15,9 +15,8 @@ from mmgen.data.order import Position
 from mmgen.data.shards.samples import read
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.image import sheet
-from mmgen.image.latent import build_patcher
 from mmgen.model import Losses, MMGenModel
-from mmgen.sequence.batch import Batch, encoded
+from mmgen.sequence.batch import Batch, prepare
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train import metrics
 from mmgen.train.engine import Engine
@@ -31,11 +30,11 @@ def held_out(model: MMGenModel, corpus: Corpus, ranks: Ranks) -> Iterator[tuple[
     """Each batch of one epoch of a corpus and its losses, with fixed noise; a rank gets its share of every step."""
     training = model.training
     model.eval()
-    rows, patcher = corpus.plan.epoch_rows(0), build_patcher(corpus.config.model.patcher, model.device)
+    rows, patcher = corpus.plan.epoch_rows(0), model.build_patcher()
     number = 0
     while chunk := list(islice(rows, corpus.config.train.batch_rows)):
-        for batch in corpus.step(number, chunk, Position(), ranks.rank, ranks.world).micro:
-            batch = encoded(batch, patcher).to(model.device)
+        for raw in corpus.step(number, chunk, Position(), ranks.rank, ranks.world).micro:
+            batch = prepare(raw, patcher, model.device)
             yield batch, model(batch)
         number += 1
     model.train(training)

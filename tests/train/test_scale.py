@@ -496,4 +496,4 @@ def test_attended_pairs_are_those_of_the_mask(config: Config) -> None:
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     (batch,) = next(steps(Corpus(config.data.train, tokenizer, config), 0, 1, Position())).micro
     real = (batch.document_BS >= 0).unsqueeze(-1)
-    assert metrics.attended_pairs(batch) == int((dense_visible(batch.sites) & real).sum())
+    assert meter.attended_pairs(batch) == int((dense_visible(batch.sites) & real).sum())

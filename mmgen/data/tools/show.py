@@ -11,7 +11,7 @@ from PIL import Image
 from mmgen.data.loader import Corpus, planned_steps
 from mmgen.data.order import Position
 from mmgen.sequence.attention import dense_visible
-from mmgen.sequence.batch import Batch, encoded
+from mmgen.sequence.batch import Batch, prepare
 
 SCALE = 4
 SIDE = 128
@@ -25,7 +25,7 @@ def show(corpus: Corpus, count: int, out: Path) -> list[dict[str, Any]]:
     number, rows, after = next(planned_steps(corpus.plan, count, 0, 1, Position()))
     for i, row in enumerate(rows):
         step = corpus.step(number, [row], after)
-        batch = encoded(step.micro[0], corpus.patcher)
+        batch = prepare(step.micro[0], corpus.patcher)
         images = decoded(corpus, batch)
         path = out / f"row-{i:03d}.png"
         picture(batch, images).save(path)
