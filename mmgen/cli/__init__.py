@@ -268,7 +268,7 @@ def index_data(*shards: Shards, config: Settings = Config(), workers: Workers = 
     """Write the index of every shard that has none; a second call goes on where a first one stopped."""
     from mmgen.data.tools.check import index_shards
 
-    show(index_shards(*chosen_data(shards, config), config, workers or os.cpu_count() or 1, tell), as_json)
+    show(index_shards(*chosen_data(shards, config), config, workers or os.cpu_count() or 1, tell).as_dict(), as_json)
     return 0
 
 
@@ -286,7 +286,7 @@ def data_buckets(
     sides = pixels.split("x")
     if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides) or n < 1:
         raise ValueError(f"--pixels {pixels} --n {n}: give a height and a width such as 256x256, and at least one size")
-    show(propose(*chosen_data(shards, config), config, n, (int(sides[0]), int(sides[1]))), as_json)
+    show(propose(*chosen_data(shards, config), config, n, (int(sides[0]), int(sides[1]))).as_dict(), as_json)
     return 0
 
 
@@ -303,25 +303,20 @@ def check_data(
     as_json: Json = False,
 ) -> int:
     """Say what shards hold and lose, and whether the order keeps its promises; code 1 where anything is bad."""
-    from mmgen.data.tools.check import check
+    from mmgen.data.tools.check import CheckOptions, Report, check
     from mmgen.data.tools.check_streams import check_streams
 
     patterns, tokenizer = chosen_data(shards, config)
+    options = CheckOptions(tell, decode, inject, workers or os.cpu_count() or 1, world)
+    report: Report
     if config.data.streams and not shards:
-        report = check_streams(tokenizer, config, tell, decode, inject)
+        report = check_streams(tokenizer, config, options)
     else:
-        report = check(patterns, tokenizer, config, tell, decode, inject, workers or os.cpu_count() or 1, world)
-    if not as_json:
-        for item in report.pop("bad_samples"):
-            print(f"bad: {item['shard']}/{item['key']}: {item['reason']}")
-        for key in report.pop("duplicate_keys"):
-            print(f"duplicate: {key}")
-        for path in report.pop("duplicate_shards", []):
-            print(f"the same bytes as an earlier shard: {path}")
-        for path in report.pop("unused_shards", []):
-            print(f"unused: {path}")
-    show(report, as_json)
-    return 0 if report["holds"] else 1
+        report = check(patterns, tokenizer, config, options)
+    for line in [] if as_json else report.findings():
+        print(line)
+    show(report.as_dict() if as_json else report.figures(), as_json)
+    return 0 if report.holds else 1
 
 
 @data.command(name="show")
@@ -338,9 +333,9 @@ def show_data(
 
     rows = draw_rows(Corpus(*chosen_data(shards, config), config), count, out)
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps([row.as_dict() for row in rows]))
     for row in [] if as_json else rows:
-        print(f"{row['picture']}: {row['positions']} positions of {', '.join(row['samples'])}\n    {row['row']}")
+        print(f"{row.picture}: {row.positions} positions of {', '.join(row.samples)}\n    {row.row}")
     return 0
 
 

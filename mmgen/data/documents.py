@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from mmgen.config import Config
 from mmgen.data.dataset import DROPPED, IMAGE_FIRST
 from mmgen.data.order import Cursors, PlannedDocument, PlannedRow, Position, chances, keyed
-from mmgen.data.shards.samples import Bad, BadSample, Picture, Sample, open_image, open_latent
-from mmgen.image.latent import AutoencoderFacts, LatentPatcher, build_patcher
-from mmgen.image.patch import Floats, Grid
+from mmgen.data.shards.pictures import STORED, open_image, open_stored
+from mmgen.data.shards.samples import BadRecord, BadSample, Picture, Sample, Text
+from mmgen.image.latent import AutoencoderFacts, build_patcher
+from mmgen.image.patch import Grid
 from mmgen.image.resize import CENTRE, draft, fit
 from mmgen.objective import ImageSite, build_layout
 from mmgen.sequence.batch import RawBatch, RowFormat, collate
@@ -30,12 +31,13 @@ class Step:
     micro: list[RawBatch]
     after: Position | Cursors
     """Where the run stands once this step is done."""
-    documents: int
-    positions: int
+    documents: int = 0
+    positions: int = 0
     """Positions of real documents, padding not counted."""
-    images: int
-    bad: list[Bad] = field(default_factory=list)
-    """Samples that could not be decoded: shard, key, reason."""
+    images: int = 0
+    """Images that are learned."""
+    bad: list[BadRecord] = field(default_factory=list)
+    """Samples that could not be decoded."""
 
     def pin_memory(self) -> Step:
         """Move the batches to page-locked memory, from where a GPU copies while it computes."""
@@ -43,8 +45,29 @@ class Step:
         return self
 
 
-Decoded = list[list[int] | tuple[NDArray[Any], Grid]]
-"""Segments of a sample: token ids, or rows of pixels in 0..255 (patch rows of a latent) and their grid."""
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image before it is placed in a document."""
+
+    x_NP: NDArray[Any]
+    """Pixels in 0..255, or patches that are ready (latents, codes)."""
+    grid: Grid
+    learn: bool = True
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A sample with its text as tokens and its images as patches."""
+
+    shard: str
+    key: str
+    segments: Sequence[TextSegment | DecodedImage]
+
+    @property
+    def nbytes(self) -> int:
+        """About the memory that it takes."""
+        sizes = (8 * len(s.ids) if isinstance(s, TextSegment) else s.x_NP.nbytes for s in self.segments)
+        return sum(sizes) + 200
 
 
 class Documents(ABC):
@@ -59,8 +82,8 @@ class Documents(ABC):
         self.layout = build_layout(config.objective, config.model.patcher)
 
     @abstractmethod
-    def segments(self, planned: PlannedDocument) -> tuple[tuple[str, str], Decoded]:
-        """(shard, key), and tokens and patch rows, of a planned document; raises `BadSample`."""
+    def segments(self, planned: PlannedDocument) -> Decoded:
+        """The sample of a planned document; raises `BadSample`."""
 
     @property
     @abstractmethod
@@ -76,29 +99,34 @@ class Documents(ABC):
         """Global steps [first, last) of a run that stands at `start`, decoded ahead in `data.workers` processes."""
 
     def document(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Document:
-        """Decode one document; `quantiles` are the stratified draws for t of its images. Raises `BadSample`."""
-        epoch = planned.epoch
-        (shard, key), decoded = self.segments(planned)
-        told = list(decoded)
+        """Decode one document; `quantiles` are the stratified draws for t of its learned images.
+
+        Raises:
+            BadSample: it cannot be decoded.
+        """
+        decoded = self.segments(planned)
+        segments = list(decoded.segments)
         if planned.form == IMAGE_FIRST:
-            told.reverse()
+            segments.reverse()
         if planned.form == DROPPED:
-            last = max(i for i, segment in enumerate(told) if isinstance(segment, tuple))
-            told = [segment for i, segment in enumerate(told) if i > last or isinstance(segment, tuple)]
-        told = self._cut(told, planned.length)
-        texts = [i for i, segment in enumerate(told) if not isinstance(segment, tuple)]
+            last = max(i for i, segment in enumerate(segments) if isinstance(segment, DecodedImage))
+            segments = [s for i, s in enumerate(segments) if i > last or isinstance(s, DecodedImage)]
+        segments = self._cut(segments, planned.length)
+        texts = [i for i, segment in enumerate(segments) if isinstance(segment, TextSegment)]
         document: list[TextSegment | ImageSegment] = []
+        drawn = iter(quantiles) if quantiles is not None else None
         image = 0
-        for i, segment in enumerate(told):
-            if not isinstance(segment, tuple):
-                document.append(TextSegment(segment))
+        for i, segment in enumerate(segments):
+            if isinstance(segment, TextSegment):
+                document.append(segment)
                 continue
-            x_NP, grid = segment
-            rng = keyed(self.config.run.seed, epoch, shard, key, "noise", image)
-            quantile = rng.random() if quantiles is None else quantiles[image]
-            before, after = bool(texts) and texts[0] < i, bool(texts) and texts[-1] > i
-            site = ImageSite(grid, before, after, quantile)
-            document.append(ImageSegment(x_NP, grid, self.layout.blocks(site, rng)))
+            rng = keyed(self.config.run.seed, planned.epoch, decoded.shard, decoded.key, "noise", image)
+            blocks = [self.layout.context(segment.grid)]
+            if segment.learn:
+                quantile = rng.random() if drawn is None else next(drawn)
+                before, after = bool(texts) and texts[0] < i, bool(texts) and texts[-1] > i
+                blocks = self.layout.blocks(ImageSite(segment.grid, before, after, quantile), rng)
+            document.append(ImageSegment(segment.x_NP, segment.grid, blocks, segment.learn))
             image += 1
         return document
 
@@ -109,57 +137,66 @@ class Documents(ABC):
             raise BadSample(f"its document has {len(strip)} positions, planned were {planned.length}")
         return strip
 
-    def _cut(self, told: Decoded, length: int) -> Decoded:
-        """Text shortened from the end until the document has its planned length."""
-        sizes = [3 + self.layout.copies * s[1][0] * s[1][1] if isinstance(s, tuple) else len(s) for s in told]
-        spare = 2 + sum(sizes) - length
-        for i in range(len(told) - 1, -1, -1):
-            segment = told[i]
-            if spare > 0 and not isinstance(segment, tuple):
-                kept = max(0, len(segment) - spare)
-                spare -= len(segment) - kept
-                told[i] = segment[:kept]
-        return [segment for segment in told if len(segment)]
+    def _cut(self, segments: Sequence[TextSegment | DecodedImage], length: int) -> list[TextSegment | DecodedImage]:
+        """Text shortened from the end until the document has its planned length; empty text is left out."""
+        spare = 2 + sum(map(self._positions, segments)) - length
+        kept: list[TextSegment | DecodedImage] = []
+        for segment in reversed(segments):
+            if isinstance(segment, TextSegment):
+                ids = segment.ids[: max(0, len(segment.ids) - max(0, spare))]
+                spare -= len(segment.ids) - len(ids)
+                segment = replace(segment, ids=ids)
+            if isinstance(segment, DecodedImage) or segment.ids:
+                kept.insert(0, segment)
+        return kept
+
+    def _positions(self, segment: TextSegment | DecodedImage) -> int:
+        """Positions that a segment takes in a row."""
+        if isinstance(segment, TextSegment):
+            return len(segment.ids)
+        rows, columns = segment.grid
+        return 3 + (self.layout.copies if segment.learn else 1) * rows * columns
 
     def decode(self, sample: Sample, grids: Sequence[Grid], epoch: int) -> Decoded:
-        """Tokens and patch rows of a sample whose images have these patch grids; raises `BadSample`."""
+        """Tokens and patches of a sample whose images have these patch grids; raises `BadSample`."""
         expected = iter(grids)
-        decoded: Decoded = []
+        segments: list[TextSegment | DecodedImage] = []
         for i, segment in enumerate(sample.segments):
-            if isinstance(segment, str):
-                decoded.append(self.tokenizer.encode(segment))
+            if isinstance(segment, Text):
+                segments.append(TextSegment(self.tokenizer.encode(segment.text), segment.learn))
+            elif segment.stored:
+                segments.append(self._stored(segment, next(expected)))
             else:
-                decoded.append(self._rows(sample, i, segment, epoch, next(expected)))
-        return decoded
+                centering = CENTRE
+                if self.config.data.crop == "random":
+                    centering = chances(self.config.run.seed, epoch, sample.shard, sample.key, "crop", i)
+                segments.append(self._image(segment, centering, next(expected)))
+        return Decoded(sample.shard, sample.key, segments)
 
-    def _rows(self, sample: Sample, number: int, picture: Picture, epoch: int, grid: Grid) -> tuple[NDArray[Any], Grid]:
-        if picture.latent:
-            return self._latent_rows(picture, grid)
+    def _image(self, picture: Picture, centering: tuple[float, float], grid: Grid) -> DecodedImage:
         data, patcher = self.config.data, self.config.model.patcher
-        centering = CENTRE
-        if data.crop == "random":
-            centering = chances(self.config.run.seed, epoch, sample.shard, sample.key, "crop", number)
         image = open_image(picture.data, data.limits, lambda image: draft(image, patcher.image_sizes))
         image = fit(image, patcher.channels, patcher.image_sizes, data.resize, centering)
         levels_NP, found = self.patcher.levels(image)
         if found != grid:
             raise BadSample(f"the image has grid {found}, planned was {grid}")
-        return levels_NP, grid
+        return DecodedImage(levels_NP, grid, picture.learn)
 
-    def _latent_rows(self, picture: Picture, grid: Grid) -> tuple[Floats, Grid]:
-        assert isinstance(self.patcher, LatentPatcher)
-        latent_Chw = open_latent(picture.data)
+    def _stored(self, picture: Picture, grid: Grid) -> DecodedImage:
+        stored = open_stored(picture.data)
+        if stored.kind != self.patcher.stored:
+            raise BadSample(f"it holds {STORED[stored.kind].plural}, which model.patcher.kind does not take")
         try:
-            x_NP, found = self.patcher.rows(latent_Chw)
+            x_NP, found = self.patcher.rows(stored.array)
         except ValueError as error:
             raise BadSample(str(error)) from None
         if found != grid:
-            height, width = (cells * self.config.model.patcher.vae.factor for cells in latent_Chw.shape[1:])
+            height, width = (n * STORED[stored.kind].cell_pixels(self.config.model.patcher) for n in stored.size)
             raise BadSample(
-                f"latent {list(latent_Chw.shape)} stands for {height}x{width} pixels, which model.patcher.image_sizes "
-                "does not declare"
+                f"{stored.kind} {list(stored.array.shape)} stands for {height}x{width} pixels, which "
+                "model.patcher.image_sizes does not declare"
             )
-        return x_NP, grid
+        return DecodedImage(x_NP, grid, picture.learn)
 
     def batch(self, rows: Sequence[Sequence[Strip | int]]) -> RawBatch:
         """Collate written rows."""
@@ -171,7 +208,7 @@ class Documents(ABC):
     def written(self, row: PlannedRow, ordinal: int, quantile: Callable[[int], float], step: Step) -> list[Strip | int]:
         """Write the documents of a row and count them in `step`.
 
-        `ordinal` is the number of the row's first image; `quantile` gives each number its draw for t.
+        `ordinal` is the number of the row's first learned image; `quantile` gives each number its draw for t.
         """
         strips: list[Strip | int] = []
         for document in row:
@@ -199,5 +236,5 @@ class Documents(ABC):
             return self.write(document, quantiles)
         except BadSample as error:
             shard, key = self.name(document)
-            step.bad.append({"shard": shard, "key": key, "reason": str(error)})
+            step.bad.append(BadRecord(shard, key, str(error)))
             return document.length

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from mmgen.data.dataset import Dataset, Samples
 from mmgen.data.documents import Decoded, Documents, Step
 from mmgen.data.order import Cursors, Mixture, Plan, PlannedDocument, PlannedRow, Position, chances
 from mmgen.data.shards import store
+from mmgen.data.shards.pictures import STORED
 from mmgen.data.shards.samples import BadSample, Sample
 from mmgen.data.shards.store import Patterns
 from mmgen.flow.time import stratified
@@ -47,39 +49,41 @@ class Corpus(Documents):
         self.start = Position()
         mixture = Mixture(self.dataset.counts, self.dataset.weights, config.run.seed, config.data.block)
         self.plan = Plan(mixture, config.data.window, config.data.row_length, self.dataset.lengths)
-        self._cache: dict[int, tuple[tuple[str, str], Decoded]] = {}
+        self._cache: dict[int, Decoded] = {}
         self._cached_bytes = 0
         self._fetched: dict[int, Sample | BadSample] = {}
         self._remote = [store.is_url(shard) for shard in self.dataset.shards]
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def _check_kind(self) -> None:
-        """Raise ValueError where shards hold latents that the settings do not want, or of another autoencoder."""
-        pictures, latents = self.dataset.pictures, self.dataset.autoencoders
-        if latents and not isinstance(self.patcher, LatentPatcher):
-            raise ValueError(
-                f"{next(iter(latents.values()))} holds latents, but model.patcher.kind is pixels: set it to vae, or "
-                "name shards of images"
-            )
-        if latents and pictures:
-            raise ValueError(
-                f"{next(iter(latents.values()))} holds latents and {pictures} images: name shards of one kind "
-                "(`python -m data_prep.latents` makes latents of images)"
-            )
-        if latents and self.config.data.crop == "random":
-            raise ValueError("data.crop is random, but a stored latent has one crop: set it to center")
+        """Raise ValueError where shards hold arrays that the patcher does not take, or made by another autoencoder."""
+        patcher, dataset = self.config.model.patcher, self.dataset
+        for kind, makers in dataset.stored.items():
+            shard, plural = next(iter(makers.values())), STORED[kind].plural
+            if kind != self.patcher.stored:
+                raise ValueError(
+                    f"{shard} holds {plural}, but model.patcher.kind is {patcher.kind}: {STORED[kind].remedy}name "
+                    f"shards of {STORED[self.patcher.stored].plural if self.patcher.stored else 'images'}"
+                )
+            if dataset.pictures:
+                raise ValueError(
+                    f"{shard} holds {plural} and {dataset.pictures} images: name shards of one kind "
+                    "(`python -m data_prep.latents` makes latents of images)"
+                )
+            if self.config.data.crop == "random":
+                raise ValueError(f"data.crop is random, but a stored {kind} has one crop: set it to center")
         if isinstance(self.patcher, LatentPatcher):
-            for fingerprint, shard in latents.items():
+            for fingerprint, shard in dataset.stored.get("latent", {}).items():
                 if fingerprint and fingerprint != self.patcher.fingerprint:
                     raise ValueError(
                         f"the latents of {shard} come from another autoencoder (fingerprint {fingerprint}) than "
-                        f"'{self.config.model.patcher.vae.name}' (fingerprint {self.patcher.fingerprint}): name that "
+                        f"'{patcher.vae.name}' (fingerprint {self.patcher.fingerprint}): name that "
                         "one in model.patcher.vae.name, or make the latents anew with `python -m data_prep.latents`"
                     )
 
     @property
     def unencoded(self) -> bool:
-        return not self.dataset.autoencoders
+        return not self.dataset.stored
 
     @property
     def told(self) -> str:
@@ -103,29 +107,29 @@ class Corpus(Documents):
         """Whether the sample holds an image."""
         return bool(self.dataset.gather(np.array([index])).images[0])
 
-    def segments(self, planned: PlannedDocument) -> tuple[tuple[str, str], Decoded]:
+    def segments(self, planned: PlannedDocument) -> Decoded:
         return self.decoded(planned.epoch, planned.index)
 
     def name(self, planned: PlannedDocument) -> tuple[str, str]:
         return self.dataset.name(planned.index)
 
-    def decoded(self, epoch: int, index: int) -> tuple[tuple[str, str], Decoded]:
-        """(shard, key), tokens and patch rows of a sample; the first ones are kept: a small corpus is decoded once."""
+    def decoded(self, epoch: int, index: int) -> Decoded:
+        """A sample, decoded; the first ones are kept, so that a small corpus is decoded once. Raises `BadSample`."""
         if index in self._cache:
             return self._cache[index]
         sample = self._fetched.pop(index, None) or self.dataset.sample(index)
         if isinstance(sample, BadSample):
             raise sample
         decoded = self.decode(sample, self.dataset.grids_of(index), epoch)
-        size = sum(s[0].nbytes if isinstance(s, tuple) else 8 * len(s) for s in decoded) + 200
+        size = decoded.nbytes
         if self.config.data.crop == "center" and self._cached_bytes + size <= self.config.data.cache_bytes:
-            self._cache[index] = (sample.shard, sample.key), decoded
+            self._cache[index] = decoded
             self._cached_bytes += size
-        return (sample.shard, sample.key), decoded
+        return decoded
 
     def step(self, number: int, rows: Sequence[PlannedRow], after: Position, rank: int = 0, world: int = 1) -> Step:
         """Decode the share of `rank` in a global step: rows rank, rank + world, ..."""
-        step = Step(number, [], after, 0, 0, 0)
+        step = Step(number, [], after)
         total = sum(document.images for row in rows for document in row)
         shared, _ = chances(self.config.run.seed, "t", number)
         self._prefetch([document.index for row in rows[rank::world] for document in row])
@@ -160,16 +164,22 @@ class Corpus(Documents):
             return error
 
 
-Planned = tuple[int, list[PlannedRow], Position]
-"""Number of a global step, its rows, and where the run stands behind it."""
+@dataclass(frozen=True)
+class PlannedStep:
+    """A global step before anything is decoded."""
+
+    number: int
+    rows: list[PlannedRow]
+    after: Position
+    """Where the run stands once it is done."""
 
 
-def planned_steps(plan: Plan, batch_rows: int, first: int, last: int, start: Position) -> Iterator[Planned]:
+def planned_steps(plan: Plan, batch_rows: int, first: int, last: int, start: Position) -> Iterator[PlannedStep]:
     """Global steps [first, last) of a run that stands at `start`, before anything is decoded."""
     source = plan.rows(start)
     for number in range(first, last):
         rows = [next(source) for _ in range(batch_rows)]
-        yield number, [row for row, _ in rows], rows[-1][1]
+        yield PlannedStep(number, [row for row, _ in rows], rows[-1][1])
 
 
 class _Stream(IterableDataset[Step]):
@@ -182,9 +192,9 @@ class _Stream(IterableDataset[Step]):
         worker = get_worker_info()
         lane, lanes = (worker.id, worker.num_workers) if worker else (0, 1)
         rows = self.corpus.config.train.batch_rows
-        for number, planned, after in planned_steps(self.corpus.plan, rows, self.first, self.last, self.start):
-            if (number - self.first) % lanes == lane:
-                yield self.corpus.step(number, planned, after, self.rank, self.world)
+        for step in planned_steps(self.corpus.plan, rows, self.first, self.last, self.start):
+            if (step.number - self.first) % lanes == lane:
+                yield self.corpus.step(step.number, step.rows, step.after, self.rank, self.world)
 
 
 def steps(corpus: Documents, first: int, last: int, start: Any, rank: int = 0, world: int = 1) -> Iterator[Step]:

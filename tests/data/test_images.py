@@ -20,7 +20,8 @@ from mmgen.config_io import override
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position
 from mmgen.data.shards.index import SUFFIX
-from mmgen.data.shards.samples import Picture, image_size, open_image
+from mmgen.data.shards.pictures import image_size, open_image
+from mmgen.data.shards.samples import Picture
 from mmgen.data.tools.sizes import candidates, choose_sizes, kept, propose
 from mmgen.image.resize import fit, orientation
 from mmgen.sequence.tokenizer import Tokenizer

@@ -21,7 +21,8 @@ from PIL import Image
 from data_prep import folder, pages, table, text
 from data_prep.shards import LeftOut, image_member, pieces
 from mmgen.config import DataConfig, LimitsConfig
-from mmgen.data.shards.samples import Picture, Sample, image_size, open_image, read
+from mmgen.data.shards.pictures import image_size, open_image
+from mmgen.data.shards.samples import Picture, Sample, Text, read
 from tests.conftest import picture, png
 
 KEEP = DataConfig(captionless="keep")
