@@ -18,6 +18,7 @@ from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.model import build_model
 from mmgen.sequence.tokenizer import Tokenizer
+from tests.conftest import ready
 
 
 def written(tmp_path: Path, config: Config, **fields: object) -> Path:
@@ -25,7 +26,7 @@ def written(tmp_path: Path, config: Config, **fields: object) -> Path:
     base.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     file = {
         "base": str(base), "out": str(tmp_path / "out"), "seeds": [0, 1],
-        "arms": {"transfusion": {}, "mar": {"objective.kind": "mar", "objective.head.width": 16}}, **fields,
+        "arms": {"transfusion": {}, "mar": {"objective.kind": "mar", "objective.mar.head.width": 16}}, **fields,
     }  # fmt: skip
     path = tmp_path / "ablation.yaml"
     path.write_text(yaml.safe_dump(file, sort_keys=False))
@@ -51,7 +52,7 @@ def test_equal_parameters(tmp_path: Path, config: Config) -> None:
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     for arm in arms:
         assert sum(p.numel() for p in build_model(arm.config, len(tokenizer)).parameters()) == arm.parameters
-    large = {"transfusion": {}, "mar": {"objective.kind": "mar", "objective.head.width": 512}}
+    large = {"transfusion": {}, "mar": {"objective.kind": "mar", "objective.mar.head.width": 512}}
     with pytest.raises(ValueError, match="make its head or depth smaller"):
         ablate.read(written(tmp_path, config, equal="parameters", arms=large))
 
@@ -66,7 +67,7 @@ def test_equal_flops(tmp_path: Path, config: Config) -> None:
     rows = [next(source) for _ in range(config.train.batch_rows)]
     model = build_model(config, len(tokenizer))
     with FlopCounterMode(display=False) as counter:
-        losses = model(corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0])
+        losses = model(ready(corpus, corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0]))
         (losses.text + losses.image).backward()
     assert arms[0].flops == counter.get_total_flops()
 

@@ -147,7 +147,8 @@ def _encoded(levels_UL: Tensor, grids: Sequence[Grid], patcher: Patcher) -> Tens
         encoded_MNP = patcher.encode_rows(torch.stack([images[number] for number in of_grid]), grid)
         for number, x_NP in zip(of_grid, encoded_MNP, strict=True):
             found[number] = x_NP
-    nothing = levels_UL.new_zeros((0, patcher.ready.length), dtype=torch.float32)
+    ready = patcher.ready
+    nothing = torch.from_numpy(np.zeros((0, ready.length), ready.dtype)).to(levels_UL.device)
     return torch.cat([nothing, *(x_NP for x_NP in found if x_NP is not None)])
 
 

@@ -14,6 +14,7 @@ from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.model import build_model
 from mmgen.sequence.tokenizer import Tokenizer
+from tests.conftest import ready
 
 
 def test_the_floor_has_the_same_matrix_products(config: Config) -> None:
@@ -22,7 +23,7 @@ def test_the_floor_has_the_same_matrix_products(config: Config) -> None:
     model = build_model(config, len(tokenizer))
     source = Corpus(config.data.train, tokenizer, config)
     row, after = next(source.plan.rows(Position()))
-    batch = source.step(1, [row], after).micro[0]
+    batch = ready(source, source.step(1, [row], after).micro[0])
     counts = {}
     for name, step in (
         ("floor", bench.Floor(model, batch, False).step),

@@ -19,7 +19,7 @@ from mmgen.data.documents import Step
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position, chances, epoch_order, keyed, pack
 from mmgen.data.shards.samples import BadSample, expand, read
-from mmgen.sequence.batch import Batch
+from mmgen.sequence.batch import RawBatch
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import pairs, picture, png, write_tar
 
@@ -30,7 +30,13 @@ def corpus_of(config: Config) -> Corpus:
 
 def parts(step: Step) -> list[torch.Tensor]:
     batch = step.micro[0]
-    return [batch.ids_BS, batch.x_IP, *(batch.draws[name] for name in sorted(batch.draws)), batch.label_BS]
+    return [
+        batch.ids_BS,
+        batch.patches_UP,
+        batch.source_I,
+        *(batch.draws[name] for name in sorted(batch.draws)),
+        batch.label_BS,
+    ]
 
 
 def same(a: Step, b: Step) -> bool:
@@ -67,7 +73,7 @@ def test_ranks_share_one_global_step(config: Config, world: int) -> None:
         assert (mine.document_BS[len(expected) :] == -1).all(), "missing rows are empty rows"
 
 
-def eps_of(batch: Batch, row: int) -> torch.Tensor:
+def eps_of(batch: RawBatch, row: int) -> torch.Tensor:
     here = batch.at_I // batch.ids_BS.shape[1] == row
     return torch.cat([batch.draws["eps"][here].flatten(), batch.draws["t"][here]])
 
@@ -125,7 +131,9 @@ def test_capped_time_only_where_text_follows(config: Config) -> None:
         for row in corpus.plan.epoch_rows(epoch):
             for document in row:
                 strip = corpus.write(document, None)
-                seen.setdefault(corpus.form(epoch, document.index), []).append(float(strip.patches[0][3].draws["t"][0]))
+                seen.setdefault(corpus.form(epoch, document.index), []).append(
+                    float(strip.blocks[0].block.draws["t"][0])
+                )
     assert min(seen["image first"]) >= 0.5
     assert min(seen["caption first"]) < 0.1
     assert min(seen["caption dropped"]) < 0.3

@@ -237,7 +237,8 @@ def test_sources_with_weights_train(config: Config, tmp_path: Path) -> None:
 def tensors(step: Step) -> list[torch.Tensor]:
     batches = step.micro
     return [
-        torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids_BS", "x_IP", "label_BS", "document_BS")
+        torch.cat([getattr(batch, name) for batch in batches])
+        for name in ("ids_BS", "patches_UP", "label_BS", "document_BS")
     ]
 
 

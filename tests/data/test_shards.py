@@ -398,7 +398,7 @@ def test_remote_shards_give_the_same_steps(config: Config, tmp_path: Path, serve
     found = steps(Corpus(there, words, base), 0, 4, Position())
     for a, b in zip(expected, found, strict=True):
         assert (a.micro[0].ids_BS == b.micro[0].ids_BS).all()
-        assert (a.micro[0].x_IP == b.micro[0].x_IP).all()
+        assert (a.micro[0].patches_UP == b.micro[0].patches_UP).all()
         assert not b.bad
     if place == "http" and not workers:
         assert any(asked and asked != "bytes=0-0" for asked in server[1].asked), "samples come by range"

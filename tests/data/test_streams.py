@@ -70,7 +70,7 @@ def row_digests(step: Step) -> list[str]:
     for batch in step.micro:
         for b in range(len(batch.ids_BS)):
             here = batch.at_I // batch.ids_BS.shape[1] == b
-            parts = [batch.ids_BS[b], batch.document_BS[b], batch.label_BS[b], batch.x_IP[here]]
+            parts = [batch.ids_BS[b], batch.document_BS[b], batch.label_BS[b], batch.patches_UP[batch.source_I][here]]
             parts += [batch.draws[name][here] for name in sorted(batch.draws)]
             found.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest())
     return found
@@ -165,9 +165,10 @@ def test_documents_are_those_of_the_indexed_order(streamed: Config) -> None:
                 other = PlannedDocument(document.epoch, index, lengths, images, form)
                 mine, theirs = streams.write(document, None), indexed.write(other, None)
                 assert (mine.ids, mine.position, mine.block) == (theirs.ids, theirs.position, theirs.block)
-                for a, b in zip(mine.patches, theirs.patches, strict=True):
-                    np.testing.assert_array_equal(a[1], b[1])
-                    assert all(np.array_equal(a[3].draws[name], b[3].draws[name]) for name in b[3].draws)
+                for a, b in zip(mine.images, theirs.images, strict=True):
+                    np.testing.assert_array_equal(a.x_NP, b.x_NP)
+                for a, b in zip(mine.blocks, theirs.blocks, strict=True):
+                    assert all(np.array_equal(a.block.draws[name], b.block.draws[name]) for name in b.block.draws)
                 forms.add(form)
     assert len(forms) > 1
 

@@ -61,15 +61,18 @@ def test_an_unknown_fault_is_named(config: Config) -> None:
 
 OBJECTIVES = {
     "transfusion": {},
-    "masked": {"kind": "mar", "order": "masked"},
-    "random": {"kind": "mar", "order": "random"},
-    "raster": {"kind": "mar", "order": "raster"},
+    "masked": {"kind": "mar", "mar": {"order": "masked"}},
+    "random": {"kind": "mar", "mar": {"order": "random"}},
+    "raster": {"kind": "mar", "mar": {"order": "raster"}},
 }
 SETTINGS = {"temperature": 0.7, "max_images": 2, "top_p": 0.9, "unmask_steps": 2, "steps": 3, "max_new_tokens": 6}
 
 
 def decoder_of(config: Config, objective: str, **sample: object) -> Decoder:
-    changes = {"objective": {**OBJECTIVES[objective], "head": {"width": 24}}, "sample": {**SETTINGS, **sample}}
+    changes = {
+        "objective": {**OBJECTIVES[objective], "mar": {**OBJECTIVES[objective].get("mar", {}), "head": {"width": 24}}},
+        "sample": {**SETTINGS, **sample},
+    }
     config = override(config, changes)
     model, tokenizer = awake(config)
     return Decoder(model, tokenizer, config.sample)
@@ -281,7 +284,7 @@ def test_every_prediction_samples_what_it_knows(config: Config, prediction: str,
         return {"x": x, "eps": (z - t * x) / (1 - t), "v": (x - z) / (1 - t)}[prediction]
 
     model.objective._enter = enter
-    model.objective.projection.decode = decode
+    model.objective.projection.leave.leave = decode
     noise = torch.randn(3, 4, patch, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     drawing = model.objective.generate(
         ImageSpec((2, 2), noise, config.sample, torch.zeros(1, 3, 32), torch.zeros(3, 4).long())

@@ -37,7 +37,7 @@ from mmgen.train.checkpoint.fragments import Store
 from mmgen.train.loop import train
 from mmgen.train.optimizer import AveragingAdamW, power, power_exponent
 from mmgen.train.ranks import Ranks
-from tests.conftest import pairs, write_tar
+from tests.conftest import pairs, ready, write_tar
 from tests.train.test_loop import losses, metrics
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -455,7 +455,7 @@ def test_metrics_of_a_step(config: Config) -> None:
 
 OBJECTIVES = [
     {},
-    *({"kind": "mar", "order": order} for order in ("raster", "random", "masked")),
+    *({"kind": "mar", "mar": {"order": order}} for order in ("raster", "random", "masked")),
 ]
 
 
@@ -471,8 +471,9 @@ def test_every_parameter_takes_part(config: Config, tmp_path: Path, objective: d
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
     rank, world = (7, 8) if held == "nothing" else (0, 1)
-    (batch,) = next(steps(Corpus(config.data.train, tokenizer, config), 0, 1, Position(), rank, world)).micro
-    found = model(batch)
+    corpus = Corpus(config.data.train, tokenizer, config)
+    (raw,) = next(steps(corpus, 0, 1, Position(), rank, world)).micro
+    found = model(ready(corpus, raw))
     # Where only pictures stand, BOI and EOS are still to be predicted.
     assert (found.text_count > 0, found.image_count > 0) == (held != "nothing", held == "pictures")
     (found.text + found.image).backward()
@@ -483,7 +484,8 @@ def test_losses_per_range_of_t_make_up_the_image_loss(config: Config) -> None:
     tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
     corpus = Corpus(config.data.train, tokenizer, config)
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
-    (batch,) = next(steps(corpus, 0, 1, Position())).micro
+    (raw,) = next(steps(corpus, 0, 1, Position())).micro
+    batch = ready(corpus, raw)
     found = model(batch)
     times = meter.by_time(batch, found)
     assert float(times[0].sum()) == pytest.approx(float(found.image), rel=1e-5)
