@@ -129,7 +129,7 @@ def spelled(batch: Batch, tokenizer: Tokenizer, given_S: NDArray[np.bool_]) -> s
 
 
 def picture(batch: Batch, images: Sequence[Image.Image], given_S: NDArray[np.bool_]) -> Image.Image:
-    """The attention mask (white: query row sees key column; orange: a given query does), and the images at its right."""
+    """The attention mask (white: query row sees key column; orange: a given one does), the images at its right."""
     seen = dense_visible(batch.sites)[0].numpy()
     colours = np.where(given_S[:, None, None], np.array(GIVEN), np.array([255, 255, 255]))
     mask = Image.fromarray((seen[..., None] * colours).astype(np.uint8))
