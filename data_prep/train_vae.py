@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep import run, tell
 from mmgen.config import Config
 from mmgen.config_io import load, override
+from mmgen.data.documents import DecodedImage
 from mmgen.data.latents import device, measure
 from mmgen.data.loader import Corpus
 from mmgen.data.shards.samples import BadSample
@@ -76,13 +77,13 @@ class Batches(Dataset[dict[Grid, Tensor]]):
             if not wanted:
                 break
             try:
-                _, decoded = self.corpus.decoded(step, index)
+                decoded = self.corpus.decoded(step, index)
             except BadSample:
                 continue
-            shown = [segment for segment in decoded if isinstance(segment, tuple)]
-            if shown:
-                levels, grid = shown[int(rng.integers(len(shown)))]
-                grids[grid].append(torch.from_numpy(levels))
+            images = [segment for segment in decoded.segments if isinstance(segment, DecodedImage)]
+            if images:
+                image = images[int(rng.integers(len(images)))]
+                grids[image.grid].append(torch.from_numpy(image.x_NP))
                 wanted -= 1
         return {grid: torch.stack(found) for grid, found in sorted(grids.items())}
 

@@ -24,7 +24,8 @@ from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Mixture, Plan, Position, mix
 from mmgen.data.shards import store
 from mmgen.data.shards.index import build
-from mmgen.data.shards.samples import IMAGES, open_image
+from mmgen.data.shards.pictures import open_image
+from mmgen.data.shards.samples import IMAGES
 from mmgen.data.tools.check import greedy_fill
 from mmgen.image.resize import draft, fit
 from mmgen.model import build_model

@@ -23,7 +23,7 @@ def index(*shards: Shards, config: DataSettings = Config(), workers: Workers = 0
     """Write the index of every shard that has none; a second call goes on where a first one stopped."""
     from mmgen.data.tools.check import index_shards
 
-    show(index_shards(*_chosen(shards, config), config, workers or os.cpu_count() or 1, tell), as_json)
+    show(index_shards(*_chosen(shards, config), config, workers or os.cpu_count() or 1, tell).as_dict(), as_json)
     return 0
 
 
@@ -40,7 +40,7 @@ def buckets(
     sides = pixels.split("x")
     if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides) or n < 1:
         raise ValueError(f"--pixels {pixels} --n {n}: give a height and a width such as 256x256, and at least one size")
-    show(propose(*_chosen(shards, config), config, n, (int(sides[0]), int(sides[1]))), as_json)
+    show(propose(*_chosen(shards, config), config, n, (int(sides[0]), int(sides[1]))).as_dict(), as_json)
     return 0
 
 
@@ -60,21 +60,16 @@ def check(
     from mmgen.data.tools.check_streams import check_streams
 
     patterns, tokenizer = _chosen(shards, config)
+    options = whole.CheckOptions(tell, decode, inject, workers or os.cpu_count() or 1, world)
+    report: whole.Report
     if config.data.streams and not shards:
-        report = check_streams(tokenizer, config, tell, decode, inject)
+        report = check_streams(tokenizer, config, options)
     else:
-        report = whole.check(patterns, tokenizer, config, tell, decode, inject, workers or os.cpu_count() or 1, world)
-    if not as_json:
-        for item in report.pop("bad_samples"):
-            print(f"bad: {item['shard']}/{item['key']}: {item['reason']}")
-        for key in report.pop("duplicate_keys"):
-            print(f"duplicate: {key}")
-        for path in report.pop("duplicate_shards", []):
-            print(f"the same bytes as an earlier shard: {path}")
-        for path in report.pop("unused_shards", []):
-            print(f"unused: {path}")
-    show(report, as_json)
-    return 0 if report["holds"] else 1
+        report = whole.check(patterns, tokenizer, config, options)
+    for line in [] if as_json else report.findings():
+        print(line)
+    show(report.as_dict() if as_json else report.figures(), as_json)
+    return 0 if report.holds else 1
 
 
 def show_rows(
@@ -90,9 +85,9 @@ def show_rows(
 
     rows = draw_rows(Corpus(*_chosen(shards, config), config), count, out)
     if as_json:
-        print_json(rows)
+        print_json([row.as_dict() for row in rows])
     for row in [] if as_json else rows:
-        print(f"{row['picture']}: {row['positions']} positions of {', '.join(row['samples'])}\n    {row['row']}")
+        print(f"{row.picture}: {row.positions} positions of {', '.join(row.samples)}\n    {row.row}")
     return 0
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mmgen.config import Config
+from mmgen.data.documents import DecodedImage
 from mmgen.data.loader import Corpus
 from mmgen.data.shards.samples import BadSample
 from mmgen.image.latent import Autoencoder, AutoencoderFacts, LatentPatcher, Statistics, known_statistics
-from mmgen.image.patch import Grid, join
+from mmgen.image.patch import join
 from mmgen.sequence.tokenizer import Tokenizer
 
 IMAGES = 512
@@ -56,21 +56,23 @@ def measure(config: Config, tokenizer: Tokenizer, autoencoder: Autoencoder, imag
     patcher = LatentPatcher(config.model.patcher, device(), plain)
     patcher.autoencoder = autoencoder
     found: list[NDArray[np.float64]] = []
-    for x, grid in islice(_images(corpus), images):
-        ready = x if x.dtype == np.float32 else patcher.encode_rows(torch.from_numpy(x)[None], grid)[0].cpu().numpy()
-        found.append(join(ready, grid, patch).reshape(-1, channels).astype(np.float64))
+    for image in islice(_images(corpus), images):
+        ready = image.x_NP
+        if ready.dtype == np.uint8:
+            ready = patcher.encode_rows(torch.from_numpy(ready)[None], image.grid)[0].cpu().numpy()
+        found.append(join(ready, image.grid, patch).reshape(-1, channels).astype(np.float64))
     if not found:
         raise ValueError("latents cannot be measured: no image of data.train can be read")
     cells = np.concatenate(found)
     return Statistics(cells.mean(0).tolist(), np.maximum(cells.std(0), 1e-6).tolist())
 
 
-def _images(corpus: Corpus) -> Iterator[tuple[NDArray[Any], Grid]]:
-    """Rows of the images of an epoch in its order, those that cannot be read left out."""
+def _images(corpus: Corpus) -> Iterator[DecodedImage]:
+    """The images of an epoch in its order, those that cannot be read left out."""
     for row in corpus.plan.epoch_rows(0):
         for document in row:
             try:
-                _, decoded = corpus.decoded(document.epoch, document.index)
+                decoded = corpus.decoded(document.epoch, document.index)
             except BadSample:
                 continue
-            yield from (segment for segment in decoded if isinstance(segment, tuple))
+            yield from (image for image in decoded.segments if isinstance(image, DecodedImage))

@@ -181,6 +181,7 @@ def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
     block = np.full(shape, -1, dtype=np.int64)
     bidirectional = np.zeros(shape, dtype=bool)
     noised = np.zeros(shape, dtype=bool)
+    learned = np.ones(shape, dtype=bool)
     images: list[ImagePatches] = []
     placed: list[PlacedBlock] = []
     openings: list[Opening] = []
@@ -200,7 +201,7 @@ def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
             local = np.array(strip.block, dtype=np.int64)
             block[here] = np.where(local >= 0, local + blocks, -1)
             blocks += int(local.max(initial=-1)) + 1
-            bidirectional[here], noised[here] = strip.bidirectional, strip.noised
+            bidirectional[here], noised[here], learned[here] = strip.bidirectional, strip.noised, strip.learned
             origin = b * form.row_length + start
             placed += [PlacedBlock(origin + p.offset, len(images) + p.image, p.block) for p in strip.blocks]
             openings += [Opening(origin + opening.offset, opening.first) for opening in strip.openings]
@@ -209,10 +210,10 @@ def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
         padding = document[b] < 0
         position[b][padding] = np.arange(padding.sum())
 
-    label = next_tokens(ids, document, block, tokenizer)
+    label = next_tokens(ids, document, block, learned, tokenizer)
     starts = np.cumsum([0] + [len(image.x_NP) for image in images])
     counts = [len(p.block.order_N) for p in placed]
-    learned = [np.broadcast_to(p.block.loss, n) for p, n in zip(placed, counts, strict=True)]
+    losses = [np.broadcast_to(p.block.loss, n) for p, n in zip(placed, counts, strict=True)]
     empty = np.zeros((0, form.patches.length), form.patches.dtype)
     drawn = [form.nothing.draws, *(p.block.draws for p in placed)]
     return RawBatch(
@@ -230,7 +231,7 @@ def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
         at_I=_stack([np.zeros(0), *(p.offset + np.arange(n) for p, n in zip(placed, counts, strict=True))], np.int64),
         image_I=torch.from_numpy(np.repeat(np.arange(len(placed)), counts)),
         place_I2=_stack([np.zeros((0, 2)), *(raster(images[p.image].grid)[p.block.order_N] for p in placed)], np.int64),
-        loss_at_J=torch.from_numpy(np.flatnonzero(np.concatenate([np.zeros(0, dtype=bool), *learned]))),
+        loss_at_J=torch.from_numpy(np.flatnonzero(np.concatenate([np.zeros(0, dtype=bool), *losses]))),
         draws={name: _stack([draws[name] for draws in drawn], np.float32) for name in form.nothing.draws},
         size_at_M=torch.tensor([opening.offset for opening in openings], dtype=torch.int64),
         first_M2=torch.tensor([opening.first for opening in openings], dtype=torch.int64).reshape(-1, 2),
@@ -238,17 +239,21 @@ def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
 
 
 def next_tokens(
-    ids: NDArray[np.int64], document: NDArray[np.int64], block: NDArray[np.int64], tokenizer: Tokenizer
+    ids: NDArray[np.int64],
+    document: NDArray[np.int64],
+    block: NDArray[np.int64],
+    learned: NDArray[np.bool_],
+    tokenizer: Tokenizer,
 ) -> NDArray[np.int64]:
     """The label of every position of [B, S]: the next token, or `IGNORE`.
 
-    Cross-entropy stands where this position is a token and the next one is a token of the same document,
-    except EOI (the decoder closes images itself) and the size token where only one size is declared.
+    Cross-entropy stands where this position is a token and the next one is a token of the same document that is
+    learned, except EOI (the decoder closes images itself) and the size token where only one size is declared.
     """
     label = np.full_like(ids, IGNORE)
     following = ids[:, 1:]
     target = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
-    target &= (block[:, 1:] < 0) & (block[:, :-1] < 0) & (following != tokenizer.eoi)
+    target &= (block[:, 1:] < 0) & (block[:, :-1] < 0) & (following != tokenizer.eoi) & learned[:, 1:]
     if len(tokenizer.size) == 1:
         target &= ~np.isin(following, list(tokenizer.grid))
     label[:, :-1][target] = following[target]

@@ -40,6 +40,8 @@ class TextSegment:
     """Token ids of one stretch of text."""
 
     ids: Sequence[int]
+    learn: bool = True
+    """Its tokens have cross-entropy."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class ImageSegment:
     x_NP: NDArray[Any]
     grid: Grid
     blocks: Sequence[Block]
+    learn: bool = True
+    """Its opening tokens have cross-entropy; what its patches have is said by `blocks`."""
 
 
 Document = Sequence[TextSegment | ImageSegment]
@@ -92,6 +96,8 @@ class Strip:
     block: list[int] = field(default_factory=list)
     bidirectional: list[bool] = field(default_factory=list)
     noised: list[bool] = field(default_factory=list)
+    learned: list[bool] = field(default_factory=list)
+    """Belongs to a segment that is learned, or to none."""
     images: list[ImagePatches] = field(default_factory=list)
     blocks: list[PlacedBlock] = field(default_factory=list)
     openings: list[Opening] = field(default_factory=list)
@@ -113,6 +119,7 @@ class Writer:
         """Position of what is written next."""
         self._strip = Strip()
         self._blocks = 0
+        self._learn = True
 
     def tokens(self, ids: Sequence[int]) -> None:
         """Append tokens; each counts one position up."""
@@ -158,6 +165,7 @@ class Writer:
 
     def segment(self, segment: TextSegment | ImageSegment) -> None:
         """Append one whole segment."""
+        self._learn = segment.learn
         if isinstance(segment, TextSegment):
             self.tokens(segment.ids)
         else:
@@ -165,6 +173,7 @@ class Writer:
             self.open_image(segment.grid, (int(row), int(column)))
             self.patches(segment.x_NP, segment.grid, segment.blocks)
             self.close_image()
+        self._learn = True
 
     def take(self) -> Strip:
         """What was written since the last `take`."""
@@ -178,3 +187,4 @@ class Writer:
         self._strip.block += [block] * n
         self._strip.bidirectional += [bidirectional] * n
         self._strip.noised += [noised] * n
+        self._strip.learned += [self._learn] * n

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmgen.data.loader import Step
+from mmgen.data.documents import Step
 from mmgen.model import Losses, MMGenModel
 from mmgen.sequence.batch import Batch, Rows
 from mmgen.train.engine import Engine

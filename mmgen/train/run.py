@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmgen.config import Config
-from mmgen.data.loader import Corpus, Step, steps
+from mmgen.data.documents import Step
+from mmgen.data.loader import Corpus, steps
 from mmgen.data.streams import StreamCorpus
 from mmgen.image.patch import Patcher
 from mmgen.train.checkpoint import read as checkpoint

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.data.loader import Corpus, Step, steps
+from mmgen.data.documents import Step
+from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position, chances, epoch_order, keyed, pack
-from mmgen.data.shards.samples import BadSample, expand, read
+from mmgen.data.shards.samples import BadRecord, BadSample, expand, read
 from mmgen.sequence.batch import RawBatch
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import pairs, picture, png, write_tar
@@ -171,8 +172,8 @@ def test_a_corrupt_image_leaves_its_slot_empty(config: Config, tmp_path: Path) -
         both.append(list(steps(corpus_of(override(one, {"data": {"train": [str(shard)]}})), 0, 3, Position())))
     reasons = [item for step in both[1] for item in step.bad]
     assert reasons
-    assert reasons[0]["key"] == "0005"
-    assert "image cannot be decoded" in reasons[0]["reason"]
+    assert reasons[0].key == "0005"
+    assert "image cannot be decoded" in reasons[0].reason
     for whole, holed in zip(*both, strict=True):
         a, b = whole.micro[0], holed.micro[0]
         kept = b.document_BS >= 0
@@ -190,9 +191,9 @@ def test_bad_groups_are_listed(tmp_path: Path) -> None:
         "e.txt": b"fine",
     }
     shard = write_tar(tmp_path / "s.tar", members)
-    bad: list[dict[str, str]] = []
+    bad: list[BadRecord] = []
     assert [sample.key for sample in read([str(shard)], bad)] == ["e"]
-    assert [item["key"] for item in bad] == ["a", "b", "c", "d"]
+    assert [item.key for item in bad] == ["a", "b", "c", "d"]
     with pytest.raises(BadSample):
         list(read([str(shard)]))
 

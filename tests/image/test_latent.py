@@ -17,6 +17,7 @@ from data_prep import train_vae
 from data_prep.latents import main as precompute
 from mmgen.config import Config
 from mmgen.config_io import override
+from mmgen.data.documents import DecodedImage
 from mmgen.data.latents import find_facts
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
@@ -259,12 +260,12 @@ def test_bad_latents_are_bad_samples(tmp_path: Path, vae: Path) -> None:
     shard = write_tar(tmp_path / "latents.tar", captioned)
     config = latent_config(tmp_path, vae, data={"train": [str(shard)]})
     corpus = Corpus([str(shard)], words(config), config)
-    reasons = {bad["key"]: bad["reason"] for bad in corpus.bad}
+    reasons = {bad.key: bad.reason for bad in corpus.bad}
     usable = []
     for index in range(len(corpus.samples)):
         _, key = corpus.dataset.name(index)
         try:
-            ((rows, _),) = [s for s in corpus.decoded(0, index)[1] if isinstance(s, tuple)]
+            (_,) = [s for s in corpus.decoded(0, index).segments if isinstance(s, DecodedImage)]
             usable.append(key)
         except BadSample as error:
             reasons[key] = str(error)
