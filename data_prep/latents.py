@@ -27,7 +27,8 @@ from mmgen.config import Config
 from mmgen.config_io import load
 from mmgen.data.latents import device
 from mmgen.data.shards import store
-from mmgen.data.shards.samples import IMAGES, LATENTS, BadSample, Group, groups, open_image
+from mmgen.data.shards.pictures import open_image
+from mmgen.data.shards.samples import ARRAYS, IMAGES, BadSample, Group, groups
 from mmgen.data.shards.tar import Damaged
 from mmgen.image.latent import LatentPatcher
 from mmgen.image.resize import draft, fit
@@ -131,8 +132,8 @@ def opened(group: Group, config: Config) -> Sample:
     if group.reason or not group.members:
         raise BadSample(group.reason or "neither an image nor text")
     patch, found = config.model.patcher, dict(group.data)
-    if any(kind(name) in LATENTS for name in found):
-        raise BadSample("it holds a latent already")
+    if any(kind(name) in ARRAYS for name in found):
+        raise BadSample("it holds a precomputed array already")
     first = next((name for name in IMAGES if name in found), None)
     sample: Sample = {}
     for name, data in found.items():
@@ -154,7 +155,7 @@ def kind(name: str) -> str:
 
 def renamed(name: str) -> str:
     """What an image's name or extension becomes."""
-    return ".".join([*name.split(".")[:-1], LATENTS[0]])
+    return ".".join([*name.split(".")[:-1], "safetensors"])
 
 
 def relisted(data: bytes) -> bytes:

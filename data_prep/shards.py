@@ -21,7 +21,8 @@ from webdataset import TarWriter
 
 from data_prep import tell
 from mmgen.config import DataConfig
-from mmgen.data.shards.samples import UNDECODABLE, BadSample, Picture, assemble, image_size
+from mmgen.data.shards.pictures import UNDECODABLE, image_size
+from mmgen.data.shards.samples import BadSample, Picture, assemble
 from mmgen.train.checkpoint.read import differences
 
 T = TypeVar("T")

@@ -31,10 +31,11 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep import run, tell
 from mmgen.config import Config
 from mmgen.config_io import load, override
+from mmgen.data.documents import DecodedImage
 from mmgen.data.latents import device, measure
 from mmgen.data.loader import Corpus
 from mmgen.data.shards.samples import BadSample
-from mmgen.image.latent import Autoencoder, LatentPatcher, fingerprint
+from mmgen.image.latent import Autoencoder, AutoencoderFacts, LatentPatcher, fingerprint
 from mmgen.image.patch import Grid
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.checkpoint.read import differences
@@ -76,13 +77,13 @@ class Batches(Dataset[dict[Grid, Tensor]]):
             if not wanted:
                 break
             try:
-                _, decoded = self.corpus.decoded(step, index)
+                decoded = self.corpus.decoded(step, index)
             except BadSample:
                 continue
-            shown = [segment for segment in decoded if isinstance(segment, tuple)]
-            if shown:
-                levels, grid = shown[int(rng.integers(len(shown)))]
-                grids[grid].append(torch.from_numpy(levels))
+            images = [segment for segment in decoded.segments if isinstance(segment, DecodedImage)]
+            if images:
+                image = images[int(rng.integers(len(images)))]
+                grids[image.grid].append(torch.from_numpy(image.x_NP))
                 wanted -= 1
         return {grid: torch.stack(found) for grid, found in sorted(grids.items())}
 
@@ -222,11 +223,12 @@ def finish(config: Config, tokenizer: Tokenizer, trainer: Trainer, out: Path) ->
     """Measure the latents, write the folder, and say how well images come back."""
     module = trainer.module.eval().requires_grad_(False)
     autoencoder = Autoencoder(module, fingerprint(module), None)
-    mean, std = measure(config, tokenizer, autoencoder, 4096)
+    found = measure(config, tokenizer, autoencoder, 4096)
+    mean, std = found.mean, found.std
     module.register_to_config(latents_mean=mean, latents_std=std)
     module.save_pretrained(out)
-    known = {"mean": mean, "std": std, "fingerprint": autoencoder.fingerprint}
-    patcher = LatentPatcher(override(config, {"model": {"patcher": {"vae": known}}}).model.patcher, trainer.device)
+    facts = AutoencoderFacts(autoencoder.fingerprint, mean, std)
+    patcher = LatentPatcher(config.model.patcher, trainer.device, facts)
     patcher.autoencoder = autoencoder
     shown, shards = ("data.val", config.data.val) if config.data.val else ("data.train", config.data.train)
     decibels = quality(Corpus(shards, tokenizer, config), patcher)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Prediction = Literal["x", "eps", "v", "score", "v_sh"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -22,6 +22,14 @@ class Settings(BaseModel):
     """Base of all sections: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+    def check(self) -> None:
+        """Raise ValueError where fields do not fit each other; every section is checked when it is made."""
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        self.check()
+        return self
 
 
 class RunConfig(Settings):
@@ -150,19 +158,25 @@ class VAEConfig(Settings):
     """Pixels along the side of one latent cell."""
     batch: Positive = 32
     """Images that are encoded or decoded together."""
-    fingerprint: str | None = None
-    """Of its weights; absent: those found when the run starts, which writes them into its own configuration."""
     mean: list[float] | None = None
-    """Subtracted per channel from a latent; absent: as its configuration says, else measured when the run starts."""
+    """Subtracted per channel from a latent; absent: as its configuration says, else measured when a run starts."""
     std: list[Annotated[float, Field(gt=0)]] | None = None
     """What a latent is divided by, per channel; absent: as for `mean`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_facts(cls, raw: object) -> object:
+        """Earlier versions wrote what a run found of its autoencoder into its settings (see `AutoencoderFacts`)."""
+        if isinstance(raw, dict) and "fingerprint" in raw:
+            return {name: value for name, value in raw.items() if name not in ("fingerprint", "mean", "std")}
+        return raw
 
 
 class PatcherConfig(Settings):
     """How an image becomes rows of patches, and how those enter and leave the backbone."""
 
-    kind: Literal["pixels", "vae"] = "pixels"
-    """What a patch is made of: pixels, or cells of the latent that an autoencoder makes of an image."""
+    kind: str = "pixels"
+    """What a patch is made of: pixels, or cells of the latent that an autoencoder makes of an image (`vae`)."""
     vae: Annotated[VAEConfig, BeforeValidator(_name_to_vae)] = VAEConfig()
     """The autoencoder of the kind `vae`. A bare name means `name`."""
     channels: int = 3
@@ -172,14 +186,14 @@ class PatcherConfig(Settings):
     image_sizes: list[tuple[Positive, Positive]] = [(16, 16)]
     """Every (height, width) in pixels that the model may see or draw."""
     projection: str = "linear"
-    """`linear` or `bottleneck` (two linear maps through `bottleneck` channels)."""
+    """How patches enter the backbone's width; `bottleneck` goes through a layer of `bottleneck` channels."""
     bottleneck: Positive = 32
     """Width of the bottleneck projection."""
 
     @property
     def latent(self) -> bool:
-        """Patches are cut out of latents."""
-        return self.kind == "vae"
+        """Patches are cut out of what an autoencoder makes of an image."""
+        return self.kind != "pixels"
 
     @property
     def side(self) -> int:
@@ -202,7 +216,6 @@ class PatcherConfig(Settings):
         return [(height // self.side, width // self.side) for height, width in self.image_sizes]
 
     def check(self) -> None:
-        """Raise ValueError where fields do not fit each other."""
         if self.channels not in (1, 3):
             raise ValueError(f"model.patcher.channels is {self.channels}, must be 1 (grey) or 3 (RGB)")
         cells = f" of {self.vae.factor} pixels each (model.patcher.vae.factor)" if self.latent else ""
@@ -212,7 +225,7 @@ class PatcherConfig(Settings):
                     f"image size {height}x{width} is not divisible by patch_size {self.patch_size}{cells}: "
                     "change model.patcher.image_sizes or model.patcher.patch_size"
                 )
-        if self.latent:
+        if self.kind == "vae":
             self._check_vae()
         if not self.image_sizes or len(set(self.image_sizes)) != len(self.image_sizes):
             raise ValueError("model.patcher.image_sizes must name at least one size, each once")
@@ -244,7 +257,7 @@ class TimeConfig(Settings):
     """How flow time t is drawn in training (t = 0 is noise, t = 1 is data)."""
 
     sampler: str = "uniform"
-    """`uniform`, `logit_normal` or `constant`."""
+    """Distribution before `stratified` spreads it."""
     mu: float = 0.0
     """Mean of the logit of t (`logit_normal`)."""
     sigma: Annotated[float, Field(ge=0)] = 1.0
@@ -275,85 +288,137 @@ class MaskRatioConfig(Settings):
     """Smallest share."""
 
 
-ContextPolicy = Literal["noisy", "capped", "clean_copy", "clean"]
+class TransfusionConfig(Settings):
+    """What only Transfusion has."""
+
+    context: Literal["noisy", "capped", "clean_copy"] = "capped"
+    """What later positions see of an image in training: `noisy` (any t), `capped` (t in [cap, 1] where only later text
+    describes it) or `clean_copy` (a second, clean copy)."""
+    cap: Fraction = 0.5
+    """Lower end of t for an image that only later text describes (`capped`)."""
 
 
-class ObjectiveConfig(Settings):
-    """How images are learned: the one line that an ablation changes."""
+class MARConfig(Settings):
+    """What only MAR has. Later positions always see clean images: of the order `masked` a second, clean copy."""
 
-    kind: str = "transfusion"
-    """`transfusion`: the backbone denoises. `mar`: the backbone conditions a small denoiser."""
     order: Literal["masked", "random", "raster"] = "masked"
     """How MAR goes through an image: `masked` (bidirectional, several patches a step), or one patch after another."""
     head: HeadConfig = HeadConfig()
-    """MAR's denoiser."""
+    """The denoiser of single patches."""
     draws_per_patch: Positive = 4
-    """Times at which MAR learns each patch in one step."""
+    """Times at which each patch is learned in one step."""
     mask_ratio: MaskRatioConfig = MaskRatioConfig()
-    """How much of an image MAR's `masked` order hides."""
+    """How much of an image the order `masked` hides."""
+
+    @property
+    def causal(self) -> bool:
+        """One patch is predicted after another."""
+        return self.order != "masked"
+
+
+OBJECTIVE_SETTINGS: dict[str, type[Settings]] = {"transfusion": TransfusionConfig, "mar": MARConfig}
+"""Name of an objective to its own settings, which stand in the section `objective.NAME`."""
+FLAT = {
+    "context": "transfusion", "cap": "transfusion",
+    "order": "mar", "head": "mar", "draws_per_patch": "mar", "mask_ratio": "mar",
+}  # fmt: skip
+"""Keys that earlier versions kept in `objective` itself, and the section that holds each now."""
+
+
+class ObjectiveConfig(Settings):
+    """How images are learned. `kind` is the one line that an ablation changes: the sections of the kinds that are not
+    chosen are checked and ignored."""
+
+    kind: str = "transfusion"
+    """Transfusion: the backbone denoises. MAR: the backbone conditions a small denoiser."""
+    transfusion: TransfusionConfig = TransfusionConfig()
+    """What only Transfusion has."""
+    mar: MARConfig = MARConfig()
+    """What only MAR has."""
+    others: dict[str, dict[str, Any]] = {}
+    """Sections of objectives that other code has added to `OBJECTIVE_SETTINGS`; `objective.NAME` is read too."""
     prediction: Prediction = "v"
     """What the network outputs (`v_sh` is Salimans and Ho's alpha eps - sigma x)."""
     loss_space: Prediction = "v"
     """Where the error is measured."""
     path: str = "linear"
-    """`linear`, `cosine`, `vp`, `ddpm` or `ve`."""
+    """How data and noise are mixed: alpha and sigma as functions of t."""
     path_options: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
     """Arguments of the path, as `{log_snr_min: -10}`."""
     noise_scale: Annotated[float, Field(gt=0)] = 1.0
     """Standard deviation of the noise; large images need more (JiT: image side / 256)."""
     weight: str | None = None
-    """Factor of the squared error: `snr`, `min_snr` (x), `sigmoid` (eps), `sigma_squared` (score), `logit_normal`."""
+    """Factor of the squared error; `min_snr` is made for the loss space x, `sigmoid` for eps, `sigma_squared` for
+    score."""
     lambda_image: Annotated[float, Field(ge=0)] = 5.0
     """Weight of the image loss against the text loss."""
     time: TimeConfig = TimeConfig()
     """Distribution of t."""
-    context: ContextPolicy | None = None
-    """What later positions see of an image in training. Transfusion: `noisy` (any t), `capped` (t in [cap, 1] where
-    only later text describes it; the default) or `clean_copy` (a second, clean copy). MAR: `clean_copy` for the
-    order `masked`, `clean` for the others; there is no choice."""
-    cap: Fraction = 0.5
-    """Lower end of t for an image that only later text describes (`capped`)."""
     bidirectional: bool | None = None
     """Patches of an image see each other both ways: so by default, except in MAR's causal orders."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Smallest denominator in a training-time conversion between x, eps and v."""
 
-    @property
-    def causal_order(self) -> bool:
-        """MAR predicts one patch after another."""
-        return self.kind == "mar" and self.order != "masked"
+    @model_validator(mode="before")
+    @classmethod
+    def _sections(cls, raw: object) -> object:
+        """Move flat keys of earlier versions, and sections of added objectives, to where they belong."""
+        if not isinstance(raw, dict):
+            return raw
+        raw = in_sections(raw)
+        added = {name: raw.pop(name) for name in [*raw] if name in OBJECTIVE_SETTINGS and name not in cls.model_fields}
+        return {**raw, "others": {**raw.get("others", {}), **added}} if added else raw
 
     @property
-    def policy(self) -> ContextPolicy:
-        """The context policy, with the objective's own where none is set."""
-        if self.kind != "mar":
-            return self.context or "capped"
-        return "clean" if self.causal_order else "clean_copy"
-
-    @property
-    def both_ways(self) -> bool:
-        """Patches of an image see each other both ways."""
-        return not self.causal_order if self.bidirectional is None else self.bidirectional
+    def section(self) -> Settings:
+        """The settings of the chosen kind alone."""
+        if self.kind in type(self).model_fields:
+            chosen: Settings = getattr(self, self.kind)
+            return chosen
+        return OBJECTIVE_SETTINGS.get(self.kind, Settings).model_validate(self.others.get(self.kind, {}))
 
     def check(self) -> None:
         """Raise ValueError where fields do not fit each other."""
-        why = {
-            "transfusion": "a noisy image is all that its rows hold: set noisy, capped or clean_copy",
-            "masked": "its mask hides most of the image from later positions: set clean_copy",
-            "random": "its images always stand clean in a row: set clean",
-            "raster": "its images always stand clean in a row: set clean",
-        }
-        chosen = self.order if self.kind == "mar" else self.kind
-        wrong = self.context == "clean" if chosen == "transfusion" else self.policy != (self.context or self.policy)
-        if wrong and chosen in why:
+        for name, values in self.others.items():
+            if name not in OBJECTIVE_SETTINGS:
+                raise ValueError(f"objective.others.{name}: no such objective ({', '.join(OBJECTIVE_SETTINGS)})")
+            OBJECTIVE_SETTINGS[name].model_validate(values)
+        if self.kind == "mar" and self.mar.causal and self.bidirectional:
             raise ValueError(
-                f"objective.context '{self.context}' does not suit '{chosen}': {why[chosen]}, or leave it out"
+                f"objective.bidirectional is true, but in the order '{self.mar.order}' a patch would see itself before "
+                "it is predicted: leave it out, or set objective.mar.order to masked"
             )
-        if self.causal_order and self.bidirectional:
+
+
+def in_sections(raw: dict[str, Any]) -> dict[str, Any]:
+    """The section `objective` with keys of earlier versions moved into `transfusion` and `mar`.
+
+    Raises:
+        ValueError: a flat key belongs to a kind that is not chosen.
+    """
+    flat = [name for name in FLAT if name in raw]
+    if not flat:
+        return dict(raw)
+    kind = raw.get("kind", "transfusion")
+    moved = {name: value for name, value in raw.items() if name not in FLAT}
+    for name in flat:
+        section = FLAT[name]
+        # Earlier versions stored all six, those of the kind that was not chosen too.
+        stored = len(flat) == len(FLAT) or kind not in set(FLAT.values())
+        if section != kind and not stored and raw[name] is not None:
             raise ValueError(
-                f"objective.bidirectional is true, but in the order '{self.order}' a patch would see itself before it "
-                "is predicted: leave it out, or set objective.order to masked"
+                f"objective.{name} is a setting of '{section}', but objective.kind is '{kind}': "
+                f"write it as objective.{section}.{name}, or leave it out"
             )
+        if name == "context" and (raw[name] is None or section != kind):
+            continue  # absent means the default; MAR has no choice of context
+        own = moved.get(section, {})
+        own = own.model_dump() if isinstance(own, Settings) else own
+        value = raw[name]
+        if isinstance(value, dict) and isinstance(own.get(name), dict):
+            value = {**own[name], **value}
+        moved[section] = {**own, name: value}
+    return moved
 
 
 class TrainConfig(Settings):
@@ -442,7 +507,7 @@ class SampleConfig(Settings):
     steps: Positive = 50
     """Solver steps per image."""
     solver: str = "euler"
-    """`euler`, `midpoint`, `heun`, `rk4`, `ddim`, `ancestral`, `dpmpp_2m`, `euler_maruyama`, `predictor_corrector`."""
+    """How the flow is integrated."""
     solver_options: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
     """Arguments of the solver, as `{eta: 0.5}` for `ddim`."""
     time_shift: Annotated[float, Field(gt=0)] = 1.0
@@ -477,7 +542,6 @@ class SampleConfig(Settings):
     """Images generated per prompt."""
 
     def check(self) -> None:
-        """Raise ValueError where a range does not rise."""
         low, high = self.guidance_interval
         if low > high:
             raise ValueError(f"sample.guidance_interval must rise, as in [0.1, 1], got [{low}, {high}]")
@@ -489,7 +553,7 @@ class EvalConfig(Settings):
     """How a trained model is scored."""
 
     task: str = "digits"
-    """What the images show: `digits` or `scenes`."""
+    """What the images show, and how they are judged."""
     judge: list[str] = []
     """Shards of single digits that train the judge; disjoint from the generator's data."""
     test: list[str] = []
@@ -513,31 +577,29 @@ class Config(Settings):
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()
 
-    def check(self, world: int = 1) -> None:
-        """Raise ValueError where sections do not fit each other, or a run of `world` processes."""
-        self.model.patcher.check()
-        self.objective.check()
-        self.sample.check()
+    def check(self) -> None:
         streams, rows = self.data.streams, self.train.batch_rows
-        if not streams:
-            return
-        if rows % streams:
+        if streams and rows % streams:
             raise ValueError(
                 f"train.batch_rows is {rows} and data.streams {streams}, but every stream gives a step equally many "
                 f"rows: set train.batch_rows to {-(-rows // streams) * streams}, or data.streams to a divisor of {rows}"
             )
+        weights = {source.weight if isinstance(source, SourceConfig) else 1.0 for source in self.data.train}
+        if streams and len(weights) > 1:
+            raise ValueError(
+                "data.streams reads all shards alike, but data.train has sources of different weight: "
+                "set data.streams to 0, or leave the weights out"
+            )
+
+    def check_processes(self, world: int) -> None:
+        """Raise ValueError where a run of `world` processes cannot have these settings."""
+        streams = self.data.streams
         if streams % world:
             fitting = [n for n in range(1, streams + 1) if streams % n == 0]
             raise ValueError(
                 f"data.streams is {streams}, which {world} processes cannot share evenly, and a stream has one reader: "
                 f"start {' or '.join(map(str, fitting[-4:]))} processes, or begin a new run with "
                 f"data.streams {-(-streams // world) * world}"
-            )
-        weights = {source.weight for source in self.data.train if isinstance(source, SourceConfig)}
-        if len(weights | ({1.0} if any(isinstance(source, str) for source in self.data.train) else set())) > 1:
-            raise ValueError(
-                "data.streams reads all shards alike, but data.train has sources of different weight: "
-                "set data.streams to 0, or leave the weights out"
             )
 
 

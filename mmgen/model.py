@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mmgen.backbone import attention_mask, backbone_config, build_backbone, load_pretrained
 from mmgen.config import Config, ObjectiveConfig, PatcherConfig
-from mmgen.objective import Embedded, objective_class
+from mmgen.image.latent import AutoencoderFacts, build_patcher
+from mmgen.image.patch import Patcher
+from mmgen.objective import Embedded, build_objective
 from mmgen.objective.layers import OutputLinear
 from mmgen.sequence.batch import Batch
 
 
 class MMGenConfig(PretrainedConfig):
-    """Everything that rebuilds the model: the backbone's configuration, the patcher and the objective."""
+    """Everything that rebuilds the model: backbone, patcher, objective, and what was found of its autoencoder."""
 
     model_type = "mmgen"
 
@@ -30,21 +32,25 @@ class MMGenConfig(PretrainedConfig):
         backbone: dict[str, Any] | None = None,
         patcher: dict[str, Any] | None = None,
         objective: dict[str, Any] | None = None,
+        autoencoder: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone = backbone or {}
+        found = AutoencoderFacts(**autoencoder) if autoencoder else AutoencoderFacts.of_settings(patcher or {})
+        self.autoencoder = asdict(found) if found else None
         self.patcher = PatcherConfig.model_validate(patcher or {}).model_dump(mode="json")
         self.objective = ObjectiveConfig.model_validate(objective or {}).model_dump(mode="json")
         kwargs.setdefault("tie_word_embeddings", self.backbone.get("tie_word_embeddings", True))
         super().__init__(**kwargs)
 
     @classmethod
-    def of(cls, config: Config, vocabulary: int) -> MMGenConfig:
+    def of(cls, config: Config, vocabulary: int, autoencoder: AutoencoderFacts | None = None) -> MMGenConfig:
         """The model that a run's configuration describes, for a tokenizer of `vocabulary` ids."""
         return cls(
             backbone=backbone_config(config.model.backbone, vocabulary),
             patcher=config.model.patcher.model_dump(mode="json"),
             objective=config.objective.model_dump(mode="json"),
+            autoencoder=asdict(autoencoder) if autoencoder else None,
         )
 
 
@@ -85,7 +91,7 @@ class MMGenModel(PreTrainedModel):
         settings = ObjectiveConfig.model_validate(config.objective)
         self.backbone = build_backbone(config.backbone)
         width = self.backbone.get_input_embeddings().embedding_dim
-        self.objective = objective_class(settings)(settings, self.patcher, width)
+        self.objective = build_objective(settings, self.patcher, width)
         self.compiled = False
         self.post_init()
 
@@ -111,6 +117,15 @@ class MMGenModel(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    @property
+    def autoencoder(self) -> AutoencoderFacts | None:
+        """What the run found of its autoencoder; None for pixels."""
+        return AutoencoderFacts(**self.config.autoencoder) if self.config.autoencoder else None
+
+    def build_patcher(self) -> Patcher:
+        """A patcher for the model's images, on its device."""
+        return build_patcher(self.patcher, self.device, self.autoencoder)
+
     def get_input_embeddings(self) -> nn.Embedding:
         embeddings: nn.Embedding = self.backbone.get_input_embeddings()
         return embeddings
@@ -123,14 +138,25 @@ class MMGenModel(PreTrainedModel):
         flat = flat.index_add(0, embedded.at, embedded.values.to(flat.dtype))
         return flat.view_as(tokens_BSD), embedded
 
-    def hidden(self, inputs_BSD: Tensor, position_BS: Tensor, mask: Tensor | BlockMask, cache: Any = None) -> Tensor:
-        """Last hidden states [B, S, D] under an explicit mask."""
+    def hidden(
+        self,
+        inputs_BSD: Tensor,
+        position_BS: Tensor,
+        mask: Tensor | BlockMask,
+        modality_BS: Tensor,
+        cache: Any = None,
+    ) -> Tensor:
+        """Last hidden states [B, S, D] under an explicit mask.
+
+        `modality_BS` is 1 at patches and 0 elsewhere. Every layer of the backbone is called with it as `modality`.
+        """
         out: Tensor = self.backbone.get_decoder()(
             inputs_embeds=inputs_BSD,
             position_ids=position_BS,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=False,
+            modality=modality_BS,
         ).last_hidden_state
         return out
 
@@ -148,7 +174,7 @@ class MMGenModel(PreTrainedModel):
         """Loss sums of a batch. Every parameter takes part, also where the batch holds no image or no text."""
         with self._varying_shapes():
             inputs_BSD, embedded = self.embed(batch)
-        hidden_BSD = self.hidden(inputs_BSD, batch.position_BS, attention_mask(batch.sites))
+        hidden_BSD = self.hidden(inputs_BSD, batch.position_BS, attention_mask(batch.sites), batch.modality)
         with self._varying_shapes():
             flat = hidden_BSD.flatten(0, 1).to(inputs_BSD.dtype)
             scores = self.logits(flat[batch.label_at_L])
@@ -158,13 +184,15 @@ class MMGenModel(PreTrainedModel):
         return Losses(text, image_J.sum(), len(batch.label_at_L), len(batch.loss_at_J), image_J.detach())
 
 
-def build_model(config: Config, vocabulary: int) -> MMGenModel:
+def build_model(config: Config, vocabulary: int, autoencoder: AutoencoderFacts | None = None) -> MMGenModel:
     """A new model for a run: random weights, or the pretrained backbone that the settings name.
+
+    `autoencoder` is what the run found of the autoencoder of its patcher.
 
     Raises:
         ValueError: a name in the settings is unknown, or the pretrained backbone cannot be loaded.
     """
-    model = MMGenModel(MMGenConfig.of(config, vocabulary))
+    model = MMGenModel(MMGenConfig.of(config, vocabulary, autoencoder))
     if config.model.backbone.pretrained is not None:
         load_pretrained(model.backbone, config.model.backbone.pretrained)
     return model

@@ -21,9 +21,13 @@ from tokenizers import Tokenizer as TextTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from mmgen import cli
-from mmgen.config import Config
+from mmgen.config import Config, PatcherConfig
 from mmgen.config_io import override
+from mmgen.data.loader import Documents
+from mmgen.image.patch import Patches, PixelPatcher
 from mmgen.model import MMGenConfig, MMGenModel
+from mmgen.sequence.batch import Batch, RawBatch, RowFormat, collate, prepare
+from mmgen.sequence.document import Block
 from mmgen.sequence.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
@@ -68,12 +72,25 @@ def tiny(tmp: Path, **changes: dict) -> Config:
 def awake(config: Config, dtype: torch.dtype = torch.float64) -> tuple[MMGenModel, Tokenizer]:
     """A model whose zero-initialised parts are random, so that nothing hides behind a zero."""
     torch.manual_seed(0)
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     model = MMGenModel(MMGenConfig.of(config, len(tokenizer))).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return model.eval(), tokenizer
+
+
+def packed(
+    rows: list, length: int, tokenizer: Tokenizer, nothing: Block, patch_length: int, dtype: torch.dtype | None = None
+) -> Batch:
+    """Written documents whose patches are ready, packed into rows as the model takes them."""
+    raw = collate(rows, RowFormat(length, tokenizer, nothing, Patches(patch_length, np.float32)))
+    return prepare(raw, PixelPatcher(PatcherConfig()), "cpu", dtype)
+
+
+def ready(corpus: Documents, raw: RawBatch, dtype: torch.dtype | None = None) -> Batch:
+    """What a loader sent, as the model takes it."""
+    return prepare(raw, corpus.patcher, "cpu", dtype)
 
 
 def picture(rng: np.random.Generator, size: tuple[int, int] = (4, 4)) -> Image.Image:

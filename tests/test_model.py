@@ -15,9 +15,9 @@ from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.sequence.attention import dense_visible, flex_rule
-from mmgen.sequence.batch import Batch, collate
+from mmgen.sequence.batch import Batch
 from mmgen.sequence.document import ImageSegment, TextSegment, Writer
-from tests.conftest import awake
+from tests.conftest import awake, packed
 
 RNG = np.random.default_rng(0)
 
@@ -30,7 +30,7 @@ def batch_of(model: MMGenModel, tokenizer, rows: list, length: int = 30, clean: 
     def segment(piece):
         if isinstance(piece, list):
             return TextSegment(piece)
-        block = objective.context(objective.settings, piece, patch)
+        block = objective.layout.context(piece)
         if not clean:
             n = len(block.order_N)
             draws = {"t": np.full(n, 0.3, np.float32), "eps": rng.standard_normal((n, patch)).astype(np.float32)}
@@ -38,9 +38,9 @@ def batch_of(model: MMGenModel, tokenizer, rows: list, length: int = 30, clean: 
         return ImageSegment(rng.standard_normal((piece[0] * piece[1], patch)).astype(np.float32), piece, [block])
 
     strips = [[Writer(tokenizer).document([segment(piece) for piece in doc]) for doc in row] for row in rows]
-    nothing = objective.context(objective.settings, (0, 0), patch)
+    nothing = objective.layout.context((0, 0))
     dtype = model.get_input_embeddings().weight.dtype
-    return collate(strips, length, tokenizer, nothing, patch).to("cpu", dtype)
+    return packed(strips, length, tokenizer, nothing, patch, dtype)
 
 
 ROWS = [[[[1, 2], (2, 2), [3]]], [[(3, 2), [4, 5]], [[6]]]]
@@ -53,13 +53,13 @@ def test_no_information_leaks(config: Config, bidirectional: bool) -> None:
     batch = batch_of(model, tokenizer, ROWS, 24)
     inputs, _ = model.embed(batch)
     mask = attention_mask(batch.sites)
-    base = model.hidden(inputs, batch.position_BS, mask)
+    base = model.hidden(inputs, batch.position_BS, mask, batch.modality)
     seen = dense_visible(batch.sites)
     reach = (seen.double() @ seen.double()) > 0  # two layers
     for k in range(24):
         moved = inputs.clone()
         moved[:, k] += 1.0
-        changed = (model.hidden(moved, batch.position_BS, mask) - base).abs().amax(-1) > 1e-12
+        changed = (model.hidden(moved, batch.position_BS, mask, batch.modality) - base).abs().amax(-1) > 1e-12
         assert torch.equal(changed, reach[:, :, k]), k
 
 
@@ -139,7 +139,7 @@ def awake_pretrained(config: Config):
     from mmgen.model import build_model
     from mmgen.sequence.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     return build_model(config, len(tokenizer)), tokenizer
 
 
@@ -209,11 +209,13 @@ def test_compiling_serves_training_alone(config: Config, monkeypatch: pytest.Mon
     batch = batch_of(model, tokenizer, ROWS, 32)
     inputs, mask = model.embed(batch)[0], attention_mask(batch.sites)
     model.train()
-    expected = model.hidden(inputs, batch.position_BS, mask)
+    expected = model.hidden(inputs, batch.position_BS, mask, batch.modality)
     model.compile_backbone()
-    torch.testing.assert_close(model.hidden(inputs, batch.position_BS, mask), expected)
+    torch.testing.assert_close(model.hidden(inputs, batch.position_BS, mask, batch.modality), expected)
     assert len(model.backbone.get_decoder().layers) > 1
     assert len(traced) == 1, "all layers share one compiled function"
     model.eval()
-    torch.testing.assert_close(model.hidden(inputs[:1], batch.position_BS[:1], mask[:1]), expected[:1])
+    torch.testing.assert_close(
+        model.hidden(inputs[:1], batch.position_BS[:1], mask[:1], batch.modality[:1]), expected[:1]
+    )
     assert len(traced) == 1

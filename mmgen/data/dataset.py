@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from mmgen.config import Config, PatcherConfig, SourceConfig
 from mmgen.data.order import Hashes, Ints, uniform
 from mmgen.data.shards import store
-from mmgen.data.shards.index import LATENT, TEXT, ShardIndex, ensure, ensure_all, load, tokens_column
-from mmgen.data.shards.samples import Bad, Sample
+from mmgen.data.shards.index import TEXT, ShardIndex, ensure, ensure_all, load, tokens_column
+from mmgen.data.shards.pictures import STORED
+from mmgen.data.shards.samples import BadRecord, Sample
 from mmgen.data.shards.store import Patterns, expand
 from mmgen.image.resize import nearest_size
-from mmgen.objective import objective_class
+from mmgen.objective import build_layout
 from mmgen.sequence.tokenizer import Tokenizer
 
 OPEN_SHARDS = 256
@@ -43,6 +44,9 @@ class Facts:
     """Tokens of the text behind its last image."""
     images: Ints
     patches: Ints
+    learned_images: Ints
+    """Images that have a loss."""
+    learned_patches: Ints
 
     def take(self, places: Ints) -> Facts:
         """Those of some samples."""
@@ -63,8 +67,9 @@ def patch_grids(index: Columns, patcher: PatcherConfig) -> Ints:
     sizes = np.stack([index.column("height_s"), index.column("width_s")], axis=1).astype(np.int64)
     declared = np.array(patcher.grids, dtype=np.int64)
     grids = np.zeros_like(sizes)
-    if patcher.latent:
-        sizes[index.column("kind_s") == LATENT] *= patcher.vae.factor
+    kinds = index.column("kind_s")
+    for stored in STORED.values():
+        sizes[kinds == stored.number] *= stored.cell_pixels(patcher)
     image = sizes[:, 0] > 0
     if image.any():
         grids[image] = declared[nearest_size(sizes[image], patcher.image_sizes)]
@@ -80,14 +85,16 @@ def facts_of(index: Columns, tokens: str, grids: Ints) -> Facts:
     last = np.full(index.count, -1)
     np.maximum.at(last, sample[image], np.flatnonzero(image))
     behind = (np.arange(len(kind)) > last[sample]) & ~image
-    rows, columns = grids.T
+    patches = grids.prod(axis=1)
+    learned = image & (index.column("learn_s") > 0)
 
     def summed(values: NDArray[np.int64]) -> Ints:
         return np.bincount(sample, values, index.count).astype(np.int64)
 
     return Facts(
         index.column("key_hash_n"), index.column("paired_n").astype(bool),
-        summed(lengths), summed(lengths * behind), summed(image.astype(np.int64)), summed(rows * columns),
+        summed(lengths), summed(lengths * behind), summed(image.astype(np.int64)), summed(patches),
+        summed(learned.astype(np.int64)), summed(patches * learned),
     )  # fmt: skip
 
 
@@ -96,7 +103,7 @@ class Measured(ABC):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.copies = objective_class(config.objective).copies(config.objective)
+        self.copies = build_layout(config.objective, config.model.patcher).copies
 
     @abstractmethod
     def gather(self, indices: Ints) -> Facts:
@@ -119,15 +126,16 @@ class Measured(ABC):
         return np.where(facts.paired & (flip < data.image_first), IMAGE_FIRST, forms).astype(np.int64)
 
     def lengths(self, epochs: Ints, indices: Ints) -> tuple[Ints, Ints, Ints]:
-        """(positions, images, form) of documents in their epochs; raises ValueError for one longer than a row."""
+        """(positions, learned images, form) of documents in their epochs; raises ValueError where one is too long."""
         facts = self.gather(indices)
         forms = self.forms(epochs, facts)
         text = np.where(forms == DROPPED, facts.tail, facts.text)
-        return self._fit(indices, facts, text), facts.images, forms
+        return self._fit(indices, facts, text), facts.learned_images, forms
 
     def _fit(self, indices: Ints, facts: Facts, text: Ints) -> Ints:
         row_length = self.config.data.row_length
-        around = 2 + 3 * facts.images + self.copies * facts.patches
+        # An image that is not learned has one copy, a clean one.
+        around = 2 + 3 * facts.images + facts.patches + (self.copies - 1) * facts.learned_patches
         length = around + text
         worst = around if self.config.data.overlong == "truncate" else length
         if (worst > row_length).any():
@@ -166,22 +174,23 @@ class Dataset(Measured):
         self.shards = [shard for part in sources.shards for shard in part]
         self.weights = sources.weights
         ensure_all(self.shards, tokenizer, config.data, tell=_tell)
-        self.bad: list[Bad] = []
+        self.bad: list[BadRecord] = []
         self.hashes: list[str] = []
         self.pictures: str | None = None
         """A shard that holds images as pixels."""
-        self.autoencoders: dict[str, str] = {}
-        """Fingerprint of the autoencoder (empty where unknown) of latents to a shard that holds such."""
+        self.stored: dict[str, dict[str, str]] = {}
+        """Kind of precomputed arrays to the fingerprint of what made them (empty where unknown) to a shard of such."""
         counts = []
         for shard in self.shards:
             index = ensure(shard, tokenizer, config.data)
             counts.append(index.count)
-            self.bad += index.meta["bad"]
-            self.hashes.append(index.meta["sha256"])
-            if index.meta.get("pictures"):
+            self.bad += index.meta.bad
+            self.hashes.append(index.meta.sha256)
+            if index.meta.pictures:
                 self.pictures = self.pictures or shard
-            for fingerprint in index.meta.get("autoencoders", []):
-                self.autoencoders.setdefault(fingerprint, shard)
+            for kind, makers in index.meta.stored.items():
+                for maker in makers:
+                    self.stored.setdefault(kind, {}).setdefault(maker, shard)
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         ends = np.cumsum([0] + [len(part) for part in sources.shards])
         self.counts = [int(self.starts[b] - self.starts[a]) for a, b in pairwise(ends)]

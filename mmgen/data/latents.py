@@ -3,52 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mmgen.config import Config
-from mmgen.config_io import override
+from mmgen.data.documents import DecodedImage
 from mmgen.data.loader import Corpus
 from mmgen.data.shards.samples import BadSample
-from mmgen.image.latent import Autoencoder, LatentPatcher, Statistics
-from mmgen.image.patch import Grid, join
+from mmgen.image.latent import Autoencoder, AutoencoderFacts, LatentPatcher, Statistics, known_statistics
+from mmgen.image.patch import join
 from mmgen.sequence.tokenizer import Tokenizer
 
 IMAGES = 512
 """Images whose latents are measured."""
 
 
-def settled(config: Config, tokenizer: Tokenizer | None, stored: Mapping[str, Any] | None = None) -> Config:
-    """The configuration with fingerprint and normalisation of its autoencoder filled in where they are left out.
+def find_facts(config: Config, tokenizer: Tokenizer) -> AutoencoderFacts | None:
+    """What a new run must know of its autoencoder; None for a run on pixels.
 
-    They are those of a checkpoint's settings `stored`, where there is one. For a new run the weights are read, and mean
-    and standard deviation per channel come from the autoencoder's configuration or, where it has none, from the first
-    images that the run will see.
+    The weights are read. Mean and standard deviation per channel come from the settings or from the autoencoder's
+    configuration; where both are silent, they are measured on the first images that the run will see.
 
     Raises:
         ValueError: the autoencoder cannot be loaded, or does not fit the settings.
     """
-    vae = config.model.patcher.vae
-    if not config.model.patcher.latent or (vae.fingerprint and vae.mean and vae.std):
-        return config
-    if stored is not None:
-        before = stored["model"]["patcher"].get("vae") or {}
-        facts = {name: before.get(name) for name in ("fingerprint", "mean", "std")}
-    else:
-        patcher = LatentPatcher(config.model.patcher, device())
-        statistics = patcher.autoencoder.statistics
-        if statistics is None and not (vae.mean and vae.std):
-            assert tokenizer is not None
-            statistics = measure(config, tokenizer, patcher.autoencoder)
-        mean, std = statistics or (None, None)
-        facts = {"fingerprint": patcher.fingerprint, "mean": mean, "std": std}
-    missing = {name: value for name, value in facts.items() if getattr(vae, name) is None}
-    return override(config, {"model": {"patcher": {"vae": missing}}})
+    if config.model.patcher.kind != "vae":
+        return None
+    patcher = LatentPatcher(config.model.patcher, device())
+    found = known_statistics(config.model.patcher, patcher.autoencoder)
+    found = found or measure(config, tokenizer, patcher.autoencoder)
+    return AutoencoderFacts(patcher.fingerprint, found.mean, found.std)
 
 
 def device() -> str:
@@ -63,26 +51,28 @@ def measure(config: Config, tokenizer: Tokenizer, autoencoder: Autoencoder, imag
         ValueError: no image of the training shards can be read.
     """
     channels, patch = config.model.patcher.vae.channels, config.model.patcher.patch_size
-    plain = {"mean": [0.0] * channels, "std": [1.0] * channels, "fingerprint": autoencoder.fingerprint}
-    config = override(config, {"model": {"patcher": {"vae": plain}}})
-    corpus, patcher = Corpus(config.data.train, tokenizer, config), LatentPatcher(config.model.patcher, device())
+    plain = AutoencoderFacts(autoencoder.fingerprint, [0.0] * channels, [1.0] * channels)
+    corpus = Corpus(config.data.train, tokenizer, config, plain)
+    patcher = LatentPatcher(config.model.patcher, device(), plain)
     patcher.autoencoder = autoencoder
     found: list[NDArray[np.float64]] = []
-    for x, grid in islice(_images(corpus), images):
-        ready = x if x.dtype == np.float32 else patcher.encode_rows(torch.from_numpy(x)[None], grid)[0].cpu().numpy()
-        found.append(join(ready, grid, patch).reshape(-1, channels).astype(np.float64))
+    for image in islice(_images(corpus), images):
+        ready = image.x_NP
+        if ready.dtype == np.uint8:
+            ready = patcher.encode_rows(torch.from_numpy(ready)[None], image.grid)[0].cpu().numpy()
+        found.append(join(ready, image.grid, patch).reshape(-1, channels).astype(np.float64))
     if not found:
         raise ValueError("latents cannot be measured: no image of data.train can be read")
     cells = np.concatenate(found)
-    return cells.mean(0).tolist(), np.maximum(cells.std(0), 1e-6).tolist()
+    return Statistics(cells.mean(0).tolist(), np.maximum(cells.std(0), 1e-6).tolist())
 
 
-def _images(corpus: Corpus) -> Iterator[tuple[NDArray[Any], Grid]]:
-    """Rows of the images of an epoch in its order, those that cannot be read left out."""
+def _images(corpus: Corpus) -> Iterator[DecodedImage]:
+    """The images of an epoch in its order, those that cannot be read left out."""
     for row in corpus.plan.epoch_rows(0):
         for document in row:
             try:
-                _, decoded = corpus.decoded(document.epoch, document.index)
+                decoded = corpus.decoded(document.epoch, document.index)
             except BadSample:
                 continue
-            yield from (segment for segment in decoded if isinstance(segment, tuple))
+            yield from (image for image in decoded.segments if isinstance(image, DecodedImage))

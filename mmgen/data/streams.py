@@ -23,7 +23,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mmgen.config import Config
 from mmgen.data.dataset import Facts, Measured, facts_of, patch_grids
-from mmgen.data.loader import Corpus, Decoded, Documents, Step, ahead
+from mmgen.data.documents import Decoded, Documents, Step
+from mmgen.data.loader import Corpus, ahead
 from mmgen.data.order import (
     Cursor,
     Cursors,
@@ -37,11 +38,12 @@ from mmgen.data.order import (
     pack,
 )
 from mmgen.data.shards import store
-from mmgen.data.shards.index import Builder, key_hash, repeated, segment_facts, tokens_column
-from mmgen.data.shards.samples import Bad, BadSample, Group, Picture, Sample, damage, groups, parse
+from mmgen.data.shards.index import Builder, SegmentFacts, key_hash, repeated, segment_facts, tokens_column
+from mmgen.data.shards.samples import BadRecord, BadSample, Group, Picture, Sample, damage, groups, parse
 from mmgen.data.shards.store import Patterns, expand
 from mmgen.data.shards.tar import Damaged
 from mmgen.flow.time import stratified
+from mmgen.image.latent import AutoencoderFacts
 from mmgen.image.patch import Grid
 from mmgen.sequence.document import Strip
 from mmgen.sequence.tokenizer import Tokenizer
@@ -50,8 +52,6 @@ BARREN = 16
 """Epochs without a usable sample after which a stream gives up."""
 SETTLED = 1000
 """Samples before which a rate of bad ones says nothing."""
-Sizes = list[tuple[int, int, int]]
-"""(kind, height, width) of the segments of a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +62,46 @@ class HeldDocument(PlannedDocument):
     grids: list[Grid]
 
 
-Held = tuple[Sample, Group, Sizes]
-Met = tuple[int, int, Held | Bad]
-"""Place of a shard in a stream's list, number of the sample behind this one, and this one, or why there is none."""
+@dataclass(frozen=True)
+class Held:
+    """A sample that was read, still encoded."""
+
+    sample: Sample
+    group: Group
+    segments: list[SegmentFacts]
+
+
+@dataclass(frozen=True)
+class Met:
+    """What a stream meets next in a shard."""
+
+    place: int
+    """Of the shard in the stream's list."""
+    group: int
+    """Number of the sample after this one in its shard."""
+    found: Held | BadRecord
+
+
+@dataclass(frozen=True)
+class StreamRow:
+    """A planned row of a stream."""
+
+    documents: PlannedRow
+    after: Cursor
+    """Where the stream stands after it."""
+    bad: list[BadRecord]
+    """Bad samples that were met on the way to it."""
 
 
 class Window(Measured):
     """The samples that a stream holds, numbered from 0, as an index in memory."""
 
-    def __init__(self, met: Sequence[Held], tokenizer: Tokenizer, config: Config) -> None:
+    def __init__(self, held: Sequence[Held], tokenizer: Tokenizer, config: Config) -> None:
         super().__init__(config)
-        self.samples, self.count = [sample for sample, _, _ in met], len(met)
+        self.samples, self.count = [one.sample for one in held], len(held)
         builder = Builder()
-        for sample, group, sizes in met:
-            builder.add(sample, group, sizes)
+        for one in held:
+            builder.add(one.sample, one.group, one.segments)
         self._columns = builder.columns(tokenizer)
         grids = patch_grids(self, config.model.patcher)
         self._facts = facts_of(self, tokens_column(tokenizer), grids)
@@ -120,14 +146,14 @@ class Streams:
             return None
         return self.shards[int(epoch_order(count, f"{self.seed} shards", epoch, at, at + 1)[0])]
 
-    def rows(self, stream: int, start: Cursor) -> Iterator[tuple[PlannedRow, Cursor, list[Bad]]]:
-        """Rows of a stream from `start` on, each with the cursor behind it and the bad samples met on the way to it.
+    def rows(self, stream: int, start: Cursor) -> Iterator[StreamRow]:
+        """Rows of a stream from `start` on.
 
         Raises:
             ValueError: a document is longer than a row, or no sample of the stream's shards can be used.
             OSError: a shard cannot be read.
         """
-        at, bad, barren = start, list[Bad](), 0
+        at, bad, barren = start, list[BadRecord](), 0
         while barren < BARREN:
             source = self._epoch(stream, at)
             barren += 1
@@ -135,16 +161,17 @@ class Streams:
                 held, following = self._gather(source, at, bad)
                 if not held:
                     break
-                if at.row:  # told with the window's first row
+                if at.row:  # they came with the window's first row
                     bad = []
                 rows, barren = self.packed(stream, at, Window(held, self.tokenizer, self.config)), 0
                 for r in range(at.row, len(rows)):
-                    yield rows[r], replace(at, row=r + 1) if r + 1 < len(rows) else following, bad
+                    after = replace(at, row=r + 1) if r + 1 < len(rows) else following
+                    yield StreamRow(rows[r], after, bad)
                     bad = []
                 at = following
             at = Cursor(epoch=at.epoch + 1, met=following.met)
-        told = f": the last bad one is {bad[-1]}" if bad else ""
-        raise ValueError(f"stream {stream} finds no usable sample in its shards{told}")
+        last = f": the last bad one is {bad[-1]}" if bad else ""
+        raise ValueError(f"stream {stream} finds no usable sample in its shards{last}")
 
     def packed(self, stream: int, at: Cursor, window: Window) -> list[PlannedRow]:
         """The rows of a window that begins at `at`, in an order that says nothing of their lengths."""
@@ -158,16 +185,16 @@ class Streams:
         rows = pack([document.length for document in documents], self.config.data.row_length)
         return [[documents[i] for i in rows[r]] for r in rng.permutation(len(rows))]
 
-    def _gather(self, source: Iterator[Met], at: Cursor, bad: list[Bad]) -> tuple[list[Held], Cursor]:
+    def _gather(self, source: Iterator[Met], at: Cursor, bad: list[BadRecord]) -> tuple[list[Held], Cursor]:
         """The samples of the window at `at`, none at the epoch's end, and where the next one begins."""
         held: list[Held] = []
         following = replace(at, window=at.window + 1, row=0)
-        for place, group, found in source:
-            following = replace(following, place=place, group=group, met=following.met + (at.epoch == 0))
-            if isinstance(found, dict):
-                bad.append(found)
+        for met in source:
+            following = replace(following, place=met.place, group=met.group, met=following.met + (at.epoch == 0))
+            if isinstance(met.found, BadRecord):
+                bad.append(met.found)
                 continue
-            held.append(found)
+            held.append(met.found)
             if len(held) == self.window:
                 break
         return held, following
@@ -177,10 +204,10 @@ class Streams:
         place, first = at.place, at.group
         while (shard := self.shard(stream, place, at.epoch)) is not None:
             for group, found in self._shard(shard, first):
-                yield place, group, found
+                yield Met(place, group, found)
             place, first = place + 1, 0
 
-    def _shard(self, shard: str, first: int) -> Iterator[tuple[int, Held | Bad]]:
+    def _shard(self, shard: str, first: int) -> Iterator[tuple[int, Held | BadRecord]]:
         """What stands in a shard behind its `first` samples; a reading that breaks off is taken up where it was."""
         data, name = self.config.data, store.name(shard)
         for wait in (*store.RETRIES, None):
@@ -197,7 +224,7 @@ class Streams:
                 return
             except Damaged as error:
                 if number >= first:
-                    yield number + 1, {"shard": name, "key": error.key, "reason": damage(error)}
+                    yield number + 1, BadRecord(name, error.key, damage(error))
                 return
             except FileNotFoundError:
                 raise FileNotFoundError(f"shard {shard} does not exist: correct data.train, or bring it back") from None
@@ -206,18 +233,19 @@ class Streams:
                     raise OSError(f"shard {shard} cannot be read: {error}") from None
                 time.sleep(wait)
 
-    def _look(self, name: str, group: Group, again: bool) -> Held | Bad:
+    def _look(self, name: str, group: Group, again: bool) -> Held | BadRecord:
         try:
             if again:
                 raise BadSample(repeated(group))
             sample = parse(name, group, self.config.data)
-            if any(isinstance(segment, Picture) and segment.latent for segment in sample.segments):
+            if any(isinstance(segment, Picture) and segment.stored for segment in sample.segments):
                 raise BadSample(
-                    "latents are read through the index alone, which knows their autoencoder: set data.streams to 0"
+                    "latents and codes are read through the index alone, which knows what made them: set data.streams "
+                    "to 0"
                 )
-            return sample, group, [segment_facts(segment, self.config.data) for segment in sample.segments]
+            return Held(sample, group, [segment_facts(segment, self.config.data) for segment in sample.segments])
         except BadSample as error:
-            return {"shard": name, "key": group.key, "reason": str(error)}
+            return BadRecord(name, group.key, str(error))
 
 
 @dataclass
@@ -237,15 +265,17 @@ class StreamCorpus(Documents):
     Each loader process reads some of this process's streams and writes their documents; they are put together here.
     """
 
-    def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config) -> None:
-        super().__init__(tokenizer, config)
+    def __init__(
+        self, patterns: Patterns, tokenizer: Tokenizer, config: Config, autoencoder: AutoencoderFacts | None = None
+    ) -> None:
+        super().__init__(tokenizer, config, autoencoder)
         self.dataset = Streams(expand(patterns), tokenizer, config)
-        self.bad: list[Bad] = []
+        self.bad: list[BadRecord] = []
         self.start = Cursors()
 
     @property
     def unencoded(self) -> bool:
-        return self.config.model.patcher.latent
+        return True
 
     @property
     def told(self) -> str:
@@ -257,34 +287,34 @@ class StreamCorpus(Documents):
         assert isinstance(position, Cursors)
         return max(SETTLED, sum(cursor.met for cursor in position.streams.values()))
 
-    def segments(self, planned: PlannedDocument) -> tuple[tuple[str, str], Decoded]:
+    def segments(self, planned: PlannedDocument) -> Decoded:
         assert isinstance(planned, HeldDocument)
-        return self.name(planned), self.decode(planned.sample, planned.grids, planned.epoch)
+        return self.decode(planned.sample, planned.grids, planned.epoch)
 
     def name(self, planned: PlannedDocument) -> tuple[str, str]:
         assert isinstance(planned, HeldDocument)
         return planned.sample.shard, planned.sample.key
 
-    def part(self, number: int, sources: dict[int, Iterator[tuple[PlannedRow, Cursor, list[Bad]]]]) -> Part:
+    def part(self, number: int, sources: dict[int, Iterator[StreamRow]]) -> Part:
         """The share of some streams in a global step."""
-        part = Part(Step(number, [], self.start, 0, 0, 0))
+        part = Part(Step(number, [], self.start))
         shared, _ = chances(self.config.run.seed, "t", number)
         for stream, source in sources.items():
             drawn = [next(source) for _ in range(self.config.train.batch_rows // self.dataset.count)]
-            quantile = _spread(shared, stream / self.dataset.count, [row for row, _, _ in drawn])
+            quantile = _spread(shared, stream / self.dataset.count, [row.documents for row in drawn])
             ordinal, rows = 0, list[list[Strip | int]]()
-            for row, after, bad in drawn:
-                rows.append(self.written(row, ordinal, quantile, part.step))
-                ordinal += sum(document.images for document in row)
-                part.step.bad += bad
-                part.after.streams[stream] = after
+            for row in drawn:
+                rows.append(self.written(row.documents, ordinal, quantile, part.step))
+                ordinal += sum(document.images for document in row.documents)
+                part.step.bad += row.bad
+                part.after.streams[stream] = row.after
             part.rows[stream] = rows
         return part
 
     def joined(self, parts: Sequence[Part], rank: int, world: int) -> Step:
         """The share of `rank` in a global step, whose row i is of stream i mod V: rows rank, rank + world, ..."""
         rows, cursors = dict[int, list[list[Strip | int]]](), list[Cursors]()
-        step = Step(parts[0].step.number, [], self.start, 0, 0, 0)
+        step = Step(parts[0].step.number, [], self.start)
         for part in parts:
             rows |= part.rows
             cursors.append(part.after)
@@ -299,7 +329,7 @@ class StreamCorpus(Documents):
 
     def steps(self, first: int, last: int, start: Cursors, rank: int, world: int) -> Iterator[Step]:
         """Global steps [first, last); raises ValueError for a world that does not divide the number of streams."""
-        self.config.check(world)
+        self.config.check_processes(world)
         own = range(rank, self.dataset.count, world)
         lanes = min(self.config.data.workers, len(own))
         parts = ahead(_Lanes(self, first, last, start, own), lanes, pinned=False)
@@ -332,11 +362,13 @@ class _Lanes(IterableDataset[Part]):
             yield self.corpus.part(number, sources)
 
 
-def training_corpus(config: Config, tokenizer: Tokenizer) -> Corpus | StreamCorpus:
+def training_corpus(
+    config: Config, tokenizer: Tokenizer, autoencoder: AutoencoderFacts | None = None
+) -> Corpus | StreamCorpus:
     """What `data.train` holds, in streams or through indexes as `data.streams` says.
 
     Raises:
         FileNotFoundError, ValueError: a shard is missing, or there are too few of them.
     """
     kind = StreamCorpus if config.data.streams else Corpus
-    return kind(config.data.train, tokenizer, config)
+    return kind(config.data.train, tokenizer, config, autoencoder)

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 from sklearn.svm import SVC
 
-from mmgen.data.shards.samples import Sample, open_image, read
+from mmgen.data.shards.pictures import open_image
+from mmgen.data.shards.samples import Sample, read
 from mmgen.evaluate.tasks import Mark, Object, Pixels, Task
 
 Truth = frozenset[Object]

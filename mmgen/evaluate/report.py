@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmgen.config import Config, EvalConfig, choose
-from mmgen.config_io import override
 from mmgen.data.loader import Corpus
-from mmgen.data.shards.samples import Picture, Sample, open_image, open_latent, read
+from mmgen.data.shards.pictures import open_image, open_stored
+from mmgen.data.shards.samples import BadRecord, Picture, Sample, read
 from mmgen.data.shards.store import Patterns
 from mmgen.evaluate.judge import Judge, Truth, pixels, truth
 from mmgen.evaluate.metrics import (
@@ -33,7 +33,6 @@ from mmgen.evaluate.metrics import (
 from mmgen.evaluate.tasks import TASKS, Object, Pixels, Task
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.image import sheet
-from mmgen.image.latent import LatentPatcher, build_patcher
 from mmgen.image.patch import Floats, Grid, Patcher
 from mmgen.model import MMGenModel
 from mmgen.sequence.tokenizer import Tokenizer
@@ -45,21 +44,21 @@ from mmgen.train.validate import held_out
 class Pictures:
     """The readable pictures of shards, at the size and in the colours that the model draws; latents are decoded."""
 
-    def __init__(self, patterns: Patterns, patcher: Patcher, bad: list[dict[str, str]]) -> None:
+    def __init__(self, patterns: Patterns, patcher: Patcher, bad: list[BadRecord]) -> None:
         self.samples: list[Sample] = []
         found: list[Image.Image | tuple[Floats, Grid]] = []
         for sample in read(patterns, bad):
             picture = next((segment for segment in sample.segments if isinstance(segment, Picture)), None)
-            if picture is None or (picture.latent and not isinstance(patcher, LatentPatcher)):
+            if picture is None or (picture.stored and patcher.stored is None):
                 continue
             try:
-                if picture.latent and isinstance(patcher, LatentPatcher):
-                    found.append(patcher.rows(open_latent(picture.data)))
+                if picture.stored:
+                    found.append(patcher.rows(open_stored(picture.data).array))
                 else:
                     found.append(patcher.fit(open_image(picture.data)))
                 self.samples.append(sample)
             except ValueError as error:
-                bad.append({"shard": sample.shard, "key": sample.key, "reason": str(error)})
+                bad.append(BadRecord(sample.shard, sample.key, str(error)))
         self.images = developed(found, patcher)
         self.pixels = [pixels(image) for image in self.images]
         self.truth = [truth(sample) for sample in self.samples]
@@ -216,12 +215,11 @@ def evaluate(
         ValueError, FileNotFoundError: the eval section names an unknown task, or shards that are missing or unlabelled.
     """
     began = time.monotonic()
-    config = override(config, {"model": {"patcher": model.patcher.model_dump()}})  # what a run found of its autoencoder
     settings = config.eval
     task: Task = choose(TASKS, settings.task, "eval.task")()
     judge = Judge(task, settings.judge)
-    bad: list[dict[str, str]] = []
-    patcher = build_patcher(model.patcher, model.device)
+    bad: list[BadRecord] = []
+    patcher = model.build_patcher()
     train, test = (Pictures(shards, patcher, bad) for shards in (config.data.train, settings.test))
     real = Real(task, train, test, settings.samples)
     tell(f"{settings.task}: judging {settings.samples} images against {len(test.samples)} real ones")
@@ -264,7 +262,7 @@ def evaluate(
     )
     tell(f"images to captions: {report['i2t_accuracy']:.3f} right")
     if config.data.val:
-        report |= held_out_losses(model, Corpus(config.data.val, tokenizer, config))
+        report |= held_out_losses(model, Corpus(config.data.val, tokenizer, config, model.autoencoder))
     report |= {
         "bad_samples": len(bad),
         "train_seconds": round(trainer.train_seconds, 1),

@@ -1,8 +1,8 @@
 """Images as latents of a frozen autoencoder: patch rows are cut out of what diffusers' `AutoencoderKL` makes of them.
 
 A latent is the mean of the encoder's Gaussian, never a draw, so that an image has one latent wherever and whenever it
-is computed. Loader workers send pixels, one row per patch; `encoded` turns those of a whole batch into latents on the
-model's device. Rows of precomputed latents come ready.
+is computed. Loader workers send pixels, one row per patch; `prepare` turns those of a whole batch into latents on the
+model's device. Patches of precomputed latents are sent normalised.
 
 Suffixes: as in `patch`, and M images, C channels, h and w cells of a latent.
 """
@@ -10,21 +10,49 @@ Suffixes: as in `patch`, and M images, C channels, h and w cells of a latent.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mmgen.config import PatcherConfig
+from mmgen.config import PatcherConfig, choose
 from mmgen.image.patch import Floats, Grid, Patcher, PixelPatcher, cut, to_image
 
 Device = torch.device | str
-Statistics = tuple[list[float], list[float]]
-"""Mean and standard deviation per channel."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of latents, per channel."""
+
+    mean: list[float]
+    std: list[float]
+
+
+@dataclass(frozen=True)
+class AutoencoderFacts:
+    """What a run found of its autoencoder: which weights, and how their latents are normalised.
+
+    These are facts of a run, not settings: they are kept in the model's configuration and in its checkpoints.
+    """
+
+    fingerprint: str
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def of_settings(cls, patcher: Mapping[str, Any]) -> AutoencoderFacts | None:
+        """Facts that earlier versions wrote into the settings of the patcher; None where there are none."""
+        vae = patcher.get("vae") or {}
+        if not isinstance(vae, Mapping) or not (vae.get("fingerprint") and vae.get("mean") and vae.get("std")):
+            return None
+        return cls(vae["fingerprint"], vae["mean"], vae["std"])
 
 
 @dataclass(frozen=True)
@@ -74,18 +102,21 @@ def _written_statistics(written: dict[str, Any], channels: int) -> Statistics | 
     """
     scaling = written.get("scaling_factor")
     if written.get("latents_mean") and written.get("latents_std"):
-        return list(written["latents_mean"]), [std / (scaling or 1.0) for std in written["latents_std"]]
+        return Statistics(list(written["latents_mean"]), [std / (scaling or 1.0) for std in written["latents_std"]])
     if scaling is None:
         return None
-    return [float(written.get("shift_factor") or 0.0)] * channels, [1.0 / scaling] * channels
+    return Statistics([float(written.get("shift_factor") or 0.0)] * channels, [1.0 / scaling] * channels)
 
 
 class LatentPatcher(Patcher):
     """Latents, normalised per channel and cut into square patches; within a patch the order is row, column, channel."""
 
-    def __init__(self, settings: PatcherConfig, device: Device = "cpu") -> None:
+    stored = "latent"
+
+    def __init__(self, settings: PatcherConfig, device: Device = "cpu", facts: AutoencoderFacts | None = None) -> None:
         super().__init__(settings)
         self.device = torch.device(device)
+        self.facts = facts
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
@@ -103,10 +134,11 @@ class LatentPatcher(Patcher):
                 raise ValueError(
                     f"model.patcher.{setting} is {said}, but that of the autoencoder '{vae.name}' is {is_}"
                 )
-        if vae.fingerprint not in (None, loaded.fingerprint):
+        if self.facts is not None and self.facts.fingerprint != loaded.fingerprint:
             raise ValueError(
                 f"the weights of the autoencoder '{vae.name}' are not those that this model was trained with "
-                f"(fingerprint {loaded.fingerprint}, wanted {vae.fingerprint}): put the old ones back, or train anew"
+                f"(fingerprint {loaded.fingerprint}, wanted {self.facts.fingerprint}): put the old ones back, or train "
+                "anew"
             )
         return loaded
 
@@ -116,24 +148,22 @@ class LatentPatcher(Patcher):
     @property
     def fingerprint(self) -> str:
         """Of the autoencoder's weights."""
-        return self.settings.vae.fingerprint or self.autoencoder.fingerprint
+        return self.facts.fingerprint if self.facts is not None else self.autoencoder.fingerprint
 
     @cached_property
     def statistics(self) -> tuple[Floats, Floats]:
-        """Mean and standard deviation [C]: those of the settings, else of the autoencoder's configuration."""
-        vae = self.settings.vae
-        written = None if vae.mean and vae.std else self.autoencoder.statistics
-        mean, std = vae.mean or (written and written[0]), vae.std or (written and written[1])
-        if not mean or not std:
+        """Mean and standard deviation [C]: what the run found, else as settings and the autoencoder's files say."""
+        found = self.facts or known_statistics(self.settings, self.autoencoder)
+        if found is None:
             raise ValueError(
-                f"the configuration of the autoencoder '{vae.name}' has neither scaling_factor nor latents_mean and "
-                "latents_std: a training run measures them, else set model.patcher.vae.mean and .std"
+                f"the configuration of the autoencoder '{self.settings.vae.name}' has neither scaling_factor nor "
+                "latents_mean and latents_std: a training run measures them, else set model.patcher.vae.mean and .std"
             )
-        return np.array(mean, dtype=np.float32), np.array(std, dtype=np.float32)
+        return np.array(found.mean, dtype=np.float32), np.array(found.std, dtype=np.float32)
 
-    def rows(self, latent_Chw: Floats) -> tuple[Floats, Grid]:
-        """Patch rows [N, P] of a precomputed latent and their grid; raises ValueError for a wrong shape."""
-        channels = self.settings.vae.channels
+    def rows(self, stored: NDArray[Any]) -> tuple[NDArray[Any], Grid]:
+        """Patches [N, P] of a precomputed latent [C, h, w] and their grid; raises ValueError for a wrong shape."""
+        latent_Chw, channels = stored, self.settings.vae.channels
         if len(latent_Chw) != channels:
             raise ValueError(
                 f"latent is {list(latent_Chw.shape)}, not of {channels} channels (model.patcher.vae.channels)"
@@ -169,10 +199,6 @@ class LatentPatcher(Patcher):
         blocks = latents.view(len(latents), -1, rows, patch, columns, patch)
         return blocks.permute(0, 2, 4, 3, 5, 1).reshape(len(latents), rows * columns, -1)
 
-    def encode(self, image: Image.Image) -> tuple[Floats, Grid]:
-        levels_NL, grid = self.levels(image)
-        return self.encode_rows(torch.from_numpy(levels_NL)[None], grid)[0].cpu().numpy(), grid
-
     @torch.no_grad()
     def pictures(self, x_RNP: Floats, grid: Grid) -> list[Image.Image]:
         mean, std = self._normal
@@ -192,6 +218,30 @@ def _joined(rows_MNP: Tensor, grid: Grid, side: int) -> Tensor:
     return blocks.reshape(m, -1, rows * side, columns * side)
 
 
-def build_patcher(settings: PatcherConfig, device: Device = "cpu") -> Patcher:
-    """The patcher that `model.patcher.kind` names; nothing is loaded before it is needed."""
-    return LatentPatcher(settings, device) if settings.latent else PixelPatcher(settings)
+def known_statistics(settings: PatcherConfig, autoencoder: Autoencoder) -> Statistics | None:
+    """Mean and deviation of latents as the settings say, else as the autoencoder's own configuration does."""
+    vae, written = settings.vae, autoencoder.statistics
+    mean = vae.mean or (written.mean if written else None)
+    std = vae.std or (written.std if written else None)
+    return Statistics(mean, std) if mean and std else None
+
+
+def _pixels(settings: PatcherConfig, device: Device, facts: AutoencoderFacts | None) -> Patcher:
+    return PixelPatcher(settings)
+
+
+PATCHERS: dict[str, Callable[[PatcherConfig, Device, AutoencoderFacts | None], Patcher]] = {
+    "pixels": _pixels,
+    "vae": LatentPatcher,
+}
+"""What patches can be made of."""
+
+
+def build_patcher(settings: PatcherConfig, device: Device = "cpu", facts: AutoencoderFacts | None = None) -> Patcher:
+    """The patcher that `model.patcher.kind` names; an autoencoder is loaded when it is first needed.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
+    patcher: Patcher = choose(PATCHERS, settings.kind, "model.patcher.kind")(settings, device, facts)
+    return patcher

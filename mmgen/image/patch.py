@@ -6,12 +6,15 @@ Suffixes: I patches of a batch, N patches of one image, P numbers per patch, D w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from mmgen.config import PatcherConfig
 from mmgen.image.resize import fit
@@ -22,11 +25,32 @@ Levels = NDArray[np.uint8]
 Numbers = TypeVar("Numbers", np.float32, np.uint8)
 
 
+@dataclass(frozen=True)
+class Patches:
+    """What single patches are made of: P numbers of one type."""
+
+    length: int
+    dtype: type[np.generic]
+
+
 class Patcher(ABC):
-    """Images to patch rows and back."""
+    """Images to patches and back. `settings` are those of the model."""
+
+    stored: str | None = None
+    """Kind of precomputed array in shards that it takes in place of images."""
 
     def __init__(self, settings: PatcherConfig) -> None:
         self.settings = settings
+
+    @property
+    def sent(self) -> Patches:
+        """Patches of the image itself, as loader workers send them."""
+        return Patches(self.settings.pixel_length, np.uint8)
+
+    @property
+    def ready(self) -> Patches:
+        """Patches as the model takes them."""
+        return Patches(self.settings.patch_length, np.float32)
 
     def fit(self, image: Image.Image) -> Image.Image:
         """The image in the model's colour mode at the declared size of nearest aspect ratio.
@@ -40,9 +64,19 @@ class Patcher(ABC):
         pixels = np.asarray(self.fit(image))
         return cut(pixels.reshape(*pixels.shape[:2], -1), self.settings.side)
 
+    def rows(self, stored: NDArray[Any]) -> tuple[NDArray[Any], Grid]:
+        """Ready patches [N, P] of a precomputed array and their grid; raises ValueError where it does not fit."""
+        raise ValueError(f"model.patcher.kind '{self.settings.kind}' takes images, not precomputed arrays")
+
     @abstractmethod
+    def encode_rows(self, levels_MNL: Tensor, grid: Grid) -> Tensor:
+        """Patches [M, N, P] of pixels 0..255 [M, N, L] in raster order, on the patcher's device."""
+
     def encode(self, image: Image.Image) -> tuple[Floats, Grid]:
-        """Patch rows [N, P] of an image and their grid (rows, columns)."""
+        """Patches [N, P] of an image in raster order, and their grid (rows, columns)."""
+        levels_NL, grid = self.levels(image)
+        encoded: Floats = self.encode_rows(torch.from_numpy(levels_NL)[None], grid)[0].cpu().numpy()
+        return encoded, grid
 
     @abstractmethod
     def pictures(self, x_RNP: Floats, grid: Grid) -> list[Image.Image]:
@@ -59,18 +93,11 @@ class Patcher(ABC):
 class PixelPatcher(Patcher):
     """Pixels in [-1, 1], cut into square patches in raster order; within a patch the order is row, column, channel."""
 
-    def encode(self, image: Image.Image) -> tuple[Floats, Grid]:
-        levels_NP, grid = self.levels(image)
-        return scale(levels_NP), grid
+    def encode_rows(self, levels_MNL: Tensor, grid: Grid) -> Tensor:
+        return levels_MNL.to(torch.float32) / 127.5 - 1
 
     def pictures(self, x_RNP: Floats, grid: Grid) -> list[Image.Image]:
         return [to_image(join(x_NP, grid, self.settings.patch_size)) for x_NP in x_RNP]
-
-
-def scale(levels: Levels) -> Floats:
-    """Levels in 0..255 to [-1, 1]."""
-    scaled: Floats = levels.astype(np.float32) / 127.5 - 1
-    return scaled
 
 
 def to_image(pixels_HWC: Floats) -> Image.Image:

@@ -1,9 +1,18 @@
-"""Image objectives: the seam, and what stands behind it."""
+"""Image objectives: the interface, and the objectives that implement it."""
 
 from __future__ import annotations
 
-from mmgen.config import ObjectiveConfig, choose
-from mmgen.objective.interface import BackboneCall, Drawing, Embedded, Given, ImageObjective, ImageSite, ImageSpec
+from mmgen.config import ObjectiveConfig, PatcherConfig, choose
+from mmgen.objective.interface import (
+    BackboneCall,
+    Drawing,
+    Embedded,
+    Given,
+    ImageLayout,
+    ImageObjective,
+    ImageSite,
+    ImageSpec,
+)
 from mmgen.objective.mar import MARObjective
 from mmgen.objective.transfusion import TransfusionObjective
 
@@ -13,18 +22,26 @@ __all__ = [
     "Drawing",
     "Embedded",
     "Given",
+    "ImageLayout",
     "ImageObjective",
     "ImageSite",
     "ImageSpec",
     "MARObjective",
     "TransfusionObjective",
-    "objective_class",
+    "build_layout",
+    "build_objective",
 ]
 
 OBJECTIVES: dict[str, type[ImageObjective]] = {"transfusion": TransfusionObjective, "mar": MARObjective}
 
 
-def objective_class(settings: ObjectiveConfig) -> type[ImageObjective]:
-    """The class that `objective.kind` names; an unknown name raises a ValueError with the nearest one."""
+def build_layout(settings: ObjectiveConfig, patcher: PatcherConfig) -> ImageLayout:
+    """The layout of the objective that `objective.kind` names; an unknown name raises a ValueError."""
     kind: type[ImageObjective] = choose(OBJECTIVES, settings.kind, "objective.kind")
-    return kind
+    return kind.Layout(settings, patcher.patch_length)
+
+
+def build_objective(settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> ImageObjective:
+    """The objective that `objective.kind` names, for a backbone of this width; raises ValueError as `build_layout`."""
+    objective: ImageObjective = choose(OBJECTIVES, settings.kind, "objective.kind")(settings, patcher, width)
+    return objective

@@ -1,7 +1,8 @@
-"""How images are learned and generated: the seam between a language model and diffusion.
+"""How images are learned and generated: the interface between a language model and diffusion.
 
-An objective says how an image stands in a row, what enters the backbone there, what is learned from the
-hidden states, and how an image is generated from them. Everything else is shared by all objectives.
+An objective has two parts. Its layout, which holds no network, says how an image stands in a row; loader workers and
+the decoder need no more. Its networks say what enters the backbone there, what is learned from the hidden states, and
+how an image is generated from them. Everything else is shared by all objectives.
 
 Suffixes: I patches of a batch, J patches that are learned, R rows being generated, N patches of one image,
 G guidance lanes (conditional, then unconditional), P patch length, D width.
@@ -12,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +25,15 @@ from mmgen.image.patch import Grid
 from mmgen.sequence.batch import Batch
 from mmgen.sequence.document import Block
 
+if TYPE_CHECKING:
+    from mmgen.objective.replay import Replay
+
 
 @dataclass(frozen=True)
 class ImageSite:
-    """What a layout may depend on."""
+    """What the blocks of a training image may depend on."""
 
     grid: Grid
-    patch_length: int
     text_before: bool
     text_after: bool
     quantile: float
@@ -58,7 +61,7 @@ class Given:
     mask_RN: Tensor
     """True where the patch is known."""
     x_RNP: Tensor
-    """Clean patch rows; anything where unknown."""
+    """Clean patches; anything where unknown."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class ImageSpec:
     opening_GRD: Tensor
     """Hidden states at the size token."""
     order_RN: Tensor
-    """Raster index of the patch at each place of the row, as `ImageObjective.order` gave it."""
+    """Raster index of each patch in the order of its row, as `ImageLayout.order` gave it."""
     noise: Noise = field(default_factory=normal)
     """More standard normal numbers, like its argument [R, ...], for samplers that need them."""
     given: Given | None = None
@@ -96,32 +99,41 @@ class BackboneCall:
 Drawing = Generator[BackboneCall, Tensor, Tensor]
 
 
+class ImageLayout(ABC):
+    """How an image stands in a row. It holds no network and may be pickled."""
+
+    copies: int = 1
+    """How many blocks `blocks` returns."""
+    bidirectional: bool = True
+    """Patches of an image see each other both ways."""
+
+    def __init__(self, settings: ObjectiveConfig, patch_length: int) -> None:
+        self.settings, self.patch_length = settings, patch_length
+        if settings.bidirectional is not None:
+            self.bidirectional = settings.bidirectional
+
+    @abstractmethod
+    def blocks(self, site: ImageSite, rng: np.random.Generator) -> list[Block]:
+        """The blocks of a training image, drawn from `rng` alone; the last one is the clean or only copy."""
+
+    @abstractmethod
+    def context(self, grid: Grid) -> Block:
+        """The block of a finished image, as later positions see it."""
+
+    def order(self, grid: Grid, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Raster index of each patch in the order in which an image is generated."""
+        return np.arange(grid[0] * grid[1])
+
+
 class ImageObjective(nn.Module, ABC):
-    """The seam. `layout` and `context` are pure functions of settings, so that loader workers need no model."""
+    """The networks of an objective, and its layout."""
+
+    Layout: ClassVar[type[ImageLayout]]
 
     def __init__(self, settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> None:
         super().__init__()
         self.settings = settings
-
-    @classmethod
-    @abstractmethod
-    def layout(cls, settings: ObjectiveConfig, site: ImageSite, rng: np.random.Generator) -> list[Block]:
-        """The blocks of a training image, drawn from `rng` alone; the last one is the clean or only copy."""
-
-    @classmethod
-    @abstractmethod
-    def context(cls, settings: ObjectiveConfig, grid: Grid, patch_length: int) -> Block:
-        """The block of a finished image, as later positions see it."""
-
-    @classmethod
-    def order(cls, settings: ObjectiveConfig, grid: Grid, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Raster index of the patch at each place of a row while an image is generated."""
-        return np.arange(grid[0] * grid[1])
-
-    @classmethod
-    def copies(cls, settings: ObjectiveConfig) -> int:
-        """How many blocks `layout` returns."""
-        return 1
+        self.layout = self.Layout(settings, patcher.patch_length)
 
     @abstractmethod
     def embed(self, batch: Batch) -> Embedded:
@@ -133,4 +145,12 @@ class ImageObjective(nn.Module, ABC):
 
     @abstractmethod
     def generate(self, spec: ImageSpec) -> Drawing:
-        """Yield requests to the backbone, be sent hidden states, return clean patch rows [R, N, P] in raster order."""
+        """Yield requests to the backbone, be sent hidden states, return clean patches [R, N, P] in raster order."""
+
+    def replay(self, replay: Replay) -> None:
+        """Draw an image of the decoder again from training's hidden states, for `mmgen check parity`.
+
+        Raises:
+            NotImplementedError: the objective does not say how; its sampling cannot be checked this way.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `replay`, so its sampling cannot be checked")

@@ -1,4 +1,4 @@
-"""Layers that objectives share: embeddings of time and place, and how patch rows enter and leave the backbone.
+"""Layers that objectives share: embeddings of time and place, and how patches enter and leave the backbone.
 
 Suffixes: I patches of a batch, P numbers per patch, D width.
 """
@@ -6,7 +6,6 @@ Suffixes: I patches of a batch, P numbers per patch, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -55,63 +54,97 @@ class PlaceEmbedding(nn.Module):
         return embedded
 
 
-class PatchProjection(nn.Module, ABC):
-    """The two maps between patch rows and the backbone's width.
+class PatchEntry(nn.Module, ABC):
+    """The map from patches into the backbone's width."""
 
-    `encode` may return a memory, first axis I (for example the skip connections of a U-Net); `decode` is given
-    its entries of the patches it decodes, always whole images. Time and places are passed for projections that
-    need them.
+    mixes: bool = False
+    """Whether what enters at a patch depends on other patches of its image. Causal orders cannot have that."""
+
+    @abstractmethod
+    def enter(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
+        """Patches [I, P] at times [I] to [I, D], and a memory for the exit.
+
+        A memory has first axis I (for example the skip connections of a U-Net). Images are always whole.
+        """
+
+
+class PatchExit(nn.Module, ABC):
+    """The map from hidden states to patches."""
+
+    @abstractmethod
+    def leave(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, places: Places) -> Tensor:
+        """Hidden states [I, D] to patches [I, P], zero at initialisation.
+
+        `memory` holds the entries of these patches in what `PatchEntry.enter` returned. Images are always whole.
+        """
+
+
+class PatchProjection(ABC):
+    """How patches enter and leave the backbone; one class serves every objective.
+
+    Transfusion uses both maps; MAR, whose head draws the patches, uses the entry alone.
     """
 
-    @abstractmethod
-    def encode(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
-        """Patch rows [I, P] to [I, D], and a memory for `decode`."""
+    def __init__(self, settings: PatcherConfig, width: int) -> None:
+        self.settings, self.width = settings, width
 
     @abstractmethod
-    def decode(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, places: Places) -> Tensor:
-        """Hidden states [I, D] to patch rows [I, P]; zero at initialisation."""
+    def entry(self) -> PatchEntry:
+        """A new entry."""
+
+    @abstractmethod
+    def exit(self) -> PatchExit:
+        """A new exit."""
 
 
 class OutputLinear(nn.Linear):
     """A linear map that is zero at initialisation, so that a fresh model predicts zero."""
 
 
-def _bottleneck(settings: PatcherConfig, width: int) -> nn.Module:
+class LinearEntry(nn.Linear, PatchEntry):
+    """One linear map of single patches."""
+
+    def enter(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
+        return self(x_IP), None
+
+
+class BottleneckEntry(nn.Sequential, PatchEntry):
     """Two linear maps through a narrow layer (Li and He 2025, JiT, section 4.3)."""
-    narrow = nn.Linear(settings.patch_length, settings.bottleneck, bias=False)
-    return nn.Sequential(narrow, nn.Linear(settings.bottleneck, width))
+
+    def enter(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
+        return self(x_IP), None
 
 
-ENTRIES: dict[str, Callable[[PatcherConfig, int], nn.Module]] = {
-    "linear": lambda settings, width: nn.Linear(settings.patch_length, width),
-    "bottleneck": _bottleneck,
-}
-"""Maps of single patch rows into the backbone's width, by name of the projection."""
+class LinearExit(OutputLinear, PatchExit):
+    """One linear map to single patches."""
+
+    def leave(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, places: Places) -> Tensor:
+        patches: Tensor = self(hidden_ID)
+        return patches
 
 
 class LinearProjection(PatchProjection):
-    """A map of single patch rows on the way in, and one linear map on the way out."""
+    """One linear map in and one out."""
 
-    def __init__(self, settings: PatcherConfig, width: int) -> None:
-        super().__init__()
-        self.enter = ENTRIES[settings.projection](settings, width)
-        self.leave = OutputLinear(width, settings.patch_length)
+    def entry(self) -> PatchEntry:
+        return LinearEntry(self.settings.patch_length, self.width)
 
-    def encode(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
-        return self.enter(x_IP), None
-
-    def decode(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, places: Places) -> Tensor:
-        leave: Tensor = self.leave(hidden_ID)
-        return leave
+    def exit(self) -> PatchExit:
+        return LinearExit(self.width, self.settings.patch_length)
 
 
-PROJECTIONS: dict[str, Callable[[PatcherConfig, int], PatchProjection]] = {
-    "linear": LinearProjection,
-    "bottleneck": LinearProjection,
-}
+class BottleneckProjection(LinearProjection):
+    """Two linear maps in, through `model.patcher.bottleneck` channels, and one out."""
+
+    def entry(self) -> PatchEntry:
+        narrow = nn.Linear(self.settings.patch_length, self.settings.bottleneck, bias=False)
+        return BottleneckEntry(narrow, nn.Linear(self.settings.bottleneck, self.width))
+
+
+PROJECTIONS: dict[str, type[PatchProjection]] = {"linear": LinearProjection, "bottleneck": BottleneckProjection}
 
 
 def build_projection(settings: PatcherConfig, width: int) -> PatchProjection:
-    """The projection that `model.patcher.projection` names."""
+    """The projection that `model.patcher.projection` names; raises ValueError for an unknown name."""
     projection: PatchProjection = choose(PROJECTIONS, settings.projection, "model.patcher.projection")(settings, width)
     return projection

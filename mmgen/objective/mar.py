@@ -7,6 +7,7 @@ both ways and several patches per step of generation; `raster` and `random` pred
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -19,9 +20,19 @@ from mmgen.config import HeadConfig, MaskRatioConfig, ObjectiveConfig, PatcherCo
 from mmgen.flow.time import TIMES
 from mmgen.image.patch import Floats, Grid, raster
 from mmgen.objective.image_flow import ImageFlow
-from mmgen.objective.interface import BackboneCall, Drawing, Embedded, Given, ImageObjective, ImageSite, ImageSpec
-from mmgen.objective.layers import ENTRIES, OutputLinear, PlaceEmbedding, TimeEmbedding
-from mmgen.sequence.batch import Batch
+from mmgen.objective.interface import (
+    BackboneCall,
+    Drawing,
+    Embedded,
+    Given,
+    ImageLayout,
+    ImageObjective,
+    ImageSite,
+    ImageSpec,
+)
+from mmgen.objective.layers import OutputLinear, PlaceEmbedding, TimeEmbedding, build_projection
+from mmgen.objective.replay import TOLERANCE, Replay, redraw
+from mmgen.sequence.batch import Batch, Places
 from mmgen.sequence.document import Block
 
 
@@ -66,65 +77,87 @@ class PatchHead(nn.Module):
         return out
 
 
-class MARObjective(ImageObjective):
-    """Clean or masked patches enter the backbone, and a head draws each patch from its hidden state."""
+class MARLayout(ImageLayout):
+    """Clean patches one after another, or a copy with masked patches and a clean one behind it."""
 
-    def __init__(self, settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> None:
-        super().__init__(settings, patcher, width)
-        self.flow = ImageFlow(settings)
-        self.enter = choose(ENTRIES, patcher.projection, "model.patcher.projection for objective.kind 'mar'")(
-            patcher, width
-        )
-        self.place = PlaceEmbedding(width)
-        self.head = PatchHead(patcher.patch_length, width, settings.head)
-        if settings.causal_order:
-            self.next_place = PlaceEmbedding(width)
-        else:
-            self.mask_vector = nn.Parameter(torch.randn(width) * width**-0.5)
+    def __init__(self, settings: ObjectiveConfig, patch_length: int) -> None:
+        super().__init__(settings, patch_length)
+        self.own = settings.mar
+        self.copies = 1 if self.own.causal else 2
+        if settings.bidirectional is None:
+            self.bidirectional = not self.own.causal
 
-    @classmethod
-    def layout(cls, settings: ObjectiveConfig, site: ImageSite, rng: np.random.Generator) -> list[Block]:
-        n, k = site.grid[0] * site.grid[1], settings.draws_per_patch
-        time = settings.time
+    def blocks(self, site: ImageSite, rng: np.random.Generator) -> list[Block]:
+        n, k = site.grid[0] * site.grid[1], self.own.draws_per_patch
+        time = self.settings.time
         even = (rng.permutation(n * k) + rng.random()) / (n * k) if time.stratified else rng.random(n * k)
         t = choose(TIMES, time.sampler, "objective.time.sampler")(torch.from_numpy(even), time.mu, time.sigma)
         draws = {
             "t": t.numpy().astype(np.float32).reshape(n, k),
-            "eps": rng.standard_normal((n, k, site.patch_length), dtype=np.float32),
+            "eps": rng.standard_normal((n, k, self.patch_length), dtype=np.float32),
             "masked": np.zeros(n, dtype=np.float32),
         }
-        if settings.causal_order:
-            return [Block(cls.order(settings, site.grid, rng), draws, bidirectional=False)]
-        hidden = rng.permutation(n)[: math.ceil(n * mask_ratio(site.quantile, settings.mask_ratio))]
+        if self.own.causal:
+            return [Block(self.order(site.grid, rng), draws, bidirectional=False)]
+        hidden = rng.permutation(n)[: math.ceil(n * mask_ratio(site.quantile, self.own.mask_ratio))]
         draws["masked"][hidden] = 1
-        noised = Block(np.arange(n), draws, settings.both_ways, noised=True, loss=draws["masked"] > 0)
-        return [noised, cls.context(settings, site.grid, site.patch_length)]
+        noised = Block(np.arange(n), draws, self.bidirectional, noised=True, loss=draws["masked"] > 0)
+        return [noised, self.context(site.grid)]
 
-    @classmethod
-    def context(cls, settings: ObjectiveConfig, grid: Grid, patch_length: int) -> Block:
-        n, k = grid[0] * grid[1], settings.draws_per_patch
+    def context(self, grid: Grid) -> Block:
+        n, k = grid[0] * grid[1], self.own.draws_per_patch
         clean: dict[str, Floats] = {
             "t": np.ones((n, k), dtype=np.float32),
-            "eps": np.zeros((n, k, patch_length), dtype=np.float32),
+            "eps": np.zeros((n, k, self.patch_length), dtype=np.float32),
             "masked": np.zeros(n, dtype=np.float32),
         }
-        return Block(np.arange(n), clean, settings.both_ways, loss=False)
+        return Block(np.arange(n), clean, self.bidirectional, loss=False)
 
-    @classmethod
-    def order(cls, settings: ObjectiveConfig, grid: Grid, rng: np.random.Generator) -> NDArray[np.int64]:
+    def order(self, grid: Grid, rng: np.random.Generator) -> NDArray[np.int64]:
         n = grid[0] * grid[1]
-        return rng.permutation(n) if settings.kind == "mar" and settings.order == "random" else np.arange(n)
+        return rng.permutation(n) if self.own.order == "random" else np.arange(n)
 
-    @classmethod
-    def copies(cls, settings: ObjectiveConfig) -> int:
-        return 1 if settings.causal_order else 2
+
+class MARObjective(ImageObjective):
+    """Clean or masked patches enter the backbone, and a head draws each patch from its hidden state."""
+
+    Layout = MARLayout
+
+    def __init__(self, settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> None:
+        super().__init__(settings, patcher, width)
+        self.own = settings.mar
+        self.flow = ImageFlow(settings)
+        self.enter = build_projection(patcher, width).entry()
+        if self.own.causal and self.enter.mixes:
+            raise ValueError(
+                f"model.patcher.projection '{patcher.projection}' mixes the patches of an image, so that in the order "
+                f"'{self.own.order}' a patch would see later ones: set objective.mar.order to masked, or "
+                "model.patcher.projection to linear"
+            )
+        self.place = PlaceEmbedding(width)
+        self.head = PatchHead(patcher.patch_length, width, self.own.head)
+        if self.own.causal:
+            self.next_place = PlaceEmbedding(width)
+        else:
+            self.mask_vector = nn.Parameter(torch.randn(width) * width**-0.5)
+
+    def _enter(self, x_IP: Tensor, places: Places) -> Tensor:
+        """Clean patches [I, P] to [I, D]."""
+        entered, _ = self.enter.enter(x_IP, x_IP.new_ones(len(x_IP)), places)
+        return entered
+
+    def _hidden(self, x_IP: Tensor, masked_I: Tensor, places: Places) -> Tensor:
+        """Patches [I, P] to [I, D], with the mask vector in place of the masked ones."""
+        # Masked patches are zero before they enter, in case the entry mixes patches.
+        values = self._enter(x_IP.masked_fill(masked_I.unsqueeze(-1), 0), places)
+        return torch.where(masked_I.unsqueeze(-1), self.mask_vector.to(values.dtype), values)
 
     def embed(self, batch: Batch) -> Embedded:
         at_J = batch.at_I[batch.loss_at_J]
-        values = self.enter(batch.x_IP)
-        if not self.settings.causal_order:
-            values = self._hide(values, batch.draws["masked"] > 0) + self.place(batch.place_I2)
+        if not self.own.causal:
+            values = self._hidden(batch.x_IP, batch.draws["masked"] > 0, batch.places) + self.place(batch.place_I2)
             return Embedded(batch.at_I, values, at_J, batch)
+        values = self._enter(batch.x_IP, batch.places)
         # Each input names the place of the patch that it predicts; the last one of an image predicts none.
         goes_on = torch.ones_like(batch.image_I, dtype=torch.bool)
         goes_on[-1:] = False
@@ -134,16 +167,12 @@ class MARObjective(ImageObjective):
         values = torch.cat([values + self.place(batch.place_I2) + following, self.next_place(batch.first_M2)])
         return Embedded(at, values, at_J - 1, batch)
 
-    def _hide(self, values: Tensor, masked: Tensor) -> Tensor:
-        """The mask vector in place of masked patches: [..., D] and [...]."""
-        return torch.where(masked.unsqueeze(-1), self.mask_vector.to(values.dtype), values)
-
     def loss(self, hidden_JD: Tensor, state: Any) -> Tensor:
         batch: Batch = state
         j = batch.loss_at_J
         state_J1W = self.head.state(hidden_JD).unsqueeze(1)
         x_JP = batch.x_IP[j]
-        if self.settings.head.kind == "mse":
+        if self.own.head.kind == "mse":
             return (self._regress(state_J1W, x_JP.unsqueeze(1)) - x_JP.unsqueeze(1)).square().mean(dim=(1, 2))
         t_JK, eps_JKP = batch.draws["t"][j].to(x_JP.dtype), batch.draws["eps"][j].to(x_JP.dtype)
         x_JKP = x_JP.unsqueeze(1).expand_as(eps_JKP)
@@ -159,13 +188,14 @@ class MARObjective(ImageObjective):
         return out
 
     def generate(self, spec: ImageSpec) -> Drawing:
-        return self._next_patches(spec) if self.settings.causal_order else self._unmask(spec)
+        return self._next_patches(spec) if self.own.causal else self._unmask(spec)
 
     def _unmask(self, spec: ImageSpec) -> Drawing:
         """Reveal patches in random order, more of them at each step; known ones stand from the start."""
         rows, n, _ = spec.noise_RNP.shape
         device = spec.noise_RNP.device
         place_N2 = torch.from_numpy(raster(spec.grid)).to(device)
+        places = Places(torch.arange(rows, device=device).repeat_interleave(n), place_N2.repeat(rows, 1))
         chance_RN = spec.noise(spec.noise_RNP[..., 0])
         x_RNP = torch.zeros_like(spec.noise_RNP)
         shown_RN = torch.zeros(rows, n, dtype=torch.bool, device=device)
@@ -177,9 +207,10 @@ class MARObjective(ImageObjective):
             done = int(shown_RN[0].sum())
         reveal_RN = chance_RN.argsort(dim=1)
         for count in unmask_counts(n - done, spec.sample.unmask_steps):
-            values = self._hide(self.enter(x_RNP), ~shown_RN) + self.place(place_N2)
+            entered_ID = self._hidden(x_RNP.flatten(0, 1), ~shown_RN.flatten(), places)
+            values = entered_ID.view(rows, n, -1) + self.place(place_N2)
             preview = x_RNP.clone() if spec.previews else None
-            hidden_GRND = yield BackboneCall(values, self.settings.both_ways, False, preview)
+            hidden_GRND = yield BackboneCall(values, self.layout.bidirectional, False, preview)
             now_Rn = reveal_RN[:, done : done + count]
             done += count
             lanes = len(hidden_GRND)
@@ -192,7 +223,7 @@ class MARObjective(ImageObjective):
 
     def _next_patches(self, spec: ImageSpec) -> Drawing:
         """Draw one patch after another, each from the hidden state before it; the cache keeps them."""
-        _, n, length = spec.noise_RNP.shape
+        rows, n, length = spec.noise_RNP.shape
         place_N2 = torch.from_numpy(raster(spec.grid)).to(spec.noise_RNP.device)
         hidden_GR1D = spec.opening_GRD.unsqueeze(2)
         x_RNP = torch.zeros_like(spec.noise_RNP)
@@ -206,7 +237,9 @@ class MARObjective(ImageObjective):
             x_RNP = x_RNP.scatter(1, at_R1P, drawn)
             if i + 1 < n:
                 following = self.next_place(place_N2[spec.order_RN[:, i + 1 : i + 2]])
-                values = self.enter(drawn) + self.place(place_N2[at_R1]) + following
+                places = Places(torch.arange(rows, device=drawn.device), place_N2[at_R1.squeeze(1)])
+                entered_RD = self._enter(drawn.squeeze(1), places)
+                values = entered_RD.unsqueeze(1) + self.place(place_N2[at_R1]) + following
                 hidden_GR1D = yield BackboneCall(values, False, True, x_RNP.clone() if spec.previews else None)
         return x_RNP
 
@@ -216,7 +249,7 @@ class MARObjective(ImageObjective):
         """Clean patches [R, n, P] from hidden states; `share` of the image is drawn once they are."""
         state_GRnW = self.head.state(hidden_GRnD)
         scale = guidance_at(share, spec.sample)
-        if self.settings.head.kind == "mse":
+        if self.own.head.kind == "mse":
             x = self._regress(state_GRnW, eps_RnP.expand(len(state_GRnW), -1, -1, -1))
             mean = x[1] + scale * (x[0] - x[1]) if len(x) > 1 else x[0]
             return mean if given is None else torch.where(given.mask_RN.unsqueeze(-1), given.x_RNP, mean)
@@ -228,6 +261,52 @@ class MARObjective(ImageObjective):
         except StopIteration as stop:
             clean: Tensor = stop.value
             return clean
+
+    def replay(self, replay: Replay) -> None:
+        """A causal order is one forward pass of training; the masked order is one for each step of unmasking."""
+        if self.own.causal:
+            self._replay_next_patches(replay)
+        else:
+            self._replay_unmasking(replay)
+
+    def _replay_unmasking(self, replay: Replay) -> None:
+        image, n = replay.image, len(replay.image.noise_NP)
+        place_ND = self.place(torch.from_numpy(raster(image.grid)))
+        shown = [(inputs - place_ND - self.mask_vector).abs().amax(1) > TOLERANCE for inputs in image.inputs]
+        shown.append(torch.ones(n, dtype=torch.bool))
+        for i, (seen_N, after_N) in enumerate(pairwise(shown)):
+            now_N = after_N & ~seen_N
+
+            def put(batch: Batch, at: Tensor, seen_N: Tensor = seen_N) -> None:
+                batch.x_IP[at] = image.x_NP * seen_N.unsqueeze(1)
+                batch.draws["masked"][at] = (~seen_N).to(torch.float64)
+                batch.loss_at_J = at[~seen_N]
+
+            hidden = [trained.hidden_JD[now_N[~seen_N]] for trained in replay.train(f"step {i}", slice(i, i + 1), put)]
+            scale = torch.tensor(guidance_at(float(after_N.double().mean()), image.sample), dtype=torch.float64)
+            drawn = self._redraw(image.noise_NP[now_N], hidden, scale, image.sample.steps)
+            replay.compare(f"step {i}", image.x_NP[now_N], drawn)
+
+    def _replay_next_patches(self, replay: Replay) -> None:
+        image, n = replay.image, len(replay.image.noise_NP)
+
+        def put(batch: Batch, at: Tensor) -> None:
+            batch.x_IP[at] = image.x_NP[image.order_N]
+
+        hidden = [trained.hidden_JD for trained in replay.train("", slice(None), put)]
+        scales = [guidance_at((k + 1) / n, image.sample) for k in range(n)]
+        scale_N1 = torch.tensor(scales, dtype=torch.float64).unsqueeze(1)
+        drawn = self._redraw(image.noise_NP[image.order_N], hidden, scale_N1, image.sample.steps)
+        replay.compare("", image.x_NP[image.order_N], drawn)
+
+    def _redraw(self, noise: Tensor, hidden: list[Tensor], scale: Tensor, steps: int) -> Tensor:
+        """Patches that the head draws given hidden states, one tensor for each guidance lane."""
+        states = [self.head.state(h) for h in hidden]
+
+        def outputs(z: Tensor, t: Tensor) -> list[Tensor]:
+            return [self.head(z, t.expand(len(z)), state) for state in states]
+
+        return redraw(self.flow, outputs, noise, scale, steps)
 
 
 def mask_ratio(quantile: float, settings: MaskRatioConfig) -> float:

@@ -2,20 +2,79 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmgen.config import ObjectiveConfig, PatcherConfig, choose
 from mmgen.flow.time import TIMES
 from mmgen.image.patch import Grid, raster
 from mmgen.objective.image_flow import ImageFlow
-from mmgen.objective.interface import BackboneCall, Drawing, Embedded, ImageObjective, ImageSite, ImageSpec
-from mmgen.objective.layers import PlaceEmbedding, TimeEmbedding, build_projection
+from mmgen.objective.interface import (
+    BackboneCall,
+    Drawing,
+    Embedded,
+    ImageLayout,
+    ImageObjective,
+    ImageSite,
+    ImageSpec,
+)
+from mmgen.objective.layers import PatchProjection, PlaceEmbedding, TimeEmbedding, build_projection
+from mmgen.objective.replay import Replay, Trained, redraw
 from mmgen.sequence.batch import Batch, Places
 from mmgen.sequence.document import Block
+
+
+class TransfusionLayout(ImageLayout):
+    """A noisy copy of the image with one t, and under the policy `clean_copy` a clean one behind it."""
+
+    def __init__(self, settings: ObjectiveConfig, patch_length: int) -> None:
+        super().__init__(settings, patch_length)
+        self.own = settings.transfusion
+        self.copies = 2 if self.own.context == "clean_copy" else 1
+
+    def blocks(self, site: ImageSite, rng: np.random.Generator) -> list[Block]:
+        time = self.settings.time
+        quantile = torch.scalar_tensor(site.quantile, dtype=torch.float64)
+        t = float(choose(TIMES, time.sampler, "objective.time.sampler")(quantile, time.mu, time.sigma))
+        # An image that loses its caption must still be learned at every t: it trains the unconditional branch.
+        if self.own.context == "capped" and site.text_after and not site.text_before:
+            t = self.own.cap + (1 - self.own.cap) * t
+        n = site.grid[0] * site.grid[1]
+        draws = {
+            "t": np.full(n, t, dtype=np.float32),
+            "eps": rng.standard_normal((n, self.patch_length), dtype=np.float32),
+        }
+        noised = Block(np.arange(n), draws, self.bidirectional, noised=self.copies == 2)
+        return [noised, self.context(site.grid)] if noised.noised else [noised]
+
+    def context(self, grid: Grid) -> Block:
+        n = grid[0] * grid[1]
+        clean = {"t": np.ones(n, dtype=np.float32), "eps": np.zeros((n, self.patch_length), dtype=np.float32)}
+        return Block(np.arange(n), clean, self.bidirectional, loss=False)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """What the loss of a batch needs: its patches, their times and noise, and the projection's memory."""
+
+    batch: Batch
+    t_I: Tensor
+    eps_IP: Tensor
+    memory: Tensor | None
+
+
+class Projections(nn.Module):
+    """Both maps of a patch projection."""
+
+    def __init__(self, projection: PatchProjection) -> None:
+        super().__init__()
+        self.enter = projection.entry()
+        self.leave = projection.exit()
 
 
 class TransfusionObjective(ImageObjective):
@@ -25,56 +84,32 @@ class TransfusionObjective(ImageObjective):
     parallel by solving the flow.
     """
 
+    Layout = TransfusionLayout
+
     def __init__(self, settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> None:
         super().__init__(settings, patcher, width)
         self.flow = ImageFlow(settings)
-        self.projection = build_projection(patcher, width)
+        self.projection = Projections(build_projection(patcher, width))
         self.time = TimeEmbedding(width)
         self.place = PlaceEmbedding(width)
 
-    @classmethod
-    def layout(cls, settings: ObjectiveConfig, site: ImageSite, rng: np.random.Generator) -> list[Block]:
-        time = settings.time
-        quantile = torch.scalar_tensor(site.quantile, dtype=torch.float64)
-        t = float(choose(TIMES, time.sampler, "objective.time.sampler")(quantile, time.mu, time.sigma))
-        # An image that loses its caption must still be learned at every t: it trains the unconditional branch.
-        if settings.policy == "capped" and site.text_after and not site.text_before:
-            t = settings.cap + (1 - settings.cap) * t
-        n = site.grid[0] * site.grid[1]
-        draws = {
-            "t": np.full(n, t, dtype=np.float32),
-            "eps": rng.standard_normal((n, site.patch_length), dtype=np.float32),
-        }
-        noised = Block(np.arange(n), draws, settings.both_ways, noised=settings.policy == "clean_copy")
-        return [noised, cls.context(settings, site.grid, site.patch_length)] if noised.noised else [noised]
-
-    @classmethod
-    def copies(cls, settings: ObjectiveConfig) -> int:
-        return 2 if settings.policy == "clean_copy" else 1
-
-    @classmethod
-    def context(cls, settings: ObjectiveConfig, grid: Grid, patch_length: int) -> Block:
-        n = grid[0] * grid[1]
-        clean = {"t": np.ones(n, dtype=np.float32), "eps": np.zeros((n, patch_length), dtype=np.float32)}
-        return Block(np.arange(n), clean, settings.both_ways, loss=False)
-
     def _enter(self, z_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
-        entered, memory = self.projection.encode(z_IP, t_I, places)
+        entered, memory = self.projection.enter.enter(z_IP, t_I, places)
         return entered + self.time(t_I) + self.place(places.place_I2), memory
 
     def embed(self, batch: Batch) -> Embedded:
         t_I, eps_IP = batch.draws["t"].to(batch.x_IP.dtype), batch.draws["eps"].to(batch.x_IP.dtype)
         z_IP = self.flow.path.mix(batch.x_IP, eps_IP, t_I.unsqueeze(-1))
         values, memory = self._enter(z_IP, t_I, batch.places)
-        state = (batch, t_I, eps_IP, memory)
-        return Embedded(batch.at_I, values, batch.at_I[batch.loss_at_J], state)
+        return Embedded(batch.at_I, values, batch.at_I[batch.loss_at_J], Noised(batch, t_I, eps_IP, memory))
 
     def loss(self, hidden_JD: Tensor, state: Any) -> Tensor:
-        batch, t_I, eps_IP, memory = state
-        j = batch.loss_at_J
-        t_J, places = t_I[j], Places(batch.image_I[j], batch.place_I2[j])
-        output = self.projection.decode(hidden_JD, None if memory is None else memory[j], t_J, places)
-        return self.flow.loss(output, batch.x_IP[j], eps_IP[j], t_J)
+        noised: Noised = state
+        batch, j = noised.batch, noised.batch.loss_at_J
+        t_J, places = noised.t_I[j], Places(batch.image_I[j], batch.place_I2[j])
+        memory = None if noised.memory is None else noised.memory[j]
+        output = self.projection.leave.leave(hidden_JD, memory, t_J, places)
+        return self.flow.loss(output, batch.x_IP[j], noised.eps_IP[j], t_J)
 
     def generate(self, spec: ImageSpec) -> Drawing:
         rows, n, length = spec.noise_RNP.shape
@@ -88,9 +123,33 @@ class TransfusionObjective(ImageObjective):
             while True:
                 z_IP, t_I = z_RNP.reshape(rows * n, length), t.expand(rows * n)
                 values, memory = self._enter(z_IP, t_I, places)
-                hidden_GRND = yield BackboneCall(values.view(rows, n, -1), self.settings.both_ways, False, preview)
-                outputs = [self.projection.decode(h.reshape(rows * n, -1), memory, t_I, places) for h in hidden_GRND]
+                hidden_GRND = yield BackboneCall(values.view(rows, n, -1), self.layout.bidirectional, False, preview)
+                outputs = [
+                    self.projection.leave.leave(h.reshape(rows * n, -1), memory, t_I, places) for h in hidden_GRND
+                ]
                 z_RNP, t, preview = flow.send([out.view_as(z_RNP) for out in outputs])
         except StopIteration as stop:
             clean: Tensor = stop.value
             return clean
+
+    def replay(self, replay: Replay) -> None:
+        """Each solver step is one forward pass of training with the step's z and t in the batch."""
+        image, steps = replay.image, count()
+
+        def output(trained: Trained, t: Tensor) -> Tensor:
+            j = trained.at_J
+            places = Places(trained.batch.image_I[j], trained.batch.place_I2[j])
+            noised: Noised = trained.state
+            memory = None if noised.memory is None else noised.memory[j]
+            return self.projection.leave.leave(trained.hidden_JD, memory, t.expand(len(j)), places)
+
+        def outputs(z: Tensor, t: Tensor) -> list[Tensor]:
+            def put(batch: Batch, at: Tensor) -> None:
+                batch.x_IP[at], batch.draws["t"][at] = 0.0, t
+                batch.draws["eps"][at] = z / self.flow.path.sigma(t)
+
+            step = next(steps)
+            return [output(trained, t) for trained in replay.train(f"t = {float(t):.2f}", slice(step, step + 1), put)]
+
+        scale = torch.tensor(image.sample.guidance_scale, dtype=torch.float64)
+        replay.compare("", image.x_NP, redraw(self.flow, outputs, image.noise_NP, scale, image.sample.steps))

@@ -1,24 +1,23 @@
-"""Written documents as packed rows: what the model is given.
+"""Written documents as packed rows: what loader workers send, and what the model takes.
 
-Suffixes: B rows, S positions, I patches in the batch, M images in the batch, N patches of one image, P patch length.
+Suffixes: B rows, S positions, I patches in the batch, M images in the batch, N patches of one
+image, U patches of all images (each image once), P patch length, L pixels of a patch.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmgen.image.latent import LatentPatcher
-from mmgen.image.patch import Floats, Grid, Patcher
+from mmgen.image.patch import Grid, Patcher, Patches, raster
 from mmgen.sequence.attention import Sites
-from mmgen.sequence.document import Block, Strip
+from mmgen.sequence.document import Block, ImagePatches, Opening, PlacedBlock, Strip
 from mmgen.sequence.tokenizer import Tokenizer
 
 
@@ -33,9 +32,9 @@ IGNORE = -100
 """Label of a position without cross-entropy."""
 
 
-@dataclass
-class Batch:
-    """B packed rows of S positions, and the I patches that stand in them."""
+@dataclass(kw_only=True)
+class Rows:
+    """B packed rows of S positions; what `RawBatch` and `Batch` share."""
 
     ids_BS: Tensor
     """Token ids; PAD at patches and padding."""
@@ -50,9 +49,6 @@ class Batch:
     """Id of the next token where cross-entropy stands, else `IGNORE`."""
     label_at_L: Tensor
     """Flat positions that carry a label."""
-    x_IP: Tensor
-    """Clean patch rows, of pixels in [-1, 1] or of latents; uint8, and P pixels of the image, while a VAE has yet to
-    encode them (`mmgen.latent.encoded`)."""
     at_I: Tensor
     """Flat position (row * S + position) of each patch."""
     image_I: Tensor
@@ -74,6 +70,42 @@ class Batch:
         slot = torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device).expand_as(self.ids_BS)
         return Sites(slot, self.document_BS, self.block_BS, self.bidirectional_BS, self.noised_BS)
 
+    def fields_as(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Every field by name, `change` applied to each tensor."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {name: change(value) for name, value in plain.items() if isinstance(value, Tensor)}
+        return {**plain, **changed, "draws": {name: change(value) for name, value in self.draws.items()}}
+
+
+@dataclass(kw_only=True)
+class RawBatch(Rows):
+    """What loader workers send: each image once, in raster order, as it was stored."""
+
+    patches_UP: Tensor
+    """Patches of all images, one image after another. uint8: pixels 0..255 that are still to be scaled or encoded;
+    any other type: patches that are ready (latents, codes)."""
+    grids: list[Grid]
+    """Patch grid of each image."""
+    source_I: Tensor
+    """Index into U of each patch."""
+
+    def pin_memory(self) -> RawBatch:
+        """A copy in page-locked memory, from where a GPU copies while it computes."""
+        return RawBatch(**self.fields_as(Tensor.pin_memory))
+
+
+@dataclass(kw_only=True)
+class Batch(Rows):
+    """What the model takes; `prepare` makes it."""
+
+    x_IP: Tensor
+    """Clean patches: pixels in [-1, 1], latents of unit variance, or integer codes."""
+
+    @property
+    def modality(self) -> Tensor:
+        """1 at patches of images, 0 at tokens and padding, [B, S]."""
+        return (self.block_BS >= 0).long()
+
     @property
     def places(self) -> Places:
         """Where the patches stand in their images."""
@@ -81,26 +113,60 @@ class Batch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """A copy on another device; `dtype`, where given, is that of patches and draws."""
-
-        def move(value: Tensor) -> Tensor:
-            return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-
-        moved = {f.name: move(getattr(self, f.name)) for f in fields(self) if f.name != "draws"}
-        return Batch(**moved, draws={name: move(value) for name, value in self.draws.items()})
+        return Batch(**self.fields_as(lambda value: _moved(value, device, dtype)))
 
 
-def collate(
-    rows: Sequence[Sequence[Strip | int]],
-    row_length: int,
-    tokenizer: Tokenizer,
-    nothing: Block,
-    patch_length: int,
-    dtype: type = np.float32,
+def _moved(value: Tensor, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
+    return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+
+
+def prepare(
+    raw: RawBatch, patcher: Patcher, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Batch:
-    """Pack written documents into rows; `patch_length` and `dtype` are those of their patch rows.
+    """The batch that the model takes, on its device: pixels are scaled or encoded here and nowhere else.
 
-    `nothing` is the objective's block of an image without patches: it gives every draw its name and shape
-    also where the rows hold no image.
+    `patcher` must be on that device; `dtype`, where given, is that of patches and draws.
+    """
+    shared = raw.fields_as(lambda value: _moved(value, device, dtype))
+    patches_UP, source_I = shared.pop("patches_UP"), shared.pop("source_I")
+    del shared["grids"]
+    if patches_UP.dtype == torch.uint8:
+        patches_UP = _encoded(patches_UP, raw.grids, patcher)
+    if dtype is not None and patches_UP.is_floating_point():
+        patches_UP = patches_UP.to(dtype)
+    return Batch(**shared, x_IP=patches_UP[source_I])
+
+
+def _encoded(levels_UL: Tensor, grids: Sequence[Grid], patcher: Patcher) -> Tensor:
+    """Patches [U, P] of the pixels of whole images; images of one grid are encoded together."""
+    counts = [rows * columns for rows, columns in grids]
+    images = levels_UL.split(counts)
+    found: list[Tensor | None] = [None] * len(grids)
+    for grid in dict.fromkeys(grids):
+        of_grid = [number for number, other in enumerate(grids) if other == grid]
+        encoded_MNP = patcher.encode_rows(torch.stack([images[number] for number in of_grid]), grid)
+        for number, x_NP in zip(of_grid, encoded_MNP, strict=True):
+            found[number] = x_NP
+    ready = patcher.ready
+    nothing = torch.from_numpy(np.zeros((0, ready.length), ready.dtype)).to(levels_UL.device)
+    return torch.cat([nothing, *(x_NP for x_NP in found if x_NP is not None)])
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What every packed row of a run has in common."""
+
+    row_length: int
+    tokenizer: Tokenizer
+    nothing: Block
+    """The objective's block of an image without patches: it gives every draw its name and shape also where rows hold
+    no image."""
+    patches: Patches
+    """Length and type of the patches that are packed."""
+
+
+def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
+    """Pack written documents into rows.
 
     Each row is a list of strips, or of integers for empty slots of that many positions (a sample that
     could not be read keeps its slot, so nothing else moves). What is left of a row becomes padding.
@@ -108,16 +174,17 @@ def collate(
     Raises:
         ValueError: a row's documents are longer than `row_length`.
     """
-    shape = (len(rows), row_length)
+    shape, tokenizer = (len(rows), form.row_length), form.tokenizer
     ids = np.full(shape, tokenizer.pad, dtype=np.int64)
     position = np.zeros(shape, dtype=np.int64)
     document = np.full(shape, -1, dtype=np.int64)
     block = np.full(shape, -1, dtype=np.int64)
     bidirectional = np.zeros(shape, dtype=bool)
     noised = np.zeros(shape, dtype=bool)
-    empty: Floats = np.zeros((0, patch_length), dtype)
-    placed = [(0, empty, np.zeros((0, 2), np.int64), nothing)]
-    openings: list[tuple[int, tuple[int, int]]] = []
+    learned = np.ones(shape, dtype=bool)
+    images: list[ImagePatches] = []
+    placed: list[PlacedBlock] = []
+    openings: list[Opening] = []
     for b, row in enumerate(rows):
         start = blocks = 0
         for number, strip in enumerate(row):
@@ -125,26 +192,31 @@ def collate(
                 start += strip
                 continue
             end = start + len(strip)
-            if end > row_length:
-                raise ValueError(f"documents of {end} positions do not fit a row of {row_length} (data.row_length)")
+            if end > form.row_length:
+                raise ValueError(
+                    f"documents of {end} positions do not fit a row of {form.row_length} (data.row_length)"
+                )
             here = (b, slice(start, end))
             ids[here], position[here], document[here] = strip.ids, strip.position, number
             local = np.array(strip.block, dtype=np.int64)
             block[here] = np.where(local >= 0, local + blocks, -1)
             blocks += int(local.max(initial=-1)) + 1
-            bidirectional[here], noised[here] = strip.bidirectional, strip.noised
-            origin = b * row_length + start
-            placed += [(origin + offset, x, place, copy) for offset, x, place, copy in strip.patches]
-            openings += [(origin + offset, first) for offset, first in strip.openings]
+            bidirectional[here], noised[here], learned[here] = strip.bidirectional, strip.noised, strip.learned
+            origin = b * form.row_length + start
+            placed += [PlacedBlock(origin + p.offset, len(images) + p.image, p.block) for p in strip.blocks]
+            openings += [Opening(origin + opening.offset, opening.first) for opening in strip.openings]
+            images += strip.images
             start = end
         padding = document[b] < 0
         position[b][padding] = np.arange(padding.sum())
 
-    label = next_tokens(ids, document, block, tokenizer)
-    counts = [len(x) for _, x, _, _ in placed]
-    loss = np.concatenate([np.broadcast_to(copy.loss, n) for (*_, copy), n in zip(placed, counts, strict=True)])
-    at = [np.arange(at, at + n) for (at, *_), n in zip(placed, counts, strict=True)]
-    return Batch(
+    label = next_tokens(ids, document, block, learned, tokenizer)
+    starts = np.cumsum([0] + [len(image.x_NP) for image in images])
+    counts = [len(p.block.order_N) for p in placed]
+    losses = [np.broadcast_to(p.block.loss, n) for p, n in zip(placed, counts, strict=True)]
+    empty = np.zeros((0, form.patches.length), form.patches.dtype)
+    drawn = [form.nothing.draws, *(p.block.draws for p in placed)]
+    return RawBatch(
         ids_BS=torch.from_numpy(ids),
         position_BS=torch.from_numpy(position),
         document_BS=torch.from_numpy(document),
@@ -153,69 +225,40 @@ def collate(
         noised_BS=torch.from_numpy(noised),
         label_BS=torch.from_numpy(label),
         label_at_L=torch.from_numpy(np.flatnonzero(label != IGNORE)),
-        x_IP=_stack([x for _, x, _, _ in placed], dtype),
-        at_I=_stack(at, np.int64),
-        image_I=torch.from_numpy(np.repeat(np.arange(len(placed)) - 1, counts)),  # `nothing` is number -1
-        place_I2=_stack([place for _, _, place, _ in placed], np.int64),
-        loss_at_J=torch.from_numpy(np.flatnonzero(loss)),
-        draws={name: _stack([copy.draws[name] for *_, copy in placed], np.float32) for name in nothing.draws},
-        size_at_M=torch.tensor([at for at, _ in openings], dtype=torch.int64),
-        first_M2=torch.tensor([first for _, first in openings], dtype=torch.int64).reshape(-1, 2),
+        patches_UP=_stack([empty, *(image.x_NP for image in images)], form.patches.dtype),
+        grids=[image.grid for image in images],
+        source_I=_stack([np.zeros(0), *(starts[p.image] + p.block.order_N for p in placed)], np.int64),
+        at_I=_stack([np.zeros(0), *(p.offset + np.arange(n) for p, n in zip(placed, counts, strict=True))], np.int64),
+        image_I=torch.from_numpy(np.repeat(np.arange(len(placed)), counts)),
+        place_I2=_stack([np.zeros((0, 2)), *(raster(images[p.image].grid)[p.block.order_N] for p in placed)], np.int64),
+        loss_at_J=torch.from_numpy(np.flatnonzero(np.concatenate([np.zeros(0, dtype=bool), *losses]))),
+        draws={name: _stack([draws[name] for draws in drawn], np.float32) for name in form.nothing.draws},
+        size_at_M=torch.tensor([opening.offset for opening in openings], dtype=torch.int64),
+        first_M2=torch.tensor([opening.first for opening in openings], dtype=torch.int64).reshape(-1, 2),
     )
 
 
 def next_tokens(
-    ids: NDArray[np.int64], document: NDArray[np.int64], block: NDArray[np.int64], tokenizer: Tokenizer
+    ids: NDArray[np.int64],
+    document: NDArray[np.int64],
+    block: NDArray[np.int64],
+    learned: NDArray[np.bool_],
+    tokenizer: Tokenizer,
 ) -> NDArray[np.int64]:
     """The label of every position of [B, S]: the next token, or `IGNORE`.
 
-    Cross-entropy stands where this position is a token and the next one is a token of the same document,
-    except EOI (the decoder closes images itself) and the size token where only one size is declared.
+    Cross-entropy stands where this position is a token and the next one is a token of the same document that is
+    learned, except EOI (the decoder closes images itself) and the size token where only one size is declared.
     """
     label = np.full_like(ids, IGNORE)
     following = ids[:, 1:]
     target = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
-    target &= (block[:, 1:] < 0) & (block[:, :-1] < 0) & (following != tokenizer.eoi)
+    target &= (block[:, 1:] < 0) & (block[:, :-1] < 0) & (following != tokenizer.eoi) & learned[:, 1:]
     if len(tokenizer.size) == 1:
         target &= ~np.isin(following, list(tokenizer.grid))
     label[:, :-1][target] = following[target]
     return label
 
 
-def _stack(parts: Sequence[NDArray[np.generic]], dtype: type) -> Tensor:
+def _stack(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(parts), dtype=dtype))
-
-
-def encoded(batch: Batch, patcher: Patcher) -> Batch:
-    """A batch, still on the CPU, with the pixels of its images turned into latents on the patcher's device.
-
-    Copies of an image in a row are encoded once. A batch of patch rows that are ready stays as it is.
-    """
-    if batch.x_IP.dtype != torch.uint8 or not isinstance(patcher, LatentPatcher):
-        return batch
-    copies: dict[tuple[int, int, int], list[Tensor]] = defaultdict(list)
-    document, position = batch.document_BS.flatten(), batch.position_BS.flatten()
-    for here in torch.arange(len(batch.image_I)).split(_runs(batch.image_I)):
-        at = int(batch.at_I[here[0]])  # all copies of an image share row, document and position
-        copies[at // batch.ids_BS.shape[1], int(document[at]), int(position[at])].append(here)
-    grids: dict[Grid, list[list[Tensor]]] = defaultdict(list)
-    for blocks in copies.values():
-        rows, columns = (batch.place_I2[blocks[0]].amax(0) + 1).tolist()
-        grids[rows, columns].append(blocks)
-    source_I = torch.zeros(len(batch.image_I), dtype=torch.long)
-    parts, done = [torch.zeros(0, patcher.settings.patch_length, device=patcher.device)], 0
-    for grid, images in grids.items():
-        raster = batch.place_I2[:, 0] * grid[1] + batch.place_I2[:, 1]
-        levels_MNL = torch.stack([batch.x_IP[blocks[0]][raster[blocks[0]].argsort()] for blocks in images])
-        parts.append(patcher.encode_rows(levels_MNL, grid).flatten(0, 1))
-        for blocks in images:
-            for here in blocks:
-                source_I[here] = done + raster[here]
-            done += grid[0] * grid[1]
-    return replace(batch, x_IP=torch.cat(parts)[source_I.to(patcher.device)])
-
-
-def _runs(image_I: Tensor) -> list[int]:
-    """How many patches each block has, in their order."""
-    counts: list[int] = torch.unique_consecutive(image_I, return_counts=True)[1].tolist()
-    return counts

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmgen.image.patch import Floats, Grid, raster
+from mmgen.image.patch import Grid, raster
 from mmgen.sequence.tokenizer import Tokenizer
 
 
@@ -39,18 +40,51 @@ class TextSegment:
     """Token ids of one stretch of text."""
 
     ids: Sequence[int]
+    learn: bool = True
+    """Its tokens have cross-entropy."""
 
 
 @dataclass(frozen=True)
 class ImageSegment:
     """One image: its patch rows in raster order, its grid and the blocks it becomes."""
 
-    x_NP: Floats
+    x_NP: NDArray[Any]
     grid: Grid
     blocks: Sequence[Block]
+    learn: bool = True
+    """Its opening tokens have cross-entropy; what its patches have is said by `blocks`."""
 
 
 Document = Sequence[TextSegment | ImageSegment]
+
+
+@dataclass(frozen=True)
+class ImagePatches:
+    """The patches [N, P] of one image in raster order, and their grid; its copies share them."""
+
+    x_NP: NDArray[Any]
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class PlacedBlock:
+    """A block and where it begins."""
+
+    offset: int
+    """Position of its first patch, counted from the start of the strip."""
+    image: int
+    """Index of its image among those of the strip."""
+    block: Block
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The size token of an image."""
+
+    offset: int
+    """Its position, counted from the start of the strip."""
+    first: tuple[int, int]
+    """(row, column) of the patch that is generated first."""
 
 
 @dataclass
@@ -62,10 +96,11 @@ class Strip:
     block: list[int] = field(default_factory=list)
     bidirectional: list[bool] = field(default_factory=list)
     noised: list[bool] = field(default_factory=list)
-    patches: list[tuple[int, Floats, NDArray[np.int64], Block]] = field(default_factory=list)
-    """(offset, x_NP and (row, column) in the order of the places, block) of each block."""
-    openings: list[tuple[int, tuple[int, int]]] = field(default_factory=list)
-    """(offset of the size token, place of the first patch generated) of each image."""
+    learned: list[bool] = field(default_factory=list)
+    """Belongs to a segment that is learned, or to none."""
+    images: list[ImagePatches] = field(default_factory=list)
+    blocks: list[PlacedBlock] = field(default_factory=list)
+    openings: list[Opening] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,6 +119,7 @@ class Writer:
         """Position of what is written next."""
         self._strip = Strip()
         self._blocks = 0
+        self._learn = True
 
     def tokens(self, ids: Sequence[int]) -> None:
         """Append tokens; each counts one position up."""
@@ -102,15 +138,14 @@ class Writer:
             declared = ", ".join(f"{rows}x{columns}" for rows, columns in self.tokenizer.size)
             raise ValueError(f"patch grid {grid[0]}x{grid[1]} was never declared (declared: {declared})")
         self.tokens([self.tokenizer.size[grid]])
-        self._strip.openings.append((len(self._strip) - 1, first))
+        self._strip.openings.append(Opening(len(self._strip) - 1, first))
 
-    def patches(self, x_NP: Floats, grid: Grid, blocks: Sequence[Block]) -> None:
+    def patches(self, x_NP: NDArray[Any], grid: Grid, blocks: Sequence[Block]) -> None:
         """Append the blocks of an image; all of them share one position."""
-        places = raster(grid)
+        self._strip.images.append(ImagePatches(x_NP, grid))
         for block in blocks:
             n = len(block.order_N)
-            here = (len(self._strip), x_NP[block.order_N], places[block.order_N], block)
-            self._strip.patches.append(here)
+            self._strip.blocks.append(PlacedBlock(len(self._strip), len(self._strip.images) - 1, block))
             ids, position = [self.tokenizer.pad] * n, [self.position] * n
             self._append(ids, position, self._blocks, block.bidirectional, block.noised)
             self._blocks += 1
@@ -130,6 +165,7 @@ class Writer:
 
     def segment(self, segment: TextSegment | ImageSegment) -> None:
         """Append one whole segment."""
+        self._learn = segment.learn
         if isinstance(segment, TextSegment):
             self.tokens(segment.ids)
         else:
@@ -137,6 +173,7 @@ class Writer:
             self.open_image(segment.grid, (int(row), int(column)))
             self.patches(segment.x_NP, segment.grid, segment.blocks)
             self.close_image()
+        self._learn = True
 
     def take(self) -> Strip:
         """What was written since the last `take`."""
@@ -150,3 +187,4 @@ class Writer:
         self._strip.block += [block] * n
         self._strip.bidirectional += [bidirectional] * n
         self._strip.noised += [noised] * n
+        self._strip.learned += [self._learn] * n

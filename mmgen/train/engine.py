@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mmgen.config import Config
+from mmgen.image.latent import AutoencoderFacts
 from mmgen.model import Losses, MMGenModel, build_model
 from mmgen.sequence.batch import Batch
 from mmgen.train.optimizer import AveragingAdamW, averaged_weights, build_optimizer
@@ -42,8 +43,10 @@ class Fragment:
 class Engine:
     """One process on one device: plain backward, clipping and step."""
 
-    def __init__(self, config: Config, vocabulary: int, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
+    def __init__(
+        self, config: Config, vocabulary: int, ranks: Ranks, autoencoder: AutoencoderFacts | None = None
+    ) -> None:
+        self.config, self.ranks, self.autoencoder = config, ranks, autoencoder
         self.bf16 = uses_bf16(config)
         self.watched = False
         """Whether this step notes gradient norms per part."""
@@ -62,7 +65,7 @@ class Engine:
     def _build(self, vocabulary: int) -> None:
         accelerator = Accelerator(mixed_precision="bf16" if self.bf16 else "no")
         self.device = accelerator.device
-        self.model = self._checkpointed(build_model(self.config, vocabulary))
+        self.model = self._checkpointed(build_model(self.config, vocabulary, self.autoencoder))
         self.optimizer = build_optimizer(self.model, self.config.train)
         self._prepared = accelerator.prepare(self.model)
         if self.config.train.compile and can_compile(self.device):

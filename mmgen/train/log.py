@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmgen.config import Config
-from mmgen.data.shards.samples import Bad
+from mmgen.data.shards.samples import BadRecord
 
 
 class Sink(Protocol):
@@ -53,17 +53,17 @@ class Log:
             sink.log(values, step=step)
         self._display.show(step, values)
 
-    def quarantine(self, bad: Sequence[Bad]) -> int:
+    def quarantine(self, bad: Sequence[BadRecord]) -> int:
         """Write samples not yet known as bad; returns how many are known now (0 where this is not the main process)."""
         if not self.main:
             return 0
-        fresh = [item for item in bad if (item["shard"], item["key"]) not in self._quarantined]
+        fresh = [item for item in bad if (item.shard, item.key) not in self._quarantined]
         if fresh:
             with (self.run / "quarantine.jsonl").open("a") as file:
-                file.writelines(json.dumps(item) + "\n" for item in fresh)
-            self._quarantined |= {(item["shard"], item["key"]) for item in fresh}
+                file.writelines(json.dumps(item.as_dict()) + "\n" for item in fresh)
+            self._quarantined |= {(item.shard, item.key) for item in fresh}
             first = fresh[0]
-            self.say(f"skipped {len(fresh)} bad sample(s), first {first['shard']}/{first['key']}: {first['reason']}")
+            self.say(f"skipped {len(fresh)} bad sample(s), first {first.shard}/{first.key}: {first.reason}")
         return len(self._quarantined)
 
     def event(self, file: str, record: Mapping[str, object]) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 
 from mmgen.config import Config
-from mmgen.data.latents import settled
+from mmgen.data.latents import find_facts
 from mmgen.data.streams import training_corpus
-from mmgen.image.latent import build_patcher
-from mmgen.sequence.batch import encoded
+from mmgen.image.latent import AutoencoderFacts
+from mmgen.sequence.batch import prepare
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train import metrics, recovery
 from mmgen.train.checkpoint import read as checkpoint
@@ -39,11 +40,11 @@ def train(config: Config) -> int:
         OSError: the last checkpoint of the run, or that of an interruption, could not be written.
     """
     ranks = start(config)
-    config.check(ranks.world)
+    config.check_processes(ranks.world)
     torch.manual_seed(config.run.seed)
     tokenizer = Tokenizer.of(config)
     found = checkpoint.newest_good(config.run.dir, ranks=ranks)
-    config = ranks.gather_objects(settled(config, tokenizer, found.state.config if found else None))[0]
+    facts = ranks.gather_objects(found.state.autoencoder if found else find_facts(config, tokenizer))[0]
     if found:
         checkpoint.check_same_run(found, config, tokenizer)
         if found.state.step >= config.train.steps:
@@ -52,7 +53,7 @@ def train(config: Config) -> int:
             finish()
             return 0
     with closing(Watchdog(config.train.timeout, ranks.rank)) as watchdog:
-        run = open_run(config, ranks, tokenizer, watchdog, found)
+        run = open_run(Start(config, ranks, tokenizer, facts, found), watchdog)
         code = loop(run, found.folder if found else None)
         run.log.close()
         run.engine.close()
@@ -80,9 +81,9 @@ def loop(run: Run, resumed: Path | None) -> int:
             engine.begin(lr := learning_rate(settings, step), watched=logged)
             sums = torch.zeros(2, device=engine.device)
             by_time = torch.zeros(2, metrics.BUCKETS, device=engine.device)
-            for i, batch in enumerate(data.micro):
+            for i, raw in enumerate(data.micro):
                 watchdog.phase("forward", step)
-                batch = encoded(batch, run.patcher).to(engine.device)
+                batch = prepare(raw, run.patcher, engine.device)
                 losses = engine.forward(batch)
                 parts = torch.stack([losses.text, losses.image]) / counts
                 watchdog.phase("backward", step)
@@ -120,18 +121,31 @@ def loop(run: Run, resumed: Path | None) -> int:
     return 0
 
 
-def open_run(config: Config, ranks: Ranks, tokenizer: Tokenizer, watchdog: Watchdog, found: Checkpoint | None) -> Run:
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from."""
+
+    config: Config
+    ranks: Ranks
+    tokenizer: Tokenizer
+    autoencoder: AutoencoderFacts | None
+    found: Checkpoint | None
+    """The checkpoint that it continues from."""
+
+
+def open_run(start: Start, watchdog: Watchdog) -> Run:
     """Build the parts of a run, which continues from a checkpoint where there is one; writes config.yaml.
 
     Raises:
         ValueError, FileNotFoundError: settings, shards or checkpoint do not fit; nothing is changed.
     """
+    config, ranks, tokenizer, found = start.config, start.ranks, start.tokenizer, start.found
     known = [*averages(config.train), "weight"]
     if config.sample.weights not in known:
         raise ValueError(f"sample.weights '{config.sample.weights}' is not kept by this run: {', '.join(known)}")
-    corpus = training_corpus(config, tokenizer)
-    engine = build_engine(config, len(tokenizer), ranks)
-    patcher = build_patcher(config.model.patcher, engine.device)
+    corpus = training_corpus(config, tokenizer, start.autoencoder)
+    engine = build_engine(config, len(tokenizer), ranks, start.autoencoder)
+    patcher = engine.model.build_patcher()
     patcher.load()  # not when the first image is drawn
     progress = Progress(corpus.start)
     if found is not None:
@@ -158,13 +172,13 @@ def open_run(config: Config, ranks: Ranks, tokenizer: Tokenizer, watchdog: Watch
     return Run(engine, corpus, patcher, progress, log, reporter, saver, probe, watchdog)
 
 
-def build_engine(config: Config, vocabulary: int, ranks: Ranks) -> Engine:
+def build_engine(config: Config, vocabulary: int, ranks: Ranks, autoencoder: AutoencoderFacts | None = None) -> Engine:
     """The engine that the settings and the number of processes ask for."""
     if not shard(config):
-        return Engine(config, vocabulary, ranks)
+        return Engine(config, vocabulary, ranks, autoencoder)
     from mmgen.train.zero import ZeroEngine
 
-    return ZeroEngine(config, vocabulary, ranks)
+    return ZeroEngine(config, vocabulary, ranks, autoencoder)
 
 
 def check_room(engine: Engine) -> None:

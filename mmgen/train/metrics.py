@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmgen.data.loader import Step
+from mmgen.data.documents import Step
 from mmgen.model import Losses, MMGenModel
-from mmgen.sequence.batch import Batch
+from mmgen.sequence.batch import Batch, Rows
 from mmgen.train.engine import Engine
 from mmgen.train.ranks import Ranks
 
@@ -44,7 +44,7 @@ def time_losses(found: Tensor, prefix: str = "loss") -> dict[str, float]:
     }
 
 
-def attended_pairs(batch: Batch) -> int:
+def attended_pairs(batch: Rows) -> int:
     """Pairs of a query and a key that it sees, over all real positions of a batch, from the documents' lengths.
 
     Causal pairs of each document, and the later half of each bidirectional block. What `foreign_noise` hides

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mmgen.config import Config
-from mmgen.data.loader import Corpus, Step
+from mmgen.data.documents import Step
+from mmgen.data.loader import Corpus
 from mmgen.data.order import Cursors, Position
 from mmgen.data.shards.samples import worst_shards
 from mmgen.data.streams import StreamCorpus

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmgen.config import Config
-from mmgen.data.loader import Corpus, Step, steps
+from mmgen.data.documents import Step
+from mmgen.data.loader import Corpus, steps
 from mmgen.data.streams import StreamCorpus
 from mmgen.image.patch import Patcher
 from mmgen.train.checkpoint import read as checkpoint
@@ -83,4 +84,5 @@ class Run:
             born=progress.born,
             world=self.ranks.world,
             data=self.corpus.dataset.fingerprint,
+            autoencoder=self.engine.model.autoencoder,
         )

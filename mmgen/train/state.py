@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
 
 from mmgen.data.order import Cursors, Position
+from mmgen.image.latent import AutoencoderFacts
 
 Settings = dict[str, Any]
 """A configuration as it was written to JSON, perhaps by an older version."""
@@ -44,8 +45,17 @@ class TrainerState(BaseModel):
     world: int = 1
     data: str = ""
     """Fingerprint of the training shards; empty where it was not recorded."""
-    autoencoder: dict[str, Any] | None = None
-    """What the run measured of its autoencoder; None where it has none."""
+    autoencoder: AutoencoderFacts | None = None
+    """What the run found of its autoencoder; None where it has none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _facts_among_settings(cls, stored: Any) -> Any:
+        """Older versions kept what they found of the autoencoder among the settings."""
+        if isinstance(stored, dict) and stored.get("autoencoder") is None and isinstance(stored.get("config"), dict):
+            patcher = stored["config"].get("model", {}).get("patcher", {})
+            return {**stored, "autoencoder": AutoencoderFacts.of_settings(patcher)}
+        return stored
 
     @classmethod
     def from_json(cls, text: str) -> TrainerState:

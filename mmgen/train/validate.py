@@ -15,9 +15,8 @@ from mmgen.data.order import Position
 from mmgen.data.shards.samples import read
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.image import sheet
-from mmgen.image.latent import build_patcher
 from mmgen.model import Losses, MMGenModel
-from mmgen.sequence.batch import Batch, encoded
+from mmgen.sequence.batch import Batch, prepare
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train import metrics
 from mmgen.train.engine import Engine
@@ -32,11 +31,11 @@ def held_out(model: MMGenModel, corpus: Corpus, ranks: Ranks) -> Iterator[tuple[
     """Each batch of one epoch of a corpus and its losses, with fixed noise; a rank gets its share of every step."""
     training = model.training
     model.eval()
-    rows, patcher = corpus.plan.epoch_rows(0), build_patcher(corpus.config.model.patcher, model.device)
+    rows, patcher = corpus.plan.epoch_rows(0), model.build_patcher()
     number = 0
     while chunk := list(islice(rows, corpus.config.train.batch_rows)):
-        for batch in corpus.step(number, chunk, Position(), ranks.rank, ranks.world).micro:
-            batch = encoded(batch, patcher).to(model.device)
+        for raw in corpus.step(number, chunk, Position(), ranks.rank, ranks.world).micro:
+            batch = prepare(raw, patcher, model.device)
             yield batch, model(batch)
         number += 1
     model.train(training)
@@ -88,7 +87,7 @@ class Probe:
             self.log.say(f"samples: {path}")
         due = step == settings.steps or (settings.val_every and step % settings.val_every == 0)
         if config.data.val and due:
-            corpus = Corpus(config.data.val, self.tokenizer, config)
+            corpus = Corpus(config.data.val, self.tokenizer, config, self.engine.model.autoencoder)
             with self.engine.averaged(config.sample.weights):
                 self.log.record(step, validation(self.engine.model, corpus, self.engine.ranks))
 

@@ -109,7 +109,10 @@ class ZeroEngine(Engine):
             )
         self.device = accelerator.device
         low = torch.bfloat16 if self.bf16 and self.stage else torch.float32
-        model = self._construct(vocabulary) if self.stage == 3 else build_model(self.config, vocabulary)
+        if self.stage == 3:
+            model = self._construct(vocabulary)
+        else:
+            model = build_model(self.config, vocabulary, self.autoencoder)
         exact: dict[str, Tensor] = {}
         if low is torch.bfloat16:  # keeps what rounding would take from the masters
             exact = {name: getattr(p, "ds_tensor", p).detach() for name, p in model.named_parameters()}
@@ -136,7 +139,7 @@ class ZeroEngine(Engine):
         """A model that never exists whole: each layer is cut once it is made, with the weights of a plain build."""
         settings = merged(copy.deepcopy(self._settings), {"bf16": {"enabled": False}})
         with deepspeed.zero.Init(config_dict_or_path=settings), _gathered_initialisation():
-            model = MMGenModel(MMGenConfig.of(self.config, vocabulary))
+            model = MMGenModel(MMGenConfig.of(self.config, vocabulary, self.autoencoder))
         name = self.config.model.backbone.pretrained
         if name is not None:
             whole = build_backbone(model.config.backbone)

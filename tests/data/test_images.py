@@ -20,7 +20,8 @@ from mmgen.config_io import override
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position
 from mmgen.data.shards.index import SUFFIX
-from mmgen.data.shards.samples import Picture, image_size, open_image
+from mmgen.data.shards.pictures import image_size, open_image
+from mmgen.data.shards.samples import Picture
 from mmgen.data.tools.sizes import candidates, choose_sizes, kept, propose
 from mmgen.image.resize import fit, orientation
 from mmgen.sequence.tokenizer import Tokenizer
@@ -132,7 +133,7 @@ def test_turned_pictures_train(config: Config, tmp_path: Path) -> None:
         members[f"{i:03d}.txt"] = b"a picture"
     shard = str(write_tar(tmp_path / "turned.tar", members))
     two = override(config, {"data": {"train": [shard]}, "model": {"patcher": {"image_sizes": [[4, 6], [6, 4]]}}})
-    words = Tokenizer.load(two.data.tokenizer, two.model.patcher.grids)
+    words = Tokenizer.of(two)
     corpus = Corpus([shard], words, two)
     grids = Counter(tuple(corpus.dataset.grids_of(i)[0]) for i in range(16))
     assert grids == {(2, 3): 8, (3, 2): 8}
@@ -188,14 +189,14 @@ def test_sizes_are_proposed_from_the_index(config: Config, tmp_path: Path, capsy
         members |= {f"{i:02d}.png": buffer.getvalue(), f"{i:02d}.txt": b"a"}
     members["10.txt"] = b"only text"
     shard = str(write_tar(tmp_path / "sizes.tar", members))
-    found = propose([shard], Tokenizer.load(config.data.tokenizer, config.model.patcher.grids), config, 3, (16, 16))
-    assert found["images"] == 10
-    ratios = [math.log(h / w) for h, w in found["image_sizes"]]  # type: ignore[union-attr]
+    found = propose([shard], Tokenizer.of(config), config, 3, (16, 16))
+    assert found.images == 10
+    ratios = [math.log(h / w) for h, w in found.image_sizes]
     assert len(ratios) == 3
-    assert sorted(found["shares"].values()) == [0.2, 0.3, 0.5]  # type: ignore[union-attr]
-    assert 0.9 < found["area_kept"] <= 1  # type: ignore[operator]
-    assert found["area_kept_now"] < found["area_kept"]  # type: ignore[operator]
-    assert found["enlarged"] == 0
+    assert sorted(found.shares) == [0.2, 0.3, 0.5]
+    assert 0.9 < found.area_kept <= 1
+    assert found.area_kept_now < found.area_kept
+    assert found.enlarged == 0
     assert Path(shard + SUFFIX).exists()
     words = ["data", "buckets", shard, "--n", 3, "--data.tokenizer", config.data.tokenizer]
     code, out, _ = run(capsys, *words, "--pixels", "64x64", "--json")

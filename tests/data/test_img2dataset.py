@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from data_prep.tokenizer import main as train_tokenizer
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.data.shards.samples import read
+from mmgen.data.shards.samples import BadRecord, read
 from mmgen.train.loop import train
 from tests.conftest import write_tar
 
@@ -111,7 +111,7 @@ def test_a_folder_of_img2dataset_trains(tmp_path: Path, made: object, streams: i
     """Nothing but the path is set; captions, pictures and keys are those that were asked for, and the loss falls."""
     folder = made(tmp_path)  # type: ignore[operator]
     shards = str(folder / "*.tar")
-    bad: list[dict[str, str]] = []
+    bad: list[BadRecord] = []
     samples = list(read([shards], bad))
     assert not bad
     assert sorted(sample.caption for sample in samples) == sorted(caption for _, caption in pictures())

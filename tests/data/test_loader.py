@@ -15,21 +15,28 @@ from hypothesis import strategies as st
 
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.data.loader import Corpus, Step, steps
+from mmgen.data.documents import Step
+from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position, chances, epoch_order, keyed, pack
-from mmgen.data.shards.samples import BadSample, expand, read
-from mmgen.sequence.batch import Batch
+from mmgen.data.shards.samples import BadRecord, BadSample, expand, read
+from mmgen.sequence.batch import RawBatch
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import pairs, picture, png, write_tar
 
 
 def corpus_of(config: Config) -> Corpus:
-    return Corpus(config.data.train, Tokenizer.load(config.data.tokenizer, config.model.patcher.grids), config)
+    return Corpus(config.data.train, Tokenizer.of(config), config)
 
 
 def parts(step: Step) -> list[torch.Tensor]:
     batch = step.micro[0]
-    return [batch.ids_BS, batch.x_IP, *(batch.draws[name] for name in sorted(batch.draws)), batch.label_BS]
+    return [
+        batch.ids_BS,
+        batch.patches_UP,
+        batch.source_I,
+        *(batch.draws[name] for name in sorted(batch.draws)),
+        batch.label_BS,
+    ]
 
 
 def same(a: Step, b: Step) -> bool:
@@ -75,7 +82,7 @@ def test_ranks_share_one_global_step(config: Config, world: int) -> None:
         assert (mine.document_BS[len(expected) :] == -1).all(), "missing rows are empty rows"
 
 
-def eps_of(batch: Batch, row: int) -> torch.Tensor:
+def eps_of(batch: RawBatch, row: int) -> torch.Tensor:
     here = batch.at_I // batch.ids_BS.shape[1] == row
     return torch.cat([batch.draws["eps"][here].flatten(), batch.draws["t"][here]])
 
@@ -133,7 +140,9 @@ def test_capped_time_only_where_text_follows(config: Config) -> None:
         for row in corpus.plan.epoch_rows(epoch):
             for document in row:
                 strip = corpus.write(document, None)
-                seen.setdefault(corpus.form(epoch, document.index), []).append(float(strip.patches[0][3].draws["t"][0]))
+                seen.setdefault(corpus.form(epoch, document.index), []).append(
+                    float(strip.blocks[0].block.draws["t"][0])
+                )
     assert min(seen["image first"]) >= 0.5
     assert min(seen["caption first"]) < 0.1
     assert min(seen["caption dropped"]) < 0.3
@@ -164,8 +173,8 @@ def test_a_corrupt_image_leaves_its_slot_empty(config: Config, tmp_path: Path) -
         both.append(list(steps(corpus_of(override(one, {"data": {"train": [str(shard)]}})), 0, 3, Position())))
     reasons = [item for step in both[1] for item in step.bad]
     assert reasons
-    assert reasons[0]["key"] == "0005"
-    assert "image cannot be decoded" in reasons[0]["reason"]
+    assert reasons[0].key == "0005"
+    assert "image cannot be decoded" in reasons[0].reason
     for whole, holed in zip(*both, strict=True):
         a, b = whole.micro[0], holed.micro[0]
         kept = b.document_BS >= 0
@@ -183,9 +192,9 @@ def test_bad_groups_are_listed(tmp_path: Path) -> None:
         "e.txt": b"fine",
     }
     shard = write_tar(tmp_path / "s.tar", members)
-    bad: list[dict[str, str]] = []
+    bad: list[BadRecord] = []
     assert [sample.key for sample in read([str(shard)], bad)] == ["e"]
-    assert [item["key"] for item in bad] == ["a", "b", "c", "d"]
+    assert [item.key for item in bad] == ["a", "b", "c", "d"]
     with pytest.raises(BadSample):
         list(read([str(shard)]))
 

@@ -15,7 +15,8 @@ from scipy import stats
 
 from mmgen.config import Config, SourceConfig
 from mmgen.config_io import override
-from mmgen.data.loader import Corpus, Step, steps
+from mmgen.data.documents import Step
+from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import (
     Cursor,
     Cursors,
@@ -32,13 +33,13 @@ from mmgen.data.order import (
     uniform,
 )
 from mmgen.data.shards.samples import worst_shards
-from mmgen.data.tools.check import FAULTS, check, greedy_fill
+from mmgen.data.tools.check import FAULTS, CheckOptions, check, greedy_fill
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import pairs, write_tar
 
 
 def words(config: Config) -> Tokenizer:
-    return Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    return Tokenizer.of(config)
 
 
 @settings(max_examples=60, deadline=None)
@@ -236,7 +237,8 @@ def test_sources_with_weights_train(config: Config, tmp_path: Path) -> None:
 def tensors(step: Step) -> list[torch.Tensor]:
     batches = step.micro
     return [
-        torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids_BS", "x_IP", "label_BS", "document_BS")
+        torch.cat([getattr(batch, name) for batch in batches])
+        for name in ("ids_BS", "patches_UP", "label_BS", "document_BS")
     ]
 
 
@@ -272,7 +274,7 @@ def test_prefetch_depth_changes_nothing(config: Config) -> None:
 
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_every_fault_of_the_order_is_seen(config: Config, fault: str | None) -> None:
-    report = check(config.data.train, words(config), config, lambda line: None, inject=fault, world=2)
+    report = check(config.data.train, words(config), config, CheckOptions(inject=fault, world=2)).as_dict()
     wrong = {
         None: set(), "per_rank_seed": {"same_for_any_world"}, "dropped_carry": {"coverage_exact"},
         "off_by_one": {"same_after_resume"}, "duplicated_shard": set(),
@@ -290,15 +292,15 @@ def test_the_check_counts_what_is_bad(config: Config, tmp_path: Path) -> None:
     shard = str(write_tar(tmp_path / "bad.tar", members))
     (tmp_path / "copy.tar").write_bytes((tmp_path / "bad.tar").read_bytes())
     lines: list[str] = []
-    report = check([shard], words(config), config, lines.append)
-    assert (report["samples"], report["bad"], report["holds"]) == (7, 2, False)
-    assert {item["key"] for item in report["bad_samples"]} == {"0003", "0005"}
-    assert str(tmp_path / "copy.tar") in report["unused_shards"]
-    assert report["text_tokens"] == sum(len(f"picture {i}") for i in range(8) if i != 5)
-    assert report["patches"] == sum(4 if i % 3 else 6 for i in range(8) if i != 5)
+    report = check([shard], words(config), config, CheckOptions(lines.append))
+    assert (report.samples, len(report.bad_samples), report.holds) == (7, 2, False)
+    assert {item.key for item in report.bad_samples} == {"0003", "0005"}
+    assert str(tmp_path / "copy.tar") in report.unused_shards
+    assert report.totals.text_tokens == sum(len(f"picture {i}") for i in range(8) if i != 5)
+    assert report.totals.patches == sum(4 if i % 3 else 6 for i in range(8) if i != 5)
     assert lines
-    both = check([shard, str(tmp_path / "copy.tar")], words(config), config, lines.append, decode=False)
-    assert both["duplicate_shards"] == [str(tmp_path / "copy.tar")]
+    both = check([shard, str(tmp_path / "copy.tar")], words(config), config, CheckOptions(decode=False))
+    assert both.duplicate_shards == [str(tmp_path / "copy.tar")]
 
 
 def test_worst_shards(tmp_path: Path) -> None:

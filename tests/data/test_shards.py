@@ -31,14 +31,14 @@ from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position
 from mmgen.data.shards import store
 from mmgen.data.shards.index import build, ensure, find
+from mmgen.data.shards.pictures import image_size, open_image, open_stored
 from mmgen.data.shards.samples import (
+    BadRecord,
     BadSample,
     Picture,
+    Text,
     clean,
     groups,
-    image_size,
-    open_image,
-    open_latent,
     parse,
     read,
 )
@@ -137,11 +137,11 @@ def test_truncation_at_every_block(tmp_path: Path) -> None:
     complete = [sample.key for sample in read([str(write(tmp_path / "w.tar", whole))])]
     lost = []
     for size in range(0, len(whole), 512):
-        bad: list[dict[str, str]] = []
+        bad: list[BadRecord] = []
         found = [sample.key for sample in read([str(write(tmp_path / "c.tar", whole[:size]))], bad)]
         assert found == complete[: len(found)]
         assert (not bad) == (found == complete and len(whole[:size].rstrip(b"\0")) + 512 <= size)
-        assert all("cannot be read to its end" in item["reason"] for item in bad)
+        assert all("cannot be read to its end" in item.reason for item in bad)
         lost.append(len(complete) - len(found))
     assert sorted(lost, reverse=True) == lost
     for size in (1, 511, 700, 1025):
@@ -288,8 +288,8 @@ def test_a_hostile_shard_is_survived(config: Config, tmp_path: Path) -> None:
     assert sum(step.documents for step in found) > 0
     assert not any(step.bad for step in found)
     keys = {name.rsplit("/", 1)[-1].split(".", 1)[0] for name in hostile() if not name.startswith(("..", "/"))}
-    assert {item["key"] for item in corpus.bad} == keys - SOUND | {"good"}, "every loss has its line"
-    reasons = {item["key"]: item["reason"] for item in corpus.bad}
+    assert {item.key for item in corpus.bad} == keys - SOUND | {"good"}, "every loss has its line"
+    reasons = {item.key: item.reason for item in corpus.bad}
     assert "400000000 pixels" in reasons["bomb"]
     assert "apart from the first" in reasons["good"]
     assert "Python objects" in reasons["pickled"]
@@ -308,15 +308,15 @@ def test_compressed_shards(config: Config, tmp_path: Path) -> None:
     for name, data in packed.items():
         shard = write(tmp_path / name, data)
         assert [sample.caption for sample in read([str(shard)])] == [f"picture {i}" for i in range(6)]
-        corpus = Corpus([str(shard)], Tokenizer.load(base.data.tokenizer, base.model.patcher.grids), base)
+        corpus = Corpus([str(shard)], Tokenizer.of(base), base)
         seen.append([sample.image for sample in corpus.samples])
     assert seen[0] == seen[1] == seen[2]
     two = write(tmp_path / "two.tar.gz", gzip.compress(content[:1024]) + gzip.compress(content[1024:]))
     assert len(list(read([str(two)]))) == 6, "several streams in one file"
     for name in ("a.tar.gz", "a.tar.zst"):
-        bad: list[dict[str, str]] = []
+        bad: list[BadRecord] = []
         list(read([str(write(tmp_path / f"cut-{name}", packed[name][:-30]))], bad))
-        assert "cannot be read to its end" in bad[0]["reason"]
+        assert "cannot be read to its end" in bad[0].reason
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
@@ -328,10 +328,10 @@ def test_a_compression_bomb_stops_early(tmp_path: Path, kind: str) -> None:
     body += b"".join(packer.compress(bytes(1 << 20)) for _ in range(120)) + packer.flush()
     assert len(body) < 1 << 18
     shard = write(tmp_path / f"bomb.tar.{kind}", body)
-    bad: list[dict[str, str]] = []
+    bad: list[BadRecord] = []
     began = time.process_time()
     assert not list(read([str(shard)], bad))
-    assert "unpacks to more than" in bad[0]["reason"]
+    assert "unpacks to more than" in bad[0].reason
     assert time.process_time() - began < 10
 
 
@@ -387,7 +387,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, ThreadingHTTPServer]]:
 def test_remote_shards_give_the_same_steps(config: Config, tmp_path: Path, server, place: str, workers: int) -> None:
     local = [str(write_tar(tmp_path / f"r-{i}.tar", pairs(10, i))) for i in range(2)]
     base = override(config, {"data": {"cache_dir": str(tmp_path / "cache"), "workers": workers}})
-    words = Tokenizer.load(base.data.tokenizer, base.model.patcher.grids)
+    words = Tokenizer.of(base)
     if place == "memory":
         for path in local:
             fsspec.filesystem("memory").pipe(f"/box/{Path(path).name}", Path(path).read_bytes())
@@ -398,7 +398,7 @@ def test_remote_shards_give_the_same_steps(config: Config, tmp_path: Path, serve
     found = steps(Corpus(there, words, base), 0, 4, Position())
     for a, b in zip(expected, found, strict=True):
         assert (a.micro[0].ids_BS == b.micro[0].ids_BS).all()
-        assert (a.micro[0].x_IP == b.micro[0].x_IP).all()
+        assert (a.micro[0].patches_UP == b.micro[0].patches_UP).all()
         assert not b.bad
     if place == "http" and not workers:
         assert any(asked and asked != "bytes=0-0" for asked in server[1].asked), "samples come by range"
@@ -429,7 +429,7 @@ def test_the_index_is_kept_and_renewed(config: Config, tmp_path: Path) -> None:
     assert ensure(shard, words, data).count == 5
     import hashlib
 
-    assert ensure(shard, words, data).meta["sha256"] == hashlib.sha256(Path(shard).read_bytes()).hexdigest()
+    assert ensure(shard, words, data).meta.sha256 == hashlib.sha256(Path(shard).read_bytes()).hexdigest()
 
 
 def test_an_index_goes_to_the_cache_where_the_place_is_read_only(config: Config, tmp_path: Path, monkeypatch) -> None:
@@ -447,7 +447,9 @@ def test_columns_are_what_the_samples_are(config: Config, tmp_path: Path) -> Non
     index = ensure(shard, tokenizer(), config.data)
     found = list(read([shard]))
     assert [index.key(i) for i in range(index.count)] == [sample.key for sample in found]
-    lengths = [len(tokenizer().encode(s)) if isinstance(s, str) else 0 for sample in found for s in sample.segments]
+    lengths = [
+        len(tokenizer().encode(s.text)) if isinstance(s, Text) else 0 for sample in found for s in sample.segments
+    ]
     (tokens,) = [index.column(name) for name in index.columns() if name.startswith("tokens_s")]
     assert tokens.tolist() == lengths
     assert index.column("height_s").max() == 6
@@ -466,8 +468,8 @@ def test_interleaved_documents(config: Config, tmp_path: Path) -> None:
     }  # fmt: skip
     shard = str(write_tar(tmp_path / "k.tar", members))
     one = override(config, {"data": {"train": [shard], "caption_drop": 0.0, "row_length": 64}})
-    corpus = Corpus(one.data.train, Tokenizer.load(one.data.tokenizer, one.model.patcher.grids), one)
-    assert {item["key"] for item in corpus.bad} == {"bad", "odd", "void"}
+    corpus = Corpus(one.data.train, Tokenizer.of(one), one)
+    assert {item.key for item in corpus.bad} == {"bad", "odd", "void"}
     batch = next(steps(corpus, 0, 1, Position())).micro[0]
     words = corpus.tokenizer
     ids = [
@@ -550,7 +552,9 @@ def test_latents_are_read_safely() -> None:
 
     latent = np.random.default_rng(0).standard_normal((4, 2, 3)).astype(np.float16)
     for data in (npy(latent), npy(np.asfortranarray(latent)), save({"latent": latent})):
-        np.testing.assert_array_equal(open_latent(data), latent.astype(np.float32))
+        opened = open_stored(data)
+        assert (opened.kind, opened.array.dtype) == ("latent", np.float32)
+        np.testing.assert_array_equal(opened.array, latent.astype(np.float32))
     for wrong in (
         npy(latent[0]),
         npy(latent.astype(np.int32)),
@@ -559,8 +563,8 @@ def test_latents_are_read_safely() -> None:
         b"\x93NUMPY\x09\x00",
         save({"latent": latent})[:-3],
     ):
-        with pytest.raises(BadSample, match="latent"):
-            open_latent(wrong)
+        with pytest.raises(BadSample, match="latent|array cannot be read"):
+            open_stored(wrong)
 
 
 def test_webdatasets_reader_agrees(tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ import yaml
 
 from mmgen.config import Config, LimitsConfig
 from mmgen.config_io import override
-from mmgen.data.loader import Corpus, Step, steps
+from mmgen.data.documents import Step
+from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Cursor, Cursors, PlannedDocument, Position
 from mmgen.data.shards import store
 from mmgen.data.streams import StreamCorpus, Streams, training_corpus
-from mmgen.data.tools.check import FAULTS
+from mmgen.data.tools.check import FAULTS, CheckOptions
 from mmgen.data.tools.check_streams import check_streams
 from mmgen.plan import plan
 from mmgen.sequence.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def streamed(tmp_path: Path) -> Config:
 
 
 def words(config: Config) -> Tokenizer:
-    return Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    return Tokenizer.of(config)
 
 
 def opened(config: Config) -> StreamCorpus:
@@ -70,7 +71,7 @@ def row_digests(step: Step) -> list[str]:
     for batch in step.micro:
         for b in range(len(batch.ids_BS)):
             here = batch.at_I // batch.ids_BS.shape[1] == b
-            parts = [batch.ids_BS[b], batch.document_BS[b], batch.label_BS[b], batch.x_IP[here]]
+            parts = [batch.ids_BS[b], batch.document_BS[b], batch.label_BS[b], batch.patches_UP[batch.source_I][here]]
             parts += [batch.draws[name][here] for name in sorted(batch.draws)]
             found.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest())
     return found
@@ -97,10 +98,10 @@ def names(shards: list[str]) -> set[tuple[str, str]]:
 def epoch_names(streams: Streams, epoch: int) -> Counter[tuple[str, str]]:
     seen: Counter[tuple[str, str]] = Counter()
     for stream in range(streams.count):
-        for row, *_ in streams.rows(stream, Cursor()):
-            if row[0].epoch > epoch:
+        for row in streams.rows(stream, Cursor()):
+            if row.documents[0].epoch > epoch:
                 break
-            seen.update((d.sample.shard, d.sample.key) for d in row if d.epoch == epoch)
+            seen.update((d.sample.shard, d.sample.key) for d in row.documents if d.epoch == epoch)
     return seen
 
 
@@ -111,7 +112,8 @@ def test_an_epoch_holds_each_sample_once(streamed: Config) -> None:
     first = [[streams.shard(stream, place, epoch) for stream in range(4) for place in range(2)] for epoch in (0, 1)]
     assert first[0] != first[1], "every epoch deals its shards anew"
     orders = [
-        [d.sample.key for row, *_ in islice(streams.rows(0, Cursor()), 9) for d in row if d.epoch == e] for e in (0, 1)
+        [d.sample.key for row in islice(streams.rows(0, Cursor()), 9) for d in row.documents if d.epoch == e]
+        for e in (0, 1)
     ]
     assert orders[0] != orders[1]
     assert orders[0] != sorted(orders[0]), "a window is shuffled"
@@ -157,8 +159,8 @@ def test_documents_are_those_of_the_indexed_order(streamed: Config) -> None:
     number = {indexed.dataset.name(i): i for i in range(len(indexed.samples))}
     forms = set()
     for stream in range(4):
-        for row, *_ in islice(streams.dataset.rows(stream, Cursor()), 12):
-            for document in row:
+        for row in islice(streams.dataset.rows(stream, Cursor()), 12):
+            for document in row.documents:
                 index = number[streams.name(document)]
                 lengths, images, form = (
                     int(column[0]) for column in indexed.dataset.lengths(np.array([document.epoch]), np.array([index]))
@@ -167,9 +169,10 @@ def test_documents_are_those_of_the_indexed_order(streamed: Config) -> None:
                 other = PlannedDocument(document.epoch, index, lengths, images, form)
                 mine, theirs = streams.write(document, None), indexed.write(other, None)
                 assert (mine.ids, mine.position, mine.block) == (theirs.ids, theirs.position, theirs.block)
-                for a, b in zip(mine.patches, theirs.patches, strict=True):
-                    np.testing.assert_array_equal(a[1], b[1])
-                    assert all(np.array_equal(a[3].draws[name], b[3].draws[name]) for name in b[3].draws)
+                for a, b in zip(mine.images, theirs.images, strict=True):
+                    np.testing.assert_array_equal(a.x_NP, b.x_NP)
+                for a, b in zip(mine.blocks, theirs.blocks, strict=True):
+                    assert all(np.array_equal(a.block.draws[name], b.block.draws[name]) for name in b.block.draws)
                 forms.add(form)
     assert len(forms) > 1
 
@@ -205,12 +208,12 @@ def test_bad_samples_are_passed_over_and_told_once(streamed: Config, tmp_path: P
     assert epoch_names(corpus.dataset, 0) == Counter(expected)
     assert epoch_names(corpus.dataset, 1) == Counter(expected)
     whole = list(steps(corpus, 0, 14, Cursors()))
-    bad = [(item["shard"], item["key"]) for step in whole for item in step.bad]
+    bad = [(item.shard, item.key) for step in whole for item in step.bad]
     in_first = Counter(bad)
     assert set(bad) == {("bad.tar", "a-0002"), ("bad.tar", "a-0000"), ("cut.tar", "0-0002")}
     for at in range(1, 14):
-        rest = [(i["shard"], i["key"]) for step in steps(corpus, at, 14, whole[at - 1].after) for i in step.bad]
-        assert bad == [(i["shard"], i["key"]) for step in whole[:at] for i in step.bad] + rest, "told once, where met"
+        rest = [(i.shard, i.key) for step in steps(corpus, at, 14, whole[at - 1].after) for i in step.bad]
+        assert bad == [(i.shard, i.key) for step in whole[:at] for i in step.bad] + rest, "told once, where met"
     assert max(in_first.values()) <= 1 + max(cursor.epoch for cursor in whole[-1].after.streams.values())
 
 
@@ -231,7 +234,7 @@ def test_an_undecodable_image_leaves_its_slot_empty(streamed: Config, tmp_path: 
         list(steps(opened(override(one, {"data": {"train": shards}})), 0, STEPS, Cursors())) for shards in (good, holed)
     ]
     lost = [item for step in runs[1] for item in step.bad]
-    assert {(item["shard"], item["key"]) for item in lost} == {("part-3.tar", "3-0004")}
+    assert {(item.shard, item.key) for item in lost} == {("part-3.tar", "3-0004")}
     for whole, part in zip(*runs, strict=True):
         a, b = row_digests(whole), row_digests(part)
         assert sum(x != y for x, y in zip(a, b, strict=True)) == len(part.bad)
@@ -315,7 +318,7 @@ def test_resuming_reads_one_shard_and_one_window(tmp_path: Path, monkeypatch: py
     opens: list[str] = []
     stream = store.stream
     monkeypatch.setattr(store, "stream", lambda shard, limits: (opens.append(shard), stream(shard, limits))[1])
-    cursors = [cursor for _, cursor, _ in islice(streams.rows(0, Cursor()), 120)]
+    cursors = [row.after for row in islice(streams.rows(0, Cursor()), 120)]
     assert cursors[-1].place > 10
     for cursor in cursors[::9]:
         opens.clear()
@@ -328,7 +331,7 @@ def test_what_streams_cannot_do_is_refused(streamed: Config, monkeypatch: pytest
     with pytest.raises(
         ValueError, match=r"data.streams is 4, which 3 processes .* start 1 or 2 or 4 processes, .* data.streams 6"
     ):
-        streamed.check(3)
+        streamed.check_processes(3)
     with pytest.raises(ValueError, match="3 processes"):
         next(steps(opened(streamed), 0, 1, Cursors(), 0, 3))
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -380,7 +383,8 @@ def test_the_rate_of_bad_samples_is_of_those_met(streamed: Config) -> None:
 
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_every_fault_of_the_streams_is_seen(streamed: Config, fault: str | None) -> None:
-    report = check_streams(words(streamed), streamed, lambda line: None, decode=fault is None, inject=fault)
+    options = CheckOptions(decode=fault is None, inject=fault)
+    report = check_streams(words(streamed), streamed, options).as_dict()
     wrong = {
         None: set(), "per_rank_seed": {"same_for_any_world"}, "dropped_carry": {"coverage_exact"},
         "off_by_one": {"same_after_resume"}, "duplicated_shard": {"coverage_exact"},

@@ -21,7 +21,8 @@ from PIL import Image
 from data_prep import folder, pages, table, text
 from data_prep.shards import LeftOut, image_member, pieces
 from mmgen.config import DataConfig, LimitsConfig
-from mmgen.data.shards.samples import Picture, Sample, image_size, open_image, read
+from mmgen.data.shards.pictures import image_size, open_image
+from mmgen.data.shards.samples import Picture, Sample, Text, read
 from tests.conftest import picture, png
 
 KEEP = DataConfig(captionless="keep")
@@ -157,7 +158,7 @@ def test_pages_become_interleaved_documents(tmp_path: Path, capsys: pytest.Captu
     a, b = site(tmp_path / "site")
     pages.main(tmp_path / "site", out=tmp_path / "out")
     (document,) = shards(tmp_path / "out")
-    told = ["image" if isinstance(segment, Picture) else segment for segment in document.segments]
+    told = [segment.text if isinstance(segment, Text) else "image" for segment in document.segments]
     assert told == ["A red house\nBefore & after\na line", "image", "The house\nThen", "image", "the end"]
     drawn = [np.asarray(open_image(segment.data)) for segment in document.segments if isinstance(segment, Picture)]
     assert np.array_equal(drawn[0], np.asarray(a))
@@ -177,7 +178,7 @@ def test_long_pages_become_several_documents(tmp_path: Path) -> None:
     found = shards(tmp_path / "out")
     assert len(found) > 2
     for document in found:
-        words = [segment for segment in document.segments if isinstance(segment, str)]
+        words = [segment.text for segment in document.segments if isinstance(segment, Text)]
         assert sum(map(len, words)) <= 20
         assert len(document.segments) - len(words) <= 1
     assert " ".join(" ".join(document.caption for document in found).split()) == (
@@ -284,7 +285,7 @@ def test_pages_as_they_are_on_the_web(tmp_path: Path, body: str, told: list[str]
     (root / "linked.png").symlink_to(tmp_path / "elsewhere.png")
     pages.main(root, out=tmp_path / "out")
     (document,) = shards(tmp_path / "out")
-    assert ["image" if isinstance(segment, Picture) else segment for segment in document.segments] == told
+    assert [segment.text if isinstance(segment, Text) else "image" for segment in document.segments] == told
 
 
 def test_odd_images(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from mmgen.config import Config
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position
+from mmgen.sequence.batch import prepare
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.loop import build_engine
 from mmgen.train.memory import Shape, theory, traffic
@@ -69,12 +70,13 @@ def count(config: Config, out: Path, fault: str | None, rank: int) -> int:
     torch.manual_seed(0)
     engine: Any = build_engine(config, len(tokenizer), ranks)
     stage = config.train.zero_stage
-    stream = steps(Corpus(config.data.train, tokenizer, config), 0, 2, Position(), ranks.rank, ranks.world)
+    corpus = Corpus(config.data.train, tokenizer, config)
+    stream = steps(corpus, 0, 2, Position(), ranks.rank, ranks.world)
     grads = 0
     for number, step in enumerate(stream):
         sent[:] = [0.0, float(number == 1)]
-        for i, batch in enumerate(step.micro):
-            losses = engine.forward(batch)
+        for i, raw in enumerate(step.micro):
+            losses = engine.forward(prepare(raw, corpus.patcher))
             engine.backward(losses.text + losses.image, last=i + 1 == len(step.micro))
             grads = max(grads, sum(t.numel() * t.element_size() for t in gradients(engine, stage)))
         engine.step(allow=True)

@@ -24,6 +24,7 @@ from mmgen.config_io import override
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position
 from mmgen.model import build_model
+from mmgen.sequence.batch import prepare
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train import loop
 from mmgen.train.checkpoint.fragments import Store
@@ -126,7 +127,8 @@ def plain(config: Config, out: Path, skips: bool, rank: int) -> int:
     )
     result: dict[str, Any] = {"losses": [], "norms": [], "gradient": {}}
     average, taken = {}, 0
-    for n, step in enumerate(steps(Corpus(config.data.train, tokenizer, config), 0, STEPS, Position()), 1):
+    corpus = Corpus(config.data.train, tokenizer, config)
+    for n, step in enumerate(steps(corpus, 0, STEPS, Position()), 1):
         rate = min(n / settings.warmup_steps, 1)
         if n > settings.warmup_steps:
             angle = torch.pi * (n - settings.warmup_steps) / (STEPS - settings.warmup_steps)
@@ -134,7 +136,8 @@ def plain(config: Config, out: Path, skips: bool, rank: int) -> int:
             rate = low + (1 - low) * (1 + torch.cos(torch.tensor(angle, dtype=torch.float64)).item()) / 2
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * rate
-        (batch,) = step.micro
+        (raw,) = step.micro
+        batch = prepare(raw, corpus.patcher)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
             found = model(batch)
         loss = found.text / found.text_count + config.objective.lambda_image * found.image / found.image_count

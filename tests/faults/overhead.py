@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from mmgen.config import Config
+from mmgen.sequence.batch import prepare
 from mmgen.train import run
 from mmgen.train.loop import train
 from mmgen.train.report import Outcome, Reporter
@@ -61,8 +62,8 @@ def timed(config: Config, bare: bool, prepared: bool, out: Path, rank: int) -> i
         ours.append(time.perf_counter() - now[0])
         if bare:
             began = time.perf_counter()
-            for i, batch in enumerate(held[0].micro):
-                found = self.engine.forward(batch)
+            for i, raw in enumerate(held[0].micro):
+                found = self.engine.forward(prepare(raw, self.patcher, self.device))
                 self.engine.backward((found.text + found.image) / 100, last=i + 1 == len(held[0].micro))
             self.engine.step(allow=True)
             theirs.append(time.perf_counter() - began)

@@ -17,16 +17,17 @@ from data_prep import train_vae
 from data_prep.latents import main as precompute
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.data.latents import settled
+from mmgen.data.documents import DecodedImage
+from mmgen.data.latents import find_facts
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.data.shards.samples import BadSample
 from mmgen.evaluate.report import Pictures, held_out_losses
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.image import latent
-from mmgen.image.latent import LatentPatcher
+from mmgen.image.latent import AutoencoderFacts, LatentPatcher
 from mmgen.image.patch import cut
-from mmgen.sequence.batch import encoded
+from mmgen.sequence.batch import prepare
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.checkpoint.read import load_model
 from mmgen.train.loop import train
@@ -63,7 +64,7 @@ def latent_config(tmp: Path, vae: Path, **changes: dict) -> Config:
 
 
 def words(config: Config) -> Tokenizer:
-    return Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    return Tokenizer.of(config)
 
 
 def precomputed(tmp: Path, config: Config, name: str = "latents", **options: bool) -> Config:
@@ -131,25 +132,28 @@ def test_statistics_are_measured_where_none_are_written(tmp_path: Path, vae: Pat
     config = latent_config(tmp_path, vae)
     with pytest.raises(ValueError, match="neither scaling_factor nor latents_mean"):
         _ = LatentPatcher(config.model.patcher).statistics
-    known = settled(config, words(config)).model.patcher.vae
-    batches = epoch(override(config, {"model": {"patcher": {"vae": known.model_dump()}}}))
+    known = find_facts(config, words(config))
+    batches = epoch(config, known)
     cells = torch.cat([b.x_IP.view(-1, 4, 3).flatten(0, 1) for b in batches]).double()
     np.testing.assert_allclose(cells.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(cells.std(0, correction=0), 1, atol=1e-5)
-    stored = settled(precomputed(tmp_path, config), words(config)).model.patcher.vae
+    stored = find_facts(precomputed(tmp_path, config), words(config))
     np.testing.assert_allclose(stored.mean, known.mean, atol=1e-5)
     np.testing.assert_allclose(stored.std, known.std, atol=1e-5)
 
 
-def epoch(config: Config) -> list:
+def epoch(config: Config, facts: AutoencoderFacts | None = None) -> list:
     """All rows of an epoch as they enter the model."""
     config = override(config, {"train": {"batch_rows": 64}})
-    corpus = Corpus(config.data.train, words(config), config)
+    corpus = Corpus(config.data.train, words(config), config, facts)
     rows = list(corpus.plan.epoch_rows(0))
-    return [encoded(batch, corpus.patcher) for batch in corpus.step(0, rows, Position()).micro]
+    return [prepare(raw, corpus.patcher) for raw in corpus.step(0, rows, Position()).micro]
 
 
-@pytest.mark.parametrize("objective", [{"context": "clean_copy"}, {"kind": "mar"}, {"kind": "mar", "order": "random"}])
+@pytest.mark.parametrize(
+    "objective",
+    [{"transfusion": {"context": "clean_copy"}}, {"kind": "mar"}, {"kind": "mar", "mar": {"order": "random"}}],
+)
 def test_batches_online_equal_precomputed(tmp_path: Path, vae: Path, objective: dict) -> None:
     """Copies, orders and sizes mixed in a row all get the latents of their own image."""
     config = latent_config(tmp_path, vae, objective=objective)
@@ -177,8 +181,8 @@ def test_a_run_online_is_the_run_precomputed(tmp_path: Path, vae: Path, objectiv
     model, tokenizer = load_model(config.run.dir / "checkpoints" / "latest")
     assert not [name for name in model.state_dict() if "encoder" in name or "decoder" in name or "quant" in name]
     library = AutoencoderKL.from_pretrained(vae)
-    assert model.patcher.vae.fingerprint == latent.fingerprint(library)
-    assert model.patcher.vae.std == pytest.approx([1 / 0.7] * 3)
+    assert model.autoencoder.fingerprint == latent.fingerprint(library)
+    assert model.autoencoder.std == pytest.approx([1 / 0.7] * 3)
     decoder = Decoder(model, tokenizer, config.sample)
     results = decoder.generate([Request(["one"], "image", 1), Request(["two"], "image", 2, grid=(3, 2))])
     assert [result.images[0].size for result in results] == [(8, 8), (8, 12)]
@@ -189,7 +193,7 @@ def test_a_run_online_is_the_run_precomputed(tmp_path: Path, vae: Path, objectiv
 
 def test_images_are_decoded_in_batches(tmp_path: Path, vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All images that are finished together pass the autoencoder once, and each is what it is alone."""
-    config = settled(latent_config(tmp_path, vae), None)
+    config = latent_config(tmp_path, vae)
     model, tokenizer = awake(config)
     decoder = Decoder(model, tokenizer, config.sample)
     module = decoder.patcher.autoencoder.module
@@ -256,12 +260,12 @@ def test_bad_latents_are_bad_samples(tmp_path: Path, vae: Path) -> None:
     shard = write_tar(tmp_path / "latents.tar", captioned)
     config = latent_config(tmp_path, vae, data={"train": [str(shard)]})
     corpus = Corpus([str(shard)], words(config), config)
-    reasons = {bad["key"]: bad["reason"] for bad in corpus.bad}
+    reasons = {bad.key: bad.reason for bad in corpus.bad}
     usable = []
     for index in range(len(corpus.samples)):
         _, key = corpus.dataset.name(index)
         try:
-            ((rows, _),) = [s for s in corpus.decoded(0, index)[1] if isinstance(s, tuple)]
+            (_,) = [s for s in corpus.decoded(0, index).segments if isinstance(s, DecodedImage)]
             usable.append(key)
         except BadSample as error:
             reasons[key] = str(error)
@@ -285,7 +289,6 @@ def test_what_does_not_fit_is_named(tmp_path: Path, vae: Path) -> None:
         ({"vae": {"channels": 4}}, "vae.channels is 4, but that of the autoencoder .* is 3"),
         ({"vae": {"factor": 4}, "patch_size": 1}, "vae.factor is 4, but that of the autoencoder .* is 2"),
         ({"channels": 1}, "patcher.channels is 1, but that of the autoencoder .* is 3"),
-        ({"vae": {"fingerprint": "0123"}}, "not those that this model was trained with"),
     ):
         with pytest.raises(ValueError, match=message):
             train(patcher(**change))
@@ -297,6 +300,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path, vae: Path) -> None:
         with pytest.raises(ValueError, match=message):
             patcher(**change)
     other = autoencoder(tmp_path / "other", seed=1)
+    facts = AutoencoderFacts("0123", [0.0] * 3, [1.0] * 3)
+    with pytest.raises(ValueError, match="not those that this model was trained with"):
+        LatentPatcher(config.model.patcher, facts=facts).load()
     with pytest.raises(ValueError, match="come from another autoencoder"):
         train(override(stored, {"model": {"patcher": {"vae": {"name": str(other)}}}}))
     pixels = {"kind": "pixels", "patch_size": 4}
@@ -361,7 +367,6 @@ def test_latents_in_the_evaluation(tmp_path: Path, vae: Path) -> None:
         members[f"{i}.json"] = json.dumps({"caption": f"a {i}", "objects": [{"digit": i}]}).encode()
     write_tar(shard, members)
     config = latent_config(tmp_path, vae, data={"train": [str(shard)], "val": [str(shard)]})
-    config = settled(config, None)
     stored = precomputed(tmp_path, config)
     patcher = LatentPatcher(config.model.patcher)
     images, decoded = (Pictures(c.data.train, patcher, []) for c in (config, stored))

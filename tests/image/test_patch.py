@@ -40,9 +40,9 @@ def test_sizes_that_patches_do_not_divide() -> None:
     with pytest.raises(ValueError, match="not divisible"):
         cut(np.zeros((5, 4, 3), np.float32), 2)
     with pytest.raises(ValueError, match="image size 5x4 is not divisible by patch_size 2"):
-        PatcherConfig(patch_size=2, image_sizes=[(5, 4)]).check()
+        PatcherConfig(patch_size=2, image_sizes=[(5, 4)])
     with pytest.raises(ValueError, match="channels is 2"):
-        PatcherConfig(channels=2).check()
+        PatcherConfig(channels=2)
 
 
 def test_alpha_is_put_on_white() -> None:
@@ -64,10 +64,11 @@ def test_places_are_distinct_and_extend_to_any_grid() -> None:
 def test_projection_shapes(name: str) -> None:
     settings_ = PatcherConfig(patch_size=2, image_sizes=[(4, 4)], projection=name, bottleneck=5)
     projection = build_projection(settings_, 16)
-    entered, memory = projection.encode(torch.randn(7, 12), torch.rand(7), None)
+    entry, exit_ = projection.entry(), projection.exit()
+    entered, memory = entry.enter(torch.randn(7, 12), torch.rand(7), None)
     assert entered.shape == (7, 16)
-    assert projection.decode(entered, memory, torch.rand(7), None).shape == (7, 12)
-    assert (name == "bottleneck") == (sum(p.numel() for p in projection.enter.parameters()) == 12 * 5 + 5 * 16 + 16)
+    assert exit_.leave(entered, memory, torch.rand(7), None).shape == (7, 12)
+    assert (name == "bottleneck") == (sum(p.numel() for p in entry.parameters()) == 12 * 5 + 5 * 16 + 16)
 
 
 def test_tokenizer_round_trip(tmp_path) -> None:

@@ -17,27 +17,30 @@ from mmgen.config_io import override
 from mmgen.data.loader import Corpus
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.model import MMGenModel, build_model
-from mmgen.objective import Given, ImageSite, ImageSpec, MARObjective
-from mmgen.objective.mar import guidance_at, mask_ratio, unmask_counts
+from mmgen.objective import Given, ImageSite, ImageSpec
+from mmgen.objective.mar import MARLayout, guidance_at, mask_ratio, unmask_counts
 from mmgen.plan import plan
 from mmgen.sequence.attention import dense_visible
-from mmgen.sequence.batch import Batch, collate
+from mmgen.sequence.batch import Batch
 from mmgen.sequence.document import TextSegment, Writer
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.checkpoint import read as checkpoint
 from mmgen.train.loop import train
-from tests.conftest import awake
+from tests.conftest import awake, packed, ready
 
 ORDERS = ("masked", "random", "raster")
 
 
-def mar(config: Config, order: str = "masked", **more: object) -> Config:
-    return override(config, {"objective": {"kind": "mar", "order": order, "head": {"width": 24}, **more}})
+def mar(config: Config, order: str = "masked", shared: dict | None = None, **own: object) -> Config:
+    """MAR with settings of its own, and of the section that all objectives share."""
+    section = {"order": order, "head": {"width": 24}, **own}
+    return override(config, {"objective": {"kind": "mar", "mar": section, **(shared or {})}})
 
 
 def first_batch(config: Config, tokenizer: Tokenizer, rows: int = 3) -> Batch:
     config = override(config, {"train": {"batch_rows": rows}})
-    return Corpus(config.data.train, tokenizer, config).first_step().micro[0].to("cpu", torch.float64)
+    corpus = Corpus(config.data.train, tokenizer, config)
+    return ready(corpus, corpus.first_step().micro[0], torch.float64)
 
 
 @given(st.floats(0, 1, exclude_max=True), st.floats(0.7, 1.0), st.floats(0.1, 0.5), st.floats(0, 0.9))
@@ -67,10 +70,10 @@ def test_the_guidance_ramp() -> None:
 def test_the_masked_layout(config: Config) -> None:
     settings = mar(config).objective
     for quantile in (0.0, 0.5, 0.999):
-        site = ImageSite((4, 5), 12, True, True, quantile)
-        noised, clean = MARObjective.layout(settings, site, np.random.default_rng(0))
+        site = ImageSite((4, 5), True, True, quantile)
+        noised, clean = MARLayout(settings, 12).blocks(site, np.random.default_rng(0))
         masked = noised.draws["masked"] > 0
-        assert masked.sum() == int(np.ceil(20 * mask_ratio(quantile, settings.mask_ratio)))
+        assert masked.sum() == int(np.ceil(20 * mask_ratio(quantile, settings.mar.mask_ratio)))
         assert (noised.noised, clean.noised) == (True, False)
         assert (noised.bidirectional, clean.bidirectional) == (True, True)
         assert (noised.loss == masked).all()
@@ -83,15 +86,15 @@ def test_the_masked_layout(config: Config) -> None:
 
 
 def test_causal_layouts(config: Config) -> None:
-    site = ImageSite((3, 3), 12, True, False, 0.5)
-    (raster,) = MARObjective.layout(mar(config, "raster").objective, site, np.random.default_rng(0))
-    (random,) = MARObjective.layout(mar(config, "random").objective, site, np.random.default_rng(0))
+    site = ImageSite((3, 3), True, False, 0.5)
+    (raster,) = MARLayout(mar(config, "raster").objective, 12).blocks(site, np.random.default_rng(0))
+    (random,) = MARLayout(mar(config, "random").objective, 12).blocks(site, np.random.default_rng(0))
     assert list(raster.order_N) == list(range(9)) == sorted(random.order_N) != list(random.order_N)
     for block in (raster, random):
         assert (block.bidirectional, block.noised, block.loss) == (False, False, True)
 
 
-@pytest.mark.parametrize("kind", [{"kind": "mar"}, {"kind": "transfusion", "context": "clean_copy"}])
+@pytest.mark.parametrize("kind", [{"kind": "mar"}, {"kind": "transfusion", "transfusion": {"context": "clean_copy"}}])
 def test_a_noised_copy_is_foreign_to_all_others(config: Config, kind: dict) -> None:
     config = override(config, {"objective": kind})
     _, tokenizer = awake(config)
@@ -100,7 +103,7 @@ def test_a_noised_copy_is_foreign_to_all_others(config: Config, kind: dict) -> N
     assert noised.any()
     for b, k in torch.nonzero(noised).tolist():
         assert (block[b][seen[b, :, k]] == block[b, k]).all()
-    added = plan(config)["positions_added_by_copies"]
+    added = plan(config).positions_added_by_copies
     assert added == [4, 6]
     copies = batch.image_I.unique().numel() // 2
     assert (
@@ -134,7 +137,7 @@ def test_the_loss_is_flow_matching_patch_by_patch(config: Config, order: str) ->
         inputs, embedded = model.embed(batch)
         from mmgen.backbone import attention_mask
 
-        hidden = model.hidden(inputs, batch.position_BS, attention_mask(batch.sites)).flatten(0, 1)
+        hidden = model.hidden(inputs, batch.position_BS, attention_mask(batch.sites), batch.modality).flatten(0, 1)
         head, total = model.objective.head, 0.0
         at = batch.at_I[batch.loss_at_J]
         expected_reads = at if order == "masked" else at - 1
@@ -161,7 +164,7 @@ def test_causal_orders_leak_nothing(config: Config, order: str) -> None:
 
         with torch.no_grad():
             inputs, embedded = model.embed(batch)
-            hidden = model.hidden(inputs, batch.position_BS, attention_mask(batch.sites))
+            hidden = model.hidden(inputs, batch.position_BS, attention_mask(batch.sites), batch.modality)
         return hidden.flatten(0, 1)[embedded.read_at_J]
 
     base = read(batch)
@@ -184,9 +187,9 @@ def test_causal_orders_leak_nothing(config: Config, order: str) -> None:
 def test_every_parameter_takes_part_without_images(config: Config, order: str, head: str) -> None:
     config = mar(config, order, head={"kind": head})
     model, tokenizer = awake(config)
-    nothing = model.objective.context(model.objective.settings, (0, 0), model.patcher.patch_length)
+    nothing = model.objective.layout.context((0, 0))
     strip = Writer(tokenizer).document([TextSegment(tokenizer.encode("words"))])
-    batch = collate([[strip]], len(strip), tokenizer, nothing, model.patcher.patch_length).to("cpu", torch.float64)
+    batch = packed([[strip]], len(strip), tokenizer, nothing, model.patcher.patch_length, torch.float64)
     losses = model(batch)
     (losses.text + losses.image).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -233,7 +236,8 @@ def test_a_head_that_knows_a_picture_draws_it(
     config: Config, order: str, prediction: str, solver: str, painting: bool
 ) -> None:
     config = override(
-        mar(config, order, prediction=prediction), {"sample": {"steps": 6, "solver": solver, "unmask_steps": 3}}
+        mar(config, order, shared={"prediction": prediction}),
+        {"sample": {"steps": 6, "solver": solver, "unmask_steps": 3}},
     )
     model, _ = awake(config)
     length, rng = model.patcher.patch_length, torch.Generator().manual_seed(0)
@@ -241,7 +245,7 @@ def test_a_head_that_knows_a_picture_draws_it(
     knowing(model, prediction, flat, flat)
     noise = torch.randn(3, 6, length, dtype=torch.float64, generator=rng)
     orders = torch.stack(
-        [torch.from_numpy(MARObjective.order(config.objective, (3, 2), np.random.default_rng(r))) for r in range(3)]
+        [torch.from_numpy(MARLayout(config.objective, 12).order((3, 2), np.random.default_rng(r))) for r in range(3)]
     )
     opening = orders[:, :1].double().expand(3, 32).unsqueeze(0)
     known = None
@@ -268,7 +272,7 @@ def test_the_regression_head_draws_one_picture(config: Config) -> None:
 def test_the_regression_head_learns_from_the_hidden_state(config: Config) -> None:
     """It must fail for being a mean, not for being dead: on a few pictures it beats the best constant by far."""
     config = mar(config, "raster", head={"kind": "mse", "width": 48})
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     torch.manual_seed(0)
     model = build_model(config, len(tokenizer))
     batch = first_batch(config, tokenizer, 2).to("cpu", torch.float32)
@@ -306,10 +310,12 @@ def test_learning_and_drawing_from_shards(config: Config) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "mar", "context": "capped"}, "'capped' does not suit 'masked'"),
-        ({"kind": "mar", "order": "raster", "context": "clean_copy"}, "does not suit 'raster'"),
-        ({"kind": "transfusion", "context": "clean"}, "'clean' does not suit 'transfusion'"),
-        ({"kind": "mar", "order": "random", "bidirectional": True}, "would see itself"),
+        ({"kind": "mar", "context": "capped"}, "write it as objective.transfusion.context"),
+        ({"kind": "transfusion", "order": "raster"}, "write it as objective.mar.order"),
+        ({"kind": "transfusion", "transfusion": {"context": "clean"}}, "objective.transfusion.context"),
+        ({"kind": "transfusion", "mar": {"order": "spiral"}}, "objective.mar.order"),
+        ({"kind": "mar", "mar": {"order": "random"}, "bidirectional": True}, "would see itself"),
+        ({"others": {"tokens": {}}}, "no such objective"),
     ],
 )
 def test_combinations_without_sense_are_refused(config: Config, settings: dict, message: str) -> None:
@@ -317,8 +323,8 @@ def test_combinations_without_sense_are_refused(config: Config, settings: dict, 
         override(config, {"objective": settings})
 
 
-def test_a_unet_projection_is_refused(config: Config) -> None:
-    with pytest.raises(ValueError, match="for objective.kind 'mar' 'unet'"):
+def test_an_unknown_projection_is_refused(config: Config) -> None:
+    with pytest.raises(ValueError, match="unknown model.patcher.projection 'unet'"):
         awake(override(mar(config), {"model": {"patcher": {"projection": "unet"}}}))
 
 

@@ -1,7 +1,6 @@
-"""The seam holds what comes next: stand-ins for a raster MAR, a clean-copy layout and a U-Net projection.
+"""The interface of objectives, held by two that are written here: a raster MAR and a second, clean copy.
 
-Each goes from shards through packing, loss and backward pass to generation. They are defined here, against
-`objective/` alone; nothing else of mmgen is touched.
+Each goes from shards through packing, loss and backward pass to generation.
 """
 
 from __future__ import annotations
@@ -19,35 +18,49 @@ from mmgen.data.loader import Corpus
 from mmgen.flow.solvers import runge_kutta, solve
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.model import MMGenModel, build_model
-from mmgen.objective import BackboneCall, Drawing, Embedded, ImageObjective, ImageSpec, TransfusionObjective, layers
-from mmgen.objective.layers import PatchProjection, PlaceEmbedding
+from mmgen.objective import (
+    BackboneCall,
+    Drawing,
+    Embedded,
+    ImageLayout,
+    ImageObjective,
+    ImageSpec,
+    TransfusionObjective,
+)
+from mmgen.objective.layers import PlaceEmbedding
+from mmgen.objective.transfusion import TransfusionLayout
 from mmgen.sequence.attention import dense_visible
-from mmgen.sequence.batch import Batch, Places
+from mmgen.sequence.batch import Batch
 from mmgen.sequence.document import Block
 from mmgen.sequence.tokenizer import Tokenizer
+from tests.conftest import packed, ready
+
+
+class RasterLayout(ImageLayout):
+    bidirectional = False
+
+    def blocks(self, site, rng) -> list[Block]:
+        n, draws = site.grid[0] * site.grid[1], 3
+        shape = (n, draws, self.patch_length)
+        noise = {"t": rng.random((n, draws), np.float32), "eps": rng.standard_normal(shape, np.float32)}
+        return [Block(np.arange(n), noise, bidirectional=False)]
+
+    def context(self, grid) -> Block:
+        n = grid[0] * grid[1]
+        draws = {"t": np.ones((n, 3), np.float32), "eps": np.zeros((n, 3, self.patch_length), np.float32)}
+        return Block(np.arange(n), draws, bidirectional=False, loss=False)
 
 
 class RasterMAR(ImageObjective):
     """Next-patch prediction: causal, clean inputs, a small head denoises each patch given the state before it."""
+
+    Layout = RasterLayout
 
     def __init__(self, settings, patcher, width) -> None:
         super().__init__(settings, patcher, width)
         length = patcher.patch_length
         self.enter, self.place = nn.Linear(length, width), PlaceEmbedding(width)
         self.head = nn.Sequential(nn.Linear(width + length + 1, width), nn.SiLU(), nn.Linear(width, length))
-
-    @classmethod
-    def layout(cls, settings, site, rng) -> list[Block]:
-        n, draws = site.grid[0] * site.grid[1], 3
-        shape = (n, draws, site.patch_length)
-        noise = {"t": rng.random((n, draws), np.float32), "eps": rng.standard_normal(shape, np.float32)}
-        return [Block(np.arange(n), noise, bidirectional=False)]
-
-    @classmethod
-    def context(cls, settings, grid, patch_length) -> Block:
-        n = grid[0] * grid[1]
-        draws = {"t": np.ones((n, 3), np.float32), "eps": np.zeros((n, 3, patch_length), np.float32)}
-        return Block(np.arange(n), draws, bidirectional=False, loss=False)
 
     def embed(self, batch: Batch) -> Embedded:
         ends = torch.ones(len(batch.image_I), dtype=torch.bool)
@@ -84,61 +97,33 @@ class RasterMAR(ImageObjective):
         return torch.stack(patches, 1)
 
 
+class CopyLayout(TransfusionLayout):
+    def __init__(self, settings, patch_length) -> None:
+        super().__init__(settings, patch_length)
+        self.copies = 2
+
+
 class CleanCopy(TransfusionObjective):
     """Transfusion in which later text reads a second, clean copy of the image."""
 
-    @classmethod
-    def layout(cls, settings, site, rng) -> list[Block]:
-        (noised,) = super().layout(settings, site, rng)
-        clean = cls.context(settings, site.grid, site.patch_length)
-        return [Block(noised.order_N, noised.draws, noised.bidirectional, noised=True), clean]
-
-    @classmethod
-    def copies(cls, settings) -> int:
-        return 2
-
-
-class UNetProjection(PatchProjection):
-    """A convolution over each image's patch grid, whose features skip the backbone."""
-
-    def __init__(self, settings, width) -> None:
-        super().__init__()
-        self.enter = nn.Conv2d(settings.patch_length, width, 3, padding=1)
-        self.leave = nn.Conv2d(2 * width, settings.patch_length, 3, padding=1)
-
-    def _over_grids(self, layer: nn.Module, rows_IC: Tensor, places: Places) -> Tensor:
-        out = []
-        for image in places.image_I.unique():
-            mine = places.image_I == image
-            height, width = (places.place_I2[mine].amax(0) + 1).tolist()
-            out.append(layer(rows_IC[mine].T.reshape(1, -1, height, width))[0].flatten(1).T)
-        return torch.cat([*out, layer(rows_IC.new_zeros(1, rows_IC.shape[1], 1, 1))[0].flatten(1).T[:0]])
-
-    def encode(self, x_IP, t_I, places):
-        entered = self._over_grids(self.enter, x_IP, places)
-        return entered, entered
-
-    def decode(self, hidden_ID, memory, t_I, places):
-        return self._over_grids(self.leave, torch.cat([hidden_ID, memory], 1), places)
+    Layout = CopyLayout
 
 
 def build(config: Config, monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[Config, MMGenModel, Tokenizer]:
     monkeypatch.setitem(objectives.OBJECTIVES, "raster", RasterMAR)
     monkeypatch.setitem(objectives.OBJECTIVES, "copy", CleanCopy)
-    monkeypatch.setitem(layers.PROJECTIONS, "unet", UNetProjection)
-    changes = {"unet": {"model": {"patcher": {"projection": "unet"}}}}.get(name, {"objective": {"kind": name}})
-    config = override(config, changes)
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    config = override(config, {"objective": {"kind": name}})
+    tokenizer = Tokenizer.of(config)
     torch.manual_seed(0)
     return config, build_model(config, len(tokenizer)), tokenizer
 
 
-@pytest.mark.parametrize("name", ["raster", "copy", "unet", "transfusion"])
+@pytest.mark.parametrize("name", ["raster", "copy", "transfusion"])
 def test_from_shards_to_pictures(config: Config, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     config, model, tokenizer = build(config, monkeypatch, name)
     corpus = Corpus(config.data.train, tokenizer, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batch = corpus.first_step().micro[0]
+    batch = ready(corpus, corpus.first_step().micro[0])
     history = []
     for _ in range(30):
         losses = model(batch)
@@ -160,7 +145,8 @@ def test_raster_is_causal_and_learns_every_patch(config: Config, monkeypatch: py
     config = override(config, {"train": {"batch_rows": 1}})
     config, model, tokenizer = build(config, monkeypatch, "raster")
     model = model.double().eval()
-    batch = Corpus(config.data.train, tokenizer, config).first_step().micro[0].to("cpu", torch.float64)
+    corpus = Corpus(config.data.train, tokenizer, config)
+    batch = ready(corpus, corpus.first_step().micro[0], torch.float64)
     base = _read(model, batch)
     image = batch.image_I == batch.image_I[0]
     for i in torch.nonzero(image).flatten().tolist():
@@ -174,7 +160,7 @@ def test_raster_is_causal_and_learns_every_patch(config: Config, monkeypatch: py
 def _read(model: MMGenModel, batch: Batch) -> Tensor:
     with torch.no_grad():
         inputs, embedded = model.embed(batch)
-        hidden = model.hidden(inputs, batch.position_BS, attention_mask(batch.sites))
+        hidden = model.hidden(inputs, batch.position_BS, attention_mask(batch.sites), batch.modality)
     return hidden.flatten(0, 1)[embedded.read_at_J]
 
 
@@ -187,16 +173,15 @@ def test_raster_generation_equals_one_forward_pass(config: Config, monkeypatch: 
     drawn, pictures = [], decoder.patcher.pictures
     decoder.patcher.pictures = lambda x_RNP, grid: drawn.extend(x_RNP) or pictures(x_RNP, grid)
     decoder.generate([Request(["abc"], "image", 9)])
-    from mmgen.sequence.batch import collate
     from mmgen.sequence.document import ImageSegment, TextSegment, Writer
 
     patch_length = model.patcher.patch_length
-    context = RasterMAR.context(config.objective, (2, 2), patch_length)
+    context = model.objective.layout.context((2, 2))
     learned = Block(context.order_N, context.draws, bidirectional=False)
     text = TextSegment(tokenizer.encode("abc"))
     strip = Writer(tokenizer).document([text, ImageSegment(drawn[0], (2, 2), [learned])])
-    nothing = RasterMAR.context(config.objective, (0, 0), patch_length)
-    batch = collate([[strip]], len(strip), tokenizer, nothing, patch_length).to("cpu", torch.float64)
+    nothing = model.objective.layout.context((0, 0))
+    batch = packed([[strip]], len(strip), tokenizer, nothing, patch_length, torch.float64)
     hidden = _read(model, batch)
     noise = np.random.Generator(np.random.Philox(key=9)).standard_normal((4, patch_length), np.float32)
     z, times = torch.from_numpy(noise).double(), torch.arange(5, dtype=torch.float64) / 4
@@ -210,7 +195,8 @@ def test_raster_generation_equals_one_forward_pass(config: Config, monkeypatch: 
 def test_a_noised_copy_is_seen_by_nobody_else(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     config = override(config, {"train": {"batch_rows": 1}})
     config, model, tokenizer = build(config, monkeypatch, "copy")
-    batch = Corpus(config.data.train, tokenizer, config).first_step().micro[0]
+    corpus = Corpus(config.data.train, tokenizer, config)
+    batch = ready(corpus, corpus.first_step().micro[0])
     seen, noised, block = dense_visible(batch.sites)[0], batch.noised_BS[0], batch.block_BS[0]
     assert noised.any()
     for k in torch.nonzero(noised).flatten().tolist():

@@ -14,10 +14,10 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers.masking_utils import and_masks, blockwise_overlay, causal_mask_function, or_masks
 
 from mmgen.sequence.attention import Sites, dense_visible, flex_rule, visible
-from mmgen.sequence.batch import IGNORE, Batch, collate
+from mmgen.sequence.batch import IGNORE, Batch
 from mmgen.sequence.document import Block, ImageSegment, TextSegment, Writer
 from mmgen.sequence.tokenizer import Tokenizer
-from tests.conftest import GRIDS, text_tokenizer
+from tests.conftest import GRIDS, packed, text_tokenizer
 
 TOK = Tokenizer(text_tokenizer(), GRIDS)
 ONE = Tokenizer(text_tokenizer(), GRIDS[:1])
@@ -35,7 +35,7 @@ def image(grid: tuple[int, int], *kinds: dict[str, bool]) -> ImageSegment:
 
 def pack(rows: list, length: int = 40, tokenizer: Tokenizer = TOK) -> Batch:
     strips = [[doc if isinstance(doc, int) else Writer(tokenizer).document(doc) for doc in row] for row in rows]
-    return collate(strips, length, tokenizer, block(0), P)
+    return packed(strips, length, tokenizer, block(0), P)
 
 
 segments = st.one_of(
@@ -238,7 +238,7 @@ def test_every_field_of_a_batch(seed: int) -> None:
     rows = [[document() for _ in range(rng.integers(0, 4))] for _ in range(rng.integers(1, 4))]
     nothing = Block(np.arange(0), {"t": np.zeros(0, np.float32), "eps": np.zeros((0, 2), np.float32)})
     strips = [[doc if isinstance(doc, int) else Writer(TOK).document(doc) for doc in row] for row in rows]
-    batch, expected = collate(strips, 130, TOK, nothing, P), walked(rows, 130)
+    batch, expected = packed(strips, 130, TOK, nothing, P), walked(rows, 130)
     for f in fields(Batch):
         if f.name == "draws":
             continue

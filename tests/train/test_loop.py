@@ -31,7 +31,7 @@ from mmgen.train.log import Log
 from mmgen.train.loop import train
 from mmgen.train.optimizer import EMA, averaged_weights, build_optimizer, learning_rate
 from mmgen.train.report import count
-from tests.conftest import pairs, write_tar
+from tests.conftest import pairs, ready, write_tar
 
 
 def metrics(config: Config) -> list[dict]:
@@ -48,10 +48,11 @@ def gradients(config: Config, micro_rows: int | None, factor: float = 1.0) -> li
     torch.manual_seed(0)
     tokenizer = Tokenizer.of(config)
     model = build_model(config, len(tokenizer)).double()
-    step = Corpus(config.data.train, tokenizer, config).first_step()
+    corpus = Corpus(config.data.train, tokenizer, config)
+    step = corpus.first_step()
     counts = count(step)
-    for batch in step.micro:
-        out = model(batch.to("cpu", torch.float64))
+    for raw in step.micro:
+        out = model(ready(corpus, raw, torch.float64))
         (factor * (out.text / counts[0] + out.image / counts[1])).backward()
     return [p.grad for p in model.parameters()]
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import yaml
 from transformers import AutoTokenizer
 
-from mmgen import cli
+from mmgen.cli.export import export as export_command
 from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.data.loader import Corpus
@@ -39,7 +39,7 @@ from mmgen.train.engine import Engine
 from mmgen.train.loop import train
 from mmgen.train.optimizer import AveragingAdamW, power, power_exponent
 from mmgen.train.ranks import Ranks
-from tests.conftest import pairs, write_tar
+from tests.conftest import pairs, ready, write_tar
 from tests.train.test_loop import losses, metrics
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -376,9 +376,9 @@ def test_export_is_read_by_transformers(config: Config, tmp_path: Path, average:
 
 def test_export_from_the_command_line(config: Config, tmp_path: Path) -> None:
     train(config)
-    assert cli.export(config=config, out=tmp_path / "out") == 0
+    assert export_command(config=config, out=tmp_path / "out") == 0
     with pytest.raises(ValueError, match="no weights 'ema_0.3'.*it has ema, weight"):
-        cli.export(config=override(config, {"sample": {"weights": "ema_0.3"}}), out=tmp_path / "no")
+        export_command(config=override(config, {"sample": {"weights": "ema_0.3"}}), out=tmp_path / "no")
 
 
 def test_a_new_run_starts_from_weights(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -455,7 +455,7 @@ def test_metrics_of_a_step(config: Config) -> None:
 
 OBJECTIVES = [
     {},
-    *({"kind": "mar", "order": order} for order in ("raster", "random", "masked")),
+    *({"kind": "mar", "mar": {"order": order}} for order in ("raster", "random", "masked")),
 ]
 
 
@@ -471,8 +471,9 @@ def test_every_parameter_takes_part(config: Config, tmp_path: Path, objective: d
     tokenizer = Tokenizer.of(config)
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
     rank, world = (7, 8) if held == "nothing" else (0, 1)
-    (batch,) = Corpus(config.data.train, tokenizer, config).first_step(rank, world).micro
-    found = model(batch)
+    corpus = Corpus(config.data.train, tokenizer, config)
+    (raw,) = corpus.first_step(rank, world).micro
+    found = model(ready(corpus, raw))
     # Where only pictures stand, BOI and EOS are still to be predicted.
     assert (found.text_count > 0, found.image_count > 0) == (held != "nothing", held == "pictures")
     (found.text + found.image).backward()
@@ -483,7 +484,8 @@ def test_losses_per_range_of_t_make_up_the_image_loss(config: Config) -> None:
     tokenizer = Tokenizer.of(config)
     corpus = Corpus(config.data.train, tokenizer, config)
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
-    (batch,) = corpus.first_step().micro
+    (raw,) = corpus.first_step().micro
+    batch = ready(corpus, raw)
     found = model(batch)
     times = meter.by_time(batch, found)
     assert float(times[0].sum()) == pytest.approx(float(found.image), rel=1e-5)

@@ -12,7 +12,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,26 @@ from safetensors.numpy import save
 
 from mmgen.config import DataConfig
 from mmgen.data.shards import store
+from mmgen.data.shards.pictures import STORED, image_size, maker_of, open_stored
 from mmgen.data.shards.samples import (
-    Bad,
+    BadRecord,
     BadSample,
     Group,
-    Picture,
     Sample,
+    Segment,
+    Text,
     assemble,
-    autoencoder_of,
     damage,
     groups,
-    image_size,
     parse,
 )
 from mmgen.data.shards.tar import Damaged
 from mmgen.sequence.tokenizer import Tokenizer
 
-VERSION = "2"
+VERSION = "3"
 SUFFIX = ".mmgen-index"
-TEXT, IMAGE, LATENT = 0, 1, 2
+TEXT, IMAGE = 0, 1
+"""Kinds of segments; those of precomputed arrays have the numbers in `STORED`."""
 Ints = NDArray[np.int64]
 Tell = Callable[[int, int], None]
 """Called with the number of shards done and of all shards."""
@@ -57,6 +58,66 @@ def key_hash(shard: str, key: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{shard}\0{key}".encode(), digest_size=8).digest(), "little")
 
 
+@dataclass(frozen=True)
+class IndexMeta:
+    """What an index says of its shard as a whole."""
+
+    settings: str
+    """Of reading, as `settings_of` gives them."""
+    stamp: str
+    sha256: str
+    count: int
+    """Sound samples."""
+    extensions: list[str]
+    bad: list[BadRecord]
+    duplicates: list[str]
+    """Keys that occur again."""
+    pictures: int
+    """Images; precomputed arrays are not counted."""
+    stored: dict[str, list[str]]
+    """Kind of precomputed arrays to the fingerprints of what made them, empty where unknown."""
+
+    def to_json(self) -> str:
+        """The text that stands in the file."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of_json(cls, text: str) -> IndexMeta:
+        """What `to_json` wrote, or the version before; raises KeyError or ValueError for anything else."""
+        read = json.loads(text)
+        return cls(
+            settings=read["settings"],
+            stamp=read["stamp"],
+            sha256=read["sha256"],
+            count=int(read["count"]),
+            extensions=read["extensions"],
+            bad=[BadRecord(item["shard"], item["key"], item["reason"]) for item in read["bad"]],
+            duplicates=read["duplicates"],
+            pictures=read.get("pictures", 0),
+            stored=read["stored"] if "stored" in read else _latents_of(read.get("autoencoders", [])),
+        )
+
+
+def _latents_of(autoencoders: list[str]) -> dict[str, list[str]]:
+    """Version 2 knew latents alone, by the fingerprints of their autoencoders."""
+    return {"latent": autoencoders} if autoencoders else {}
+
+
+@dataclass(frozen=True)
+class SegmentFacts:
+    """What an index keeps of one segment."""
+
+    kind: int = TEXT
+    height: int = 0
+    """In pixels, of an array in cells."""
+    width: int = 0
+    learn: bool = True
+    stored: str = ""
+    """Kind of a precomputed array."""
+    maker: str = ""
+    """Fingerprint of what made the array."""
+
+
 class ShardIndex:
     """The columns of one shard, mapped from its index file."""
 
@@ -65,9 +126,9 @@ class ShardIndex:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         size = int.from_bytes(self._map[:8], "little")
         header = json.loads(self._map[8 : 8 + size])
-        self.meta: dict[str, Any] = json.loads(header.pop("__metadata__")["index"])
+        self.meta = IndexMeta.of_json(header.pop("__metadata__")["index"])
         self._header, self._start = header, 8 + size
-        self.count = int(self.meta["count"])
+        self.count = self.meta.count
         self._columns: dict[str, NDArray[Any]] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -99,7 +160,7 @@ class ShardIndex:
         ends = self.column("member_end_n")
         here = slice(int(ends[i - 1]) if i else 0, int(ends[i]))
         parts = (self.column(name)[here].tolist() for name in ("extension_m", "offset_m", "size_m"))
-        return [(self.meta["extensions"][e], offset, size) for e, offset, size in zip(*parts, strict=True)]
+        return [(self.meta.extensions[e], offset, size) for e, offset, size in zip(*parts, strict=True)]
 
 
 class Builder:
@@ -112,12 +173,12 @@ class Builder:
         self.member_end: list[int] = []
         self.member: list[tuple[int, int, int]] = []
         self.segment_end: list[int] = []
-        self.segment: list[tuple[int, int, int]] = []
+        self.segments: list[SegmentFacts] = []
         self.texts: list[str] = []
         self.extensions: dict[str, int] = {}
 
-    def add(self, sample: Sample, group: Group, sizes: list[tuple[int, int, int]]) -> None:
-        """Append one sound sample; `sizes` are (kind, height, width) of its segments."""
+    def add(self, sample: Sample, group: Group, segments: list[SegmentFacts]) -> None:
+        """Append one sound sample and what is known of its segments."""
         self.keys.append(sample.key.encode())
         self.hashes.append(key_hash(sample.shard, sample.key))
         self.paired.append(sample.paired)
@@ -125,14 +186,13 @@ class Builder:
             number = self.extensions.setdefault(name, len(self.extensions))
             self.member.append((number, member.offset, member.size))
         self.member_end.append(len(self.member))
-        self.segment += sizes
-        self.segment_end.append(len(self.segment))
-        self.texts += [s if isinstance(s, str) else "" for s in sample.segments]
+        self.segments += segments
+        self.segment_end.append(len(self.segments))
+        self.texts += texts_of(sample)
 
     def columns(self, tokenizer: Tokenizer) -> dict[str, NDArray[Any]]:
         """All columns, text lengths in tokens of `tokenizer` among them."""
         member = np.array(self.member, dtype=np.int64).reshape(-1, 3)
-        segment = np.array(self.segment, dtype=np.int32).reshape(-1, 3)
         return {
             "key_bytes": np.frombuffer(b"".join(self.keys), dtype=np.uint8),
             "key_end_n": np.cumsum([len(key) for key in self.keys], dtype=np.int64),
@@ -143,11 +203,17 @@ class Builder:
             "offset_m": member[:, 1].copy(),
             "size_m": member[:, 2].copy(),
             "segment_end_n": np.array(self.segment_end, dtype=np.int64),
-            "kind_s": segment[:, 0].astype(np.uint8),
-            "height_s": segment[:, 1].copy(),
-            "width_s": segment[:, 2].copy(),
+            "kind_s": np.array([segment.kind for segment in self.segments], dtype=np.uint8),
+            "height_s": np.array([segment.height for segment in self.segments], dtype=np.int32),
+            "width_s": np.array([segment.width for segment in self.segments], dtype=np.int32),
+            "learn_s": np.array([segment.learn for segment in self.segments], dtype=np.uint8),
             tokens_column(tokenizer): token_lengths(self.texts, tokenizer),
         }
+
+
+def texts_of(sample: Sample) -> list[str]:
+    """The text of each segment, empty at images."""
+    return [segment.text if isinstance(segment, Text) else "" for segment in sample.segments]
 
 
 def tokens_column(tokenizer: Tokenizer) -> str:
@@ -180,8 +246,7 @@ def cached_path(shard: str, cache_dir: Path) -> Path:
 
 def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
     """Read a shard once and return its index as the bytes of a file."""
-    builder, bad, duplicates = Builder(), list[Bad](), list[str]()
-    pictures, autoencoders = 0, set[str]()
+    builder, bad, duplicates = Builder(), list[BadRecord](), list[str]()
     name, seen = store.name(shard), set[int]()
     stamp = store.stamp(shard)
     with store.stream(shard, data.limits) as plain:
@@ -191,35 +256,33 @@ def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
                 hashed = key_hash(name, group.key)
                 if hashed in seen:
                     duplicates.append(group.key)
-                    bad.append({"shard": name, "key": group.key, "reason": repeated(group)})
+                    bad.append(BadRecord(name, group.key, repeated(group)))
                     continue
                 seen.add(hashed)
                 try:
                     sample = parse(name, group, data)
                     builder.add(sample, group, [segment_facts(segment, data) for segment in sample.segments])
-                    shown = [segment for segment in sample.segments if isinstance(segment, Picture)]
-                    pictures += sum(not picture.latent for picture in shown)
-                    autoencoders |= {autoencoder_of(picture) for picture in shown if picture.latent}
                 except BadSample as error:
-                    bad.append({"shard": name, "key": group.key, "reason": str(error)})
+                    bad.append(BadRecord(name, group.key, str(error)))
         except Damaged as error:
-            bad.append({"shard": name, "key": error.key, "reason": damage(error)})
+            bad.append(BadRecord(name, error.key, damage(error)))
             try:
                 while file.read(1 << 20):  # the hash is that of the whole file
                     pass
             except Damaged:
                 pass
-    meta = {
-        "settings": settings_of(data),
-        "stamp": stamp,
-        "sha256": file.sha256.hexdigest(),
-        "count": len(builder.keys),
-        "extensions": list(builder.extensions),
-        "bad": bad,
-        "duplicates": duplicates,
-        "pictures": pictures,
-        "autoencoders": sorted(autoencoders),
-    }
+    arrays = {(segment.stored, segment.maker) for segment in builder.segments if segment.stored}
+    meta = IndexMeta(
+        settings=settings_of(data),
+        stamp=stamp,
+        sha256=file.sha256.hexdigest(),
+        count=len(builder.keys),
+        extensions=list(builder.extensions),
+        bad=bad,
+        duplicates=duplicates,
+        pictures=sum(segment.kind == IMAGE for segment in builder.segments),
+        stored={kind: sorted(maker for name, maker in arrays if name == kind) for kind, _ in sorted(arrays)},
+    )
     return _file(builder.columns(tokenizer), meta)
 
 
@@ -228,15 +291,20 @@ def repeated(group: Group) -> str:
     return f"its key occurs again, apart from the first (members {sorted(group.members)})"
 
 
-def segment_facts(segment: str | Picture, data: DataConfig) -> tuple[int, int, int]:
-    """(kind, height, width) of a segment; raises `BadSample`."""
-    if isinstance(segment, str):
-        return TEXT, 0, 0
-    return (LATENT if segment.latent else IMAGE, *image_size(segment, data.limits))
+def segment_facts(segment: Segment, data: DataConfig) -> SegmentFacts:
+    """What an index keeps of a segment; raises `BadSample`."""
+    if isinstance(segment, Text):
+        return SegmentFacts(learn=segment.learn)
+    if not segment.stored:
+        return SegmentFacts(IMAGE, *image_size(segment, data.limits), segment.learn)
+    opened = open_stored(segment.data)
+    height, width = opened.size
+    number, maker = STORED[opened.kind].number, maker_of(segment, opened.kind)
+    return SegmentFacts(number, height, width, segment.learn, opened.kind, maker)
 
 
-def _file(columns: dict[str, NDArray[Any]], meta: dict[str, Any]) -> bytes:
-    return bytes(save(columns, metadata={"index": json.dumps(meta)}))
+def _file(columns: dict[str, NDArray[Any]], meta: IndexMeta) -> bytes:
+    return bytes(save(columns, metadata={"index": meta.to_json()}))
 
 
 def _write(shard: str, cached: Path, content: bytes) -> Path:
@@ -274,7 +342,7 @@ def find(shard: str, data: DataConfig) -> ShardIndex | None:
             found = ShardIndex(path)
         except (OSError, ValueError, KeyError):  # absent, or cut short
             continue
-        if found.meta["settings"] == settings_of(data) and found.meta["stamp"] == store.stamp(shard):
+        if found.meta.settings == settings_of(data) and found.meta.stamp == store.stamp(shard):
             return found
     return None
 
@@ -289,8 +357,7 @@ def ensure(shard: str, tokenizer: Tokenizer, data: DataConfig) -> ShardIndex:
     else:
         texts: list[str] = []
         for i in range(found.count):
-            sample = load(shard, found, i, data)
-            texts += [s if isinstance(s, str) else "" for s in sample.segments]
+            texts += texts_of(load(shard, found, i, data))
         content = _file({**found.columns(), column: token_lengths(texts, tokenizer)}, found.meta)
     return ShardIndex(_write(shard, cached_path(shard, data.cache_dir), content))
 

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import struct
 import unicodedata
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import unescape
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from mmgen.config import DataConfig, LimitsConfig
 from mmgen.data.shards import store
 from mmgen.data.shards.store import Patterns, expand
 from mmgen.data.shards.tar import Damaged, Member, members
-from mmgen.image.patch import Floats
-from mmgen.image.resize import upright_size
 
-FORMATS = ("PNG", "JPEG", "WEBP")
 IMAGES = ("png", "jpg", "jpeg", "webp")
-LATENTS = ("safetensors", "npy")
+ARRAYS = ("safetensors", "npy")
 TEXTS = ("txt", "json")
-USED = (*IMAGES, *LATENTS, *TEXTS)
-# What Pillow's decoders raise for damaged or oversized data.
-UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-Bad = dict[str, str]
-"""A sample that cannot be used: shard, key, reason."""
+USED = (*IMAGES, *ARRAYS, *TEXTS)
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A sample that cannot be used, and why."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def as_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return asdict(self)
 
 
 class BadSample(ValueError):
@@ -41,11 +41,26 @@ class BadSample(ValueError):
 
 
 @dataclass(frozen=True)
+class Text:
+    """A stretch of text."""
+
+    text: str
+    learn: bool = True
+    """Its tokens have a loss."""
+
+
+@dataclass(frozen=True)
 class Picture:
-    """An image or a latent, still encoded."""
+    """An image, or an array that stands for one, still encoded."""
 
     data: bytes
-    latent: bool = False
+    stored: bool = False
+    """It is a precomputed array (`pictures.STORED`)."""
+    learn: bool = True
+    """It has a loss; else it is context for what follows."""
+
+
+Segment = Text | Picture
 
 
 @dataclass(frozen=True)
@@ -54,8 +69,8 @@ class Sample:
 
     shard: str
     key: str
-    segments: tuple[str | Picture, ...]
-    """Text and images in the order in which they are told."""
+    segments: tuple[Segment, ...]
+    """Text and images in their order."""
     paired: bool = False
     """An image and its caption, whose order the run chooses."""
     meta: dict[str, Any] = field(default_factory=dict)
@@ -69,12 +84,12 @@ class Sample:
     @property
     def caption(self) -> str:
         """All its text."""
-        return "\n".join(segment for segment in self.segments if isinstance(segment, str))
+        return "\n".join(segment.text for segment in self.segments if isinstance(segment, Text))
 
     @property
     def image(self) -> bytes | None:
         """Its first image."""
-        return next((s.data for s in self.segments if isinstance(s, Picture) and not s.latent), None)
+        return next((s.data for s in self.segments if isinstance(s, Picture) and not s.stored), None)
 
 
 @dataclass
@@ -146,7 +161,7 @@ def groups(file: Any, limits: LimitsConfig) -> Iterator[Group]:
             group.members[parts[1]] = member
 
 
-def read(patterns: Patterns, bad: list[Bad] | None = None, data: DataConfig | None = None) -> Iterator[Sample]:
+def read(patterns: Patterns, bad: list[BadRecord] | None = None, data: DataConfig | None = None) -> Iterator[Sample]:
     """Yield the samples of all shards in their order.
 
     A group that cannot be used, or what is lost of a damaged shard, is appended to `bad` and skipped; with `bad`
@@ -166,11 +181,11 @@ def read(patterns: Patterns, bad: list[Bad] | None = None, data: DataConfig | No
                     except BadSample as error:
                         if bad is None:
                             raise
-                        bad.append({"shard": name, "key": group.key, "reason": str(error)})
+                        bad.append(BadRecord(name, group.key, str(error)))
         except Damaged as error:
             if bad is None:
                 raise ValueError(f"shard {shard} {damage(error)}") from None
-            bad.append({"shard": name, "key": error.key, "reason": damage(error)})
+            bad.append(BadRecord(name, error.key, damage(error)))
 
 
 def worst_shards(quarantine: Path, most: int = 3) -> str:
@@ -206,18 +221,18 @@ def assemble(shard: str, key: str, found: Mapping[str, bytes], data: DataConfig)
         except ValueError as error:
             raise BadSample(f"caption cannot be read: {error}") from None
     caption = "" if caption is None else _clean(caption, data)
-    latent = next((found[name] for name in found if name.rsplit(".", 1)[-1] in LATENTS), None)
+    array = next((found[name] for name in found if name.rsplit(".", 1)[-1] in ARRAYS), None)
     image = next((found[name] for name in IMAGES if name in found), None)
-    if image is None and latent is None:
+    if image is None and array is None:
         if not caption:
             raise BadSample(f"neither an image ({', '.join(IMAGES)}) nor text among members {sorted(found)}")
-        return Sample(shard, key, (caption,), meta=meta)
-    picture = Picture(image or b"") if latent is None else Picture(latent, latent=True)
+        return Sample(shard, key, (Text(caption),), meta=meta)
+    picture = Picture(image or b"") if array is None else Picture(array, stored=True)
     if not picture.data:
         raise BadSample("its image is empty")
     if not caption and data.captionless == "refuse":
         raise BadSample("an image without a caption (data.captionless: keep trains on the image alone)")
-    return Sample(shard, key, (caption, picture) if caption else (picture,), bool(caption), meta)
+    return Sample(shard, key, (Text(caption), picture) if caption else (picture,), bool(caption), meta)
 
 
 def _json(data: bytes) -> Any:
@@ -227,27 +242,33 @@ def _json(data: bytes) -> Any:
         raise BadSample(f"caption cannot be read: {error}") from None
 
 
-def _interleaved(
-    listed: list[Any], key: str, found: Mapping[str, bytes], data: DataConfig
-) -> tuple[str | Picture, ...]:
-    """Segments of a `.json` list: text, or the name of a member of the same key."""
-    segments: list[str | Picture] = []
+def _interleaved(listed: list[Any], key: str, found: Mapping[str, bytes], data: DataConfig) -> tuple[Segment, ...]:
+    """Segments of a `.json` list: a text, `{"text": ...}`, or `{"image": member}` with a member of the same key.
+
+    An object may say `"learn": false`: the segment is given, and has no loss.
+    """
+    segments: list[Segment] = []
     for item in listed:
-        text, image = (item.get("text"), item.get("image")) if isinstance(item, dict) else (item, None)
+        fields = item if isinstance(item, dict) else {"text": item}
+        text, image, learn = fields.get("text"), fields.get("image"), fields.get("learn", True)
+        if not isinstance(learn, bool):
+            raise BadSample(f'"learn" of a segment is {learn!r}, not true or false')
         if isinstance(image, str):
             extension = (split_name(image) or ("", image))[1] if image.startswith(key + ".") else image
             kind = extension.lower().rsplit(".", 1)[-1]
-            if extension.lower() not in found or kind not in (*IMAGES, *LATENTS):
+            if extension.lower() not in found or kind not in (*IMAGES, *ARRAYS):
                 raise BadSample(f"segment {image!r} is no image among members {sorted(found)}")
-            segments.append(Picture(found[extension.lower()], kind in LATENTS))
+            segments.append(Picture(found[extension.lower()], kind in ARRAYS, learn))
         elif text is not None:
             if cleaned := _clean(text, data):
-                segments.append(cleaned)
+                segments.append(Text(cleaned, learn))
         else:
             raise BadSample('a segment is neither text nor {"image": member}')
     if not segments:
         raise BadSample("a list of no segments")
-    if sum(len(segment) for segment in segments if isinstance(segment, str)) > data.limits.caption_chars:
+    if not any(segment.learn for segment in segments):
+        raise BadSample('nothing in it is learned: every segment has "learn": false')
+    if sum(len(segment.text) for segment in segments if isinstance(segment, Text)) > data.limits.caption_chars:
         raise BadSample(f"its text is longer than {data.limits.caption_chars} characters (data.limits.caption_chars)")
     return tuple(segments)
 
@@ -268,78 +289,3 @@ def clean(caption: str) -> str:
     caption = re.sub(r"(?:https?://|www\.)\S+", " ", unicodedata.normalize("NFC", caption))
     letters = (letter if letter.isspace() or unicodedata.category(letter)[0] != "C" else "" for letter in caption)
     return " ".join("".join(letters).split())
-
-
-def image_size(picture: Picture, limits: LimitsConfig) -> tuple[int, int]:
-    """(height, width) of an image in pixels, or of a latent in cells, from its header; raises `BadSample`."""
-    if picture.latent:
-        _, height, width = open_latent(picture.data).shape
-        return height, width
-    return upright_size(_header(picture.data, limits))
-
-
-def _header(data: bytes, limits: LimitsConfig) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        pixels = image.width * image.height
-        if pixels > limits.pixels:
-            size = f"{image.width}x{image.height}"
-            raise BadSample(f"image of {size} has more than {limits.pixels} pixels (data.limits.pixels)")
-        upright_size(image)
-        return image
-    except BadSample:
-        raise
-    except UNDECODABLE as error:
-        raise BadSample(f"image cannot be decoded: {error}") from None
-
-
-def open_image(data: bytes, limits: LimitsConfig | None = None, draft: Any = None) -> Image.Image:
-    """Decode an image, after `draft` was called with it; raises `BadSample` with the reason."""
-    image = _header(data, limits or LimitsConfig())
-    try:
-        if draft:
-            draft(image)
-        image.load()
-        return image
-    except UNDECODABLE as error:
-        raise BadSample(f"image cannot be decoded: {error}") from None
-
-
-def _numpy(file: io.BytesIO) -> Floats:
-    """A `.npy` array of plain numbers; nothing is allocated that the file does not hold."""
-    form = np.lib.format
-    header = form.read_array_header_1_0 if form.read_magic(file) == (1, 0) else form.read_array_header_2_0
-    shape, fortran, dtype = header(file)
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects")
-    array = np.frombuffer(file.read(), dtype=dtype)
-    return array.reshape(shape, order="F" if fortran else "C")
-
-
-def autoencoder_of(latent: Picture) -> str:
-    """Fingerprint of the autoencoder that a latent names in its safetensors header; empty where it names none."""
-    try:
-        header = json.loads(latent.data[8 : 8 + int.from_bytes(latent.data[:8], "little")])
-        return str(header["__metadata__"]["vae"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return ""
-
-
-def open_latent(data: bytes) -> Floats:
-    """A precomputed latent [channels, height, width] as float32; raises `BadSample`."""
-    try:
-        if data[:6] == b"\x93NUMPY":
-            latent = _numpy(io.BytesIO(data))
-        else:
-            from safetensors.numpy import load
-
-            tensors = load(data)
-            latent = tensors["latent"] if "latent" in tensors else next(iter(tensors.values()))
-    except Exception as error:  # safetensors' own error, and whatever a hostile header sets off
-        raise BadSample(f"latent cannot be read: {error}") from None
-    if latent.ndim != 3 or latent.dtype.kind != "f":
-        raise BadSample(f"latent is {latent.dtype} {latent.shape}, not floating point [channels, height, width]")
-    latent = latent.astype(np.float32)
-    if not np.isfinite(latent).all():
-        raise BadSample("latent holds values that are not finite")
-    return latent

@@ -8,19 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from mmgen.config import Config
-from mmgen.config_io import override
-from mmgen.data.order import Cursor, PlannedRow
-from mmgen.data.shards.samples import Bad, BadSample, read
-from mmgen.data.streams import HeldDocument, StreamCorpus, Streams, Window
-from mmgen.data.tools.check import FAULTS, STEPS, Tell
+from mmgen.data.order import Cursor, PlannedDocument, PlannedRow
+from mmgen.data.shards.samples import BadRecord, BadSample, read
+from mmgen.data.streams import HeldDocument, StreamCorpus, StreamRow, Streams, Window
+from mmgen.data.tools.check import STEPS, CheckOptions, Promises, Report
 from mmgen.sequence.tokenizer import Tokenizer
 
-Rows = dict[int, list[tuple[PlannedRow, Cursor, list[Bad]]]]
-"""Rows of each stream, with their cursors."""
+Rows = dict[int, list[StreamRow]]
+"""Rows of each stream."""
 
 
 class _Dropping(Streams):
@@ -30,28 +29,38 @@ class _Dropping(Streams):
         return super().packed(stream, at, window)[:-1]
 
 
-def check_streams(
-    tokenizer: Tokenizer, config: Config, tell: Tell, decode: bool = True, inject: str | None = None
-) -> dict[str, Any]:
-    """A flat report of the training shards and their streams; its `holds` is False where anything is bad.
+@dataclass(frozen=True, kw_only=True)
+class StreamReport(Report):
+    """Of shards that are read in streams."""
+
+    streams: int
+    rows: int
+    fill: float
+
+    def details(self) -> dict[str, object]:
+        return {"streams": self.streams, "rows": self.rows, "fill": self.fill}
+
+
+def check_streams(tokenizer: Tokenizer, config: Config, options: CheckOptions) -> StreamReport:
+    """What is in the training shards, what is lost, and whether their streams keep their promises.
 
     Raises:
-        ValueError, FileNotFoundError: an unknown fault, a missing shard, or no usable sample at all.
+        ValueError, FileNotFoundError: a missing shard, or no usable sample at all.
     """
-    if inject is not None and inject not in FAULTS:
-        raise ValueError(f"unknown fault '{inject}' (one of: {', '.join(FAULTS)})")
+    inject, tell = options.inject, options.tell
     corpus = StreamCorpus(config.data.train, tokenizer, config)
     shards = corpus.dataset.shards
     if inject == "duplicated_shard":
         shards = [*shards, shards[0]]
-    bad: list[Bad] = []
+    bad: list[BadRecord] = []
     there = Counter((sample.shard, sample.key) for sample in read(shards, bad, config.data))
     tell(f"read {len(shards)} shards")
     duplicates = sorted("/".join(name) for name, count in there.items() if count > 1)
 
     def streams_of(rank: int) -> Streams:
         kind = _Dropping if inject == "dropped_carry" else Streams
-        seeded = override(config, {"run": {"seed": rank}}) if inject == "per_rank_seed" and rank else config
+        other = config.run.model_copy(update={"seed": rank})
+        seeded = config.model_copy(update={"run": other}) if inject == "per_rank_seed" and rank else config
         return kind(shards, tokenizer, seeded)
 
     seen, positions, rows = Counter[tuple[str, str]](), 0, 0
@@ -59,51 +68,46 @@ def check_streams(
         for row in _epoch(streams_of(0), stream):
             rows, positions = rows + 1, positions + sum(document.length for document in row)
             seen.update(corpus.name(document) for document in row)
-            if decode:
+            if options.decode:
                 bad += undecodable(corpus, row)
         tell(f"read stream {stream + 1} of {config.data.streams}")
-    report: dict[str, Any] = {
-        "samples": sum(there.values()),
-        "bad": len(bad),
-        "duplicates": len(duplicates),
-        "shards": len(shards),
-        "streams": config.data.streams,
-        "fingerprint": corpus.dataset.fingerprint,
-        "coverage_exact": seen == there and not duplicates,
-        **_same(streams_of, config, inject == "off_by_one"),
-        "rows": rows,
-        "fill": positions / max(1, rows * config.data.row_length),
-        "bad_samples": bad,
-        "duplicate_keys": duplicates[:1000],
-    }
-    kept = ("coverage_exact", "same_for_any_world", "same_after_resume")
-    return {**report, "holds": not bad and all(report[name] for name in kept)}
+    return StreamReport(
+        samples=sum(there.values()),
+        shards=len(shards),
+        streams=config.data.streams,
+        fingerprint=corpus.dataset.fingerprint,
+        promises=Promises(seen == there and not duplicates, *_same_order(streams_of, config, inject == "off_by_one")),
+        rows=rows,
+        fill=positions / max(1, rows * config.data.row_length),
+        bad_samples=bad,
+        duplicate_keys=duplicates,
+    )
 
 
 def _epoch(streams: Streams, stream: int) -> list[PlannedRow]:
     """The rows of a stream's first epoch."""
     found = []
-    for row, *_ in streams.rows(stream, Cursor()):
-        if row[0].epoch:
+    for row in streams.rows(stream, Cursor()):
+        if row.documents[0].epoch:
             break
-        found.append(row)
+        found.append(row.documents)
     return found
 
 
-def undecodable(corpus: StreamCorpus, row: PlannedRow) -> list[Bad]:
+def undecodable(corpus: StreamCorpus, row: PlannedRow) -> list[BadRecord]:
     """The documents of a row that cannot be decoded."""
-    found: list[Bad] = []
+    found: list[BadRecord] = []
     for document in row:
         try:
             corpus.segments(document)
         except BadSample as error:
             shard, key = corpus.name(document)
-            found.append({"shard": shard, "key": key, "reason": str(error)})
+            found.append(BadRecord(shard, key, str(error)))
     return found
 
 
-def _same(streams_of: Callable[[int], Streams], config: Config, late: bool) -> dict[str, bool]:
-    """Whether ranks of any number, and resumed runs, see one global order."""
+def _same_order(streams_of: Callable[[int], Streams], config: Config, late: bool) -> tuple[bool, bool]:
+    """Whether ranks of any number see one global order, and whether resumed runs do."""
     count, share = config.data.streams, config.train.batch_rows // config.data.streams
     last = STEPS * share
 
@@ -111,7 +115,7 @@ def _same(streams_of: Callable[[int], Streams], config: Config, late: bool) -> d
         return {v: list(islice(streams.rows(v, at.get(v, Cursor())), most)) for v in own}
 
     def digests(rows: Rows) -> list[str]:
-        return [_digest([rows[v][i][0] for v in range(count)]) for i in range(len(rows[0]))]
+        return [_digest([rows[v][i].documents for v in range(count)]) for i in range(len(rows[0]))]
 
     whole = taken(streams_of(0), range(count), {}, last + 1)
     reference = digests(whole)[:last]
@@ -124,18 +128,18 @@ def _same(streams_of: Callable[[int], Streams], config: Config, late: bool) -> d
         ranks.append(digests(parts) == reference)
     resumed = []
     for step in (1, STEPS // 2, STEPS - 1):
-        at = {v: whole[v][step * share - 1 + late][1] for v in range(count)}
+        at = {v: whole[v][step * share - 1 + late].after for v in range(count)}
         rest = taken(streams_of(0), range(count), at, last - step * share)
         resumed.append(digests(rest) == reference[step * share :])
-    return {"same_for_any_world": all(ranks), "same_after_resume": all(resumed)}
+    return all(ranks), all(resumed)
 
 
 def _digest(rows: Sequence[PlannedRow]) -> str:
-    said = [[_said(document) for document in row] for row in rows]
-    return hashlib.sha256(repr(said).encode()).hexdigest()
+    facts = [[_facts(document) for document in row] for row in rows]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _said(document: Any) -> tuple[object, ...]:
+def _facts(document: PlannedDocument) -> tuple[object, ...]:
     assert isinstance(document, HeldDocument)
     sample = document.sample
     return document.epoch, sample.shard, sample.key, document.length, document.images, document.form

@@ -2,41 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from mmgen.data.loader import Corpus, planned_steps
 from mmgen.data.order import Position
+from mmgen.data.shards.samples import BadRecord
 from mmgen.sequence.attention import dense_visible
-from mmgen.sequence.batch import Batch, encoded
+from mmgen.sequence.batch import IGNORE, Batch, prepare
+from mmgen.sequence.tokenizer import Tokenizer
 
 SCALE = 4
 SIDE = 128
 """Smallest side of a decoded image in the picture."""
+FRAME = 4
+GIVEN = (255, 140, 0)
+"""Colour of what is given and not learned."""
 
 
-def show(corpus: Corpus, count: int, out: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class ShownRow:
+    """What stands in a row."""
+
+    picture: Path
+    samples: list[str]
+    row: str
+    """In words."""
+    images: int
+    """Copies of images."""
+    positions: int
+    bad: list[BadRecord]
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {**asdict(self), "picture": str(self.picture)}
+
+
+def show(corpus: Corpus, count: int, out: Path) -> list[ShownRow]:
     """Write a PNG for each of the first `count` rows, its mask beside its images, and say what stands in it."""
     out.mkdir(parents=True, exist_ok=True)
-    shown: list[dict[str, Any]] = []
-    number, rows, after = next(planned_steps(corpus.plan, count, 0, 1, Position()))
-    for i, row in enumerate(rows):
-        step = corpus.step(number, [row], after)
-        batch = encoded(step.micro[0], corpus.patcher)
-        images = decoded(corpus, batch)
+    shown: list[ShownRow] = []
+    planned = next(planned_steps(corpus.plan, count, 0, 1, Position()))
+    for i, row in enumerate(planned.rows):
+        step = corpus.step(planned.number, [row], planned.after)
+        batch = prepare(step.micro[0], corpus.patcher)
+        given_S = given(batch, corpus.tokenizer)
+        images = decoded(corpus, batch, given_S)
         path = out / f"row-{i:03d}.png"
-        picture(batch, images).save(path)
+        picture(batch, images, given_S).save(path)
         names = ["/".join(corpus.dataset.name(document.index)) for document in row]
-        facts = {"picture": str(path), "samples": names, "row": spelled(corpus, batch), "images": len(images)}
-        shown.append({**facts, "positions": step.positions, "bad": step.bad})
+        words = spelled(batch, corpus.tokenizer, given_S)
+        shown.append(ShownRow(path, names, words, len(images), step.positions, step.bad))
     return shown
 
 
-def decoded(corpus: Corpus, batch: Batch) -> list[Image.Image]:
-    """The images of a row, from its patch rows in raster order."""
+def given(batch: Batch, tokenizer: Tokenizer) -> NDArray[np.bool_]:
+    """The positions [S] of the first row whose segment is given and not learned, read off the labels.
+
+    A text token is learned where it is the label of the position before it, and an image where its BOI is.
+    """
+    ids, label, document, block = (
+        a[0].tolist() for a in (batch.ids_BS, batch.label_BS, batch.document_BS, batch.block_BS)
+    )
+    found = np.zeros(len(ids), dtype=bool)
+    for i in range(1, len(ids)):
+        if document[i] < 0 or document[i] != document[i - 1]:
+            continue
+        inside = block[i] >= 0 or ids[i] == tokenizer.eoi or ids[i - 1] == tokenizer.boi
+        found[i] = found[i - 1] if inside else label[i - 1] == IGNORE
+    return found
+
+
+def decoded(corpus: Corpus, batch: Batch, given_S: NDArray[np.bool_]) -> list[Image.Image]:
+    """The images of a row, each copy of them; those that are given have a frame."""
     images = []
     for block in batch.image_I.unique().tolist():
         here = batch.image_I == block
@@ -44,51 +88,58 @@ def decoded(corpus: Corpus, batch: Batch) -> list[Image.Image]:
         grid = (int(place[:, 0].max()) + 1, int(place[:, 1].max()) + 1)
         raster = np.empty_like(x)
         raster[place[:, 0] * grid[1] + place[:, 1]] = x
-        images.append(corpus.patcher.decode(raster, grid))
+        image = enlarged(corpus.patcher.decode(raster, grid))
+        framed = given_S[int(batch.at_I[here][0])]
+        images.append(ImageOps.expand(image.convert("RGB"), FRAME, GIVEN) if framed else image)
     return images
 
 
-def spelled(corpus: Corpus, batch: Batch) -> str:
-    """A row in words: text as text, special tokens by name, patches as their number."""
-    tokenizer = corpus.tokenizer
+def enlarged(image: Image.Image) -> Image.Image:
+    """A small image at a size that people can see, its pixels as squares."""
+    factor = max(1, SIDE // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def spelled(batch: Batch, tokenizer: Tokenizer, given_S: NDArray[np.bool_]) -> str:
+    """A row in words: text as text, special tokens by name, patches as their number; `given(...)` is not learned."""
     names = {tokenizer.bos: "BOS", tokenizer.eos: "EOS", tokenizer.boi: "BOI", tokenizer.eoi: "EOI"}
     names |= {token: f"{rows}x{columns}" for token, (rows, columns) in tokenizer.grid.items()}
     ids, block, document = (a[0].tolist() for a in (batch.ids_BS, batch.block_BS, batch.document_BS))
-    parts: list[str] = []
-    text: list[int] = []
-    i = 0
-    while i < len(ids):
-        special = document[i] < 0 or block[i] >= 0 or ids[i] in names
-        if not special:
-            text.append(ids[i])
-        if text and (special or i + 1 == len(ids)):
-            parts.append(repr(tokenizer.decode(text)))
-            text = []
-        run = 1
-        if special and (document[i] < 0 or block[i] >= 0):
-            while i + run < len(ids) and (document[i + run], block[i + run]) == (document[i], block[i]):
-                run += 1
-            parts.append(f"[{run} {'empty' if document[i] < 0 else 'patches'}]")
+
+    def run_of(i: int) -> tuple[int, int, str, bool]:
+        """What a position has in common with its neighbours that are spelled with it."""
+        if document[i] < 0:
+            return -1, -1, "empty", False
+        special = f"{names[ids[i]]} {i}" if block[i] < 0 and ids[i] in names else ""
+        return document[i], block[i], special, bool(given_S[i])
+
+    parts = []
+    for (_, image, special, is_given), run in groupby(range(len(ids)), run_of):
+        places = list(run)
+        if special == "empty":
+            part = f"[{len(places)} empty]"
         elif special:
-            parts.append(names[ids[i]])
-        i += run
+            part = names[ids[places[0]]]
+        elif image >= 0:
+            part = f"[{len(places)} patches]"
+        else:
+            part = repr(tokenizer.decode([ids[i] for i in places]))
+        parts.append(f"given({part})" if is_given and not special else part)
     return " ".join(parts).replace("EOS BOS", "EOS | BOS")
 
 
-def picture(batch: Batch, images: list[Image.Image]) -> Image.Image:
-    """The attention mask (white: query row sees key column), and the images at its right."""
+def picture(batch: Batch, images: Sequence[Image.Image], given_S: NDArray[np.bool_]) -> Image.Image:
+    """The attention mask (white: query row sees key column; orange: a given one does), the images at its right."""
     seen = dense_visible(batch.sites)[0].numpy()
-    mask = Image.fromarray((seen * 255).astype(np.uint8)).resize((seen.shape[0] * SCALE,) * 2, Image.Resampling.NEAREST)
-    large = []
-    for image in images:
-        factor = max(1, SIDE // max(image.size))
-        large.append(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
-    width = max((image.width for image in large), default=0)
-    height = max(mask.height, sum(image.height + 4 for image in large))
+    colours = np.where(given_S[:, None, None], np.array(GIVEN), np.array([255, 255, 255]))
+    mask = Image.fromarray((seen[..., None] * colours).astype(np.uint8))
+    mask = mask.resize((mask.width * SCALE, mask.height * SCALE), Image.Resampling.NEAREST)
+    width = max((image.width for image in images), default=0)
+    height = max(mask.height, sum(image.height + 4 for image in images))
     sheet = Image.new("RGB", (mask.width + 8 + width, height), (90, 90, 90))
     sheet.paste(mask, (0, 0))
     top = 0
-    for image in large:
+    for image in images:
         sheet.paste(image, (mask.width + 8, top))
         top += image.height + 4
     return sheet

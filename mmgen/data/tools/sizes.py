@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -96,9 +97,27 @@ def choose_sizes(counts: Counter[Size], pixels: int, patch_size: int, most: int)
     return [offered[c] for c in reversed(best[1])]
 
 
-def propose(
-    patterns: Patterns, tokenizer: Tokenizer, config: Config, most: int, pixels: Size
-) -> dict[str, int | float | list[list[int]] | dict[str, float]]:
+@dataclass(frozen=True)
+class Proposal:
+    """Image sizes to declare, and what they keep of the images."""
+
+    images: int
+    image_sizes: list[Size]
+    area_kept: float
+    area_kept_now: float
+    """By the sizes that are declared now."""
+    enlarged: float
+    """Share of images that are smaller than their size."""
+    shares: list[float]
+    """Of images, for each size."""
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        shares = {f"{h}x{w}": share for (h, w), share in zip(self.image_sizes, self.shares, strict=True)}
+        return {**asdict(self), "image_sizes": [list(size) for size in self.image_sizes], "shares": shares}
+
+
+def propose(patterns: Patterns, tokenizer: Tokenizer, config: Config, most: int, pixels: Size) -> Proposal:
     """Sizes for `model.patcher.image_sizes`, and what they keep of the images, beside what the present ones keep.
 
     Raises:
@@ -117,11 +136,11 @@ def propose(
     def mean(values: NDArray[Any]) -> float:
         return float((values * weights).sum() / weights.sum())
 
-    return {
-        "images": int(weights.sum()),
-        "image_sizes": [list(size) for size in chosen],
-        "area_kept": mean(kept(sizes, chosen)),
-        "area_kept_now": mean(kept(sizes, patcher.image_sizes)),
-        "enlarged": mean(np.any(sizes < target, axis=1)),
-        "shares": {f"{h}x{w}": float(share) for (h, w), share in zip(chosen, shares, strict=True)},
-    }
+    return Proposal(
+        images=int(weights.sum()),
+        image_sizes=chosen,
+        area_kept=mean(kept(sizes, chosen)),
+        area_kept_now=mean(kept(sizes, patcher.image_sizes)),
+        enlarged=mean(np.any(sizes < target, axis=1)),
+        shares=shares.tolist(),
+    )

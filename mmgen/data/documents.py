@@ -1,0 +1,244 @@
+"""Samples as documents: decoded, written, and collated into the batches of a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from numpy.typing import NDArray
+
+from mmgen.config import Config
+from mmgen.data.dataset import DROPPED, IMAGE_FIRST
+from mmgen.data.order import Cursors, PlannedDocument, PlannedRow, Position, chances, keyed
+from mmgen.data.shards.pictures import STORED, open_image, open_stored
+from mmgen.data.shards.samples import BadRecord, BadSample, Picture, Sample, Text
+from mmgen.image.latent import AutoencoderFacts, build_patcher
+from mmgen.image.patch import Grid
+from mmgen.image.resize import CENTRE, draft, fit
+from mmgen.objective import ImageSite, build_layout
+from mmgen.sequence.batch import RawBatch, RowFormat, collate
+from mmgen.sequence.document import Document, ImageSegment, Strip, TextSegment, Writer
+from mmgen.sequence.tokenizer import Tokenizer
+
+
+@dataclass
+class Step:
+    """This process's share of one global step."""
+
+    number: int
+    micro: list[RawBatch]
+    after: Position | Cursors
+    """Where the run stands once this step is done."""
+    documents: int = 0
+    positions: int = 0
+    """Positions of real documents, padding not counted."""
+    images: int = 0
+    """Images that are learned."""
+    bad: list[BadRecord] = field(default_factory=list)
+    """Samples that could not be decoded."""
+
+    def pin_memory(self) -> Step:
+        """Move the batches to page-locked memory, from where a GPU copies while it computes."""
+        self.micro = [batch.pin_memory() for batch in self.micro]
+        return self
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image before it is placed in a document."""
+
+    x_NP: NDArray[Any]
+    """Pixels in 0..255, or patches that are ready (latents, codes)."""
+    grid: Grid
+    learn: bool = True
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A sample with its text as tokens and its images as patches."""
+
+    shard: str
+    key: str
+    segments: Sequence[TextSegment | DecodedImage]
+
+    @property
+    def nbytes(self) -> int:
+        """About the memory that it takes."""
+        sizes = (8 * len(s.ids) if isinstance(s, TextSegment) else s.x_NP.nbytes for s in self.segments)
+        return sum(sizes) + 200
+
+
+class Documents(ABC):
+    """Samples written as documents, one at a time.
+
+    Decoding and every random draw happen per document and depend on (seed, epoch, shard, key) alone.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: Config, autoencoder: AutoencoderFacts | None = None) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.patcher = build_patcher(config.model.patcher, facts=autoencoder)
+        self.layout = build_layout(config.objective, config.model.patcher)
+
+    @abstractmethod
+    def segments(self, planned: PlannedDocument) -> Decoded:
+        """The sample of a planned document; raises `BadSample`."""
+
+    @property
+    @abstractmethod
+    def unencoded(self) -> bool:
+        """Batches carry pixels, which `prepare` scales or encodes, and not precomputed patches."""
+
+    @abstractmethod
+    def name(self, planned: PlannedDocument) -> tuple[str, str]:
+        """Name of its shard, and key, of a planned document."""
+
+    @abstractmethod
+    def steps(self, first: int, last: int, start: Any, rank: int, world: int) -> Iterator[Step]:
+        """Global steps [first, last) of a run that stands at `start`, decoded ahead in `data.workers` processes."""
+
+    @abstractmethod
+    def first_step(self, rank: int = 0, world: int = 1) -> Step:
+        """The share of `rank` in a run's first global step, made in this process: for who measures or inspects one."""
+
+    def document(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Document:
+        """Decode one document; `quantiles` are the stratified draws for t of its learned images.
+
+        Raises:
+            BadSample: it cannot be decoded.
+        """
+        decoded = self.segments(planned)
+        segments = list(decoded.segments)
+        if planned.form == IMAGE_FIRST:
+            segments.reverse()
+        if planned.form == DROPPED:
+            last = max(i for i, segment in enumerate(segments) if isinstance(segment, DecodedImage))
+            segments = [s for i, s in enumerate(segments) if i > last or isinstance(s, DecodedImage)]
+        segments = self._cut(segments, planned.length)
+        texts = [i for i, segment in enumerate(segments) if isinstance(segment, TextSegment)]
+        document: list[TextSegment | ImageSegment] = []
+        drawn = iter(quantiles) if quantiles is not None else None
+        image = 0
+        for i, segment in enumerate(segments):
+            if isinstance(segment, TextSegment):
+                document.append(segment)
+                continue
+            rng = keyed(self.config.run.seed, planned.epoch, decoded.shard, decoded.key, "noise", image)
+            blocks = [self.layout.context(segment.grid)]
+            if segment.learn:
+                quantile = rng.random() if drawn is None else next(drawn)
+                before, after = bool(texts) and texts[0] < i, bool(texts) and texts[-1] > i
+                blocks = self.layout.blocks(ImageSite(segment.grid, before, after, quantile), rng)
+            document.append(ImageSegment(segment.x_NP, segment.grid, blocks, segment.learn))
+            image += 1
+        return document
+
+    def write(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Strip:
+        """Decode one document and write it. Raises `BadSample`."""
+        strip = Writer(self.tokenizer).document(self.document(planned, quantiles))
+        if len(strip) != planned.length:
+            raise BadSample(f"its document has {len(strip)} positions, planned were {planned.length}")
+        return strip
+
+    def _cut(self, segments: Sequence[TextSegment | DecodedImage], length: int) -> list[TextSegment | DecodedImage]:
+        """Text shortened from the end until the document has its planned length; empty text is left out."""
+        spare = 2 + sum(map(self._positions, segments)) - length
+        kept: list[TextSegment | DecodedImage] = []
+        for segment in reversed(segments):
+            if isinstance(segment, TextSegment):
+                ids = segment.ids[: max(0, len(segment.ids) - max(0, spare))]
+                spare -= len(segment.ids) - len(ids)
+                segment = replace(segment, ids=ids)
+            if isinstance(segment, DecodedImage) or segment.ids:
+                kept.insert(0, segment)
+        return kept
+
+    def _positions(self, segment: TextSegment | DecodedImage) -> int:
+        """Positions that a segment takes in a row."""
+        if isinstance(segment, TextSegment):
+            return len(segment.ids)
+        rows, columns = segment.grid
+        return 3 + (self.layout.copies if segment.learn else 1) * rows * columns
+
+    def decode(self, sample: Sample, grids: Sequence[Grid], epoch: int) -> Decoded:
+        """Tokens and patches of a sample whose images have these patch grids; raises `BadSample`."""
+        expected = iter(grids)
+        segments: list[TextSegment | DecodedImage] = []
+        for i, segment in enumerate(sample.segments):
+            if isinstance(segment, Text):
+                segments.append(TextSegment(self.tokenizer.encode(segment.text), segment.learn))
+            elif segment.stored:
+                segments.append(self._stored(segment, next(expected)))
+            else:
+                centering = CENTRE
+                if self.config.data.crop == "random":
+                    centering = chances(self.config.run.seed, epoch, sample.shard, sample.key, "crop", i)
+                segments.append(self._image(segment, centering, next(expected)))
+        return Decoded(sample.shard, sample.key, segments)
+
+    def _image(self, picture: Picture, centering: tuple[float, float], grid: Grid) -> DecodedImage:
+        data, patcher = self.config.data, self.config.model.patcher
+        image = open_image(picture.data, data.limits, lambda image: draft(image, patcher.image_sizes))
+        image = fit(image, patcher.channels, patcher.image_sizes, data.resize, centering)
+        levels_NP, found = self.patcher.levels(image)
+        if found != grid:
+            raise BadSample(f"the image has grid {found}, planned was {grid}")
+        return DecodedImage(levels_NP, grid, picture.learn)
+
+    def _stored(self, picture: Picture, grid: Grid) -> DecodedImage:
+        stored = open_stored(picture.data)
+        if stored.kind != self.patcher.stored:
+            raise BadSample(f"it holds {STORED[stored.kind].plural}, which model.patcher.kind does not take")
+        try:
+            x_NP, found = self.patcher.rows(stored.array)
+        except ValueError as error:
+            raise BadSample(str(error)) from None
+        if found != grid:
+            height, width = (n * STORED[stored.kind].cell_pixels(self.config.model.patcher) for n in stored.size)
+            raise BadSample(
+                f"{stored.kind} {list(stored.array.shape)} stands for {height}x{width} pixels, which "
+                "model.patcher.image_sizes does not declare"
+            )
+        return DecodedImage(x_NP, grid, picture.learn)
+
+    def batch(self, rows: Sequence[Sequence[Strip | int]]) -> RawBatch:
+        """Collate written rows."""
+        patches = self.patcher.sent if self.unencoded else self.patcher.ready
+        return collate(
+            rows, RowFormat(self.config.data.row_length, self.tokenizer, self.layout.context((0, 0)), patches)
+        )
+
+    def written(self, row: PlannedRow, ordinal: int, quantile: Callable[[int], float], step: Step) -> list[Strip | int]:
+        """Write the documents of a row and count them in `step`.
+
+        `ordinal` is the number of the row's first learned image; `quantile` gives each number its draw for t.
+        """
+        strips: list[Strip | int] = []
+        for document in row:
+            even = None
+            if self.config.objective.time.stratified:
+                even = [quantile(i) for i in range(ordinal, ordinal + document.images)]
+            strips.append(self._write_or_leave(document, even, step))
+            ordinal += document.images
+            step.images += document.images
+            step.positions += document.length
+        step.documents += len(row)
+        return strips
+
+    def micro_batches(self, written: list[list[Strip | int]], world: int) -> list[RawBatch]:
+        """The written rows of a rank as its micro-batches, filled up with empty rows."""
+        settings = self.config.train
+        share = -(-settings.batch_rows // world)
+        micro = min(settings.micro_rows or share, share)
+        steps = -(-settings.batch_rows // (world * micro))
+        written = [*written, *([] for _ in range(steps * micro - len(written)))]
+        return [self.batch(written[i * micro : (i + 1) * micro]) for i in range(steps)]
+
+    def _write_or_leave(self, document: PlannedDocument, quantiles: Sequence[float] | None, step: Step) -> Strip | int:
+        try:
+            return self.write(document, quantiles)
+        except BadSample as error:
+            shard, key = self.name(document)
+            step.bad.append(BadRecord(shard, key, str(error)))
+            return document.length
