@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mmgen.data.order import Cursors, Position
+from mmgen.image.latent import AutoencoderFacts
 from mmgen.model import MMGenModel
 from mmgen.train.checkpoint.fragments import Store
 from mmgen.train.checkpoint.read import load_model, read_trainer
@@ -77,8 +78,15 @@ def test_a_state_comes_back_from_its_json() -> None:
     assert (state.step, state.position, state.world) == (2, Position(**json.loads(text)["position"]), 1)
     streams = state.model_copy(update={"position": Cursors.of({"streams": [[0, 1, 2, 3, 4, 5, 6]]})})
     assert TrainerState.from_json(streams.to_json()) == streams
-    measured = state.model_copy(update={"autoencoder": {"fingerprint": "abc"}})
+    measured = state.model_copy(update={"autoencoder": AutoencoderFacts("abc", [0.5], [2.0])})
     assert TrainerState.from_json(measured.to_json()) == measured
+
+
+def test_facts_of_an_autoencoder_are_found_among_old_settings() -> None:
+    state = TrainerState.from_json((FIXTURES / "latent" / "checkpoints" / "step-2" / "trainer.json").read_text())
+    old = state.config["model"]["patcher"]["vae"]
+    assert state.autoencoder == AutoencoderFacts(old["fingerprint"], old["mean"], old["std"])
+    assert old["mean"] != [0.0, 0.0]
 
 
 def test_missing_keys_have_defaults_and_unknown_ones_are_ignored() -> None:
