@@ -9,9 +9,7 @@ from PIL import Image
 from sklearn.svm import SVC
 
 from mmgen.data.shards.samples import Sample, open_image, read
-from mmgen.evaluate.tasks import Mark, Object, Pixels, Task
-
-Truth = frozenset[Object]
+from mmgen.evaluate.tasks import Mark, Object, Pixels, Task, Truth
 
 
 def pixels(image: Image.Image) -> Pixels:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmgen.flow.adaptive import solve_adaptive
 from mmgen.flow.path import Path
 from mmgen.flow.schedule import CosinePath, DDPMPath, LinearBetaPath, LinearPath, ScaledNoise, VEPath
-from mmgen.flow.solvers import SOLVERS, build_solver, langevin, normal, solve, solve_adaptive
+from mmgen.flow.solvers import SOLVERS, build_solver, langevin, solve
+from mmgen.flow.steps import normal
 from mmgen.flow.time import uniform_grid
 
 STEPS = 5
