@@ -392,8 +392,7 @@ def run_experiments(
         results.append(result)
         tell(f"{'holds' if result.holds else 'FAILS'}  {result.name}  {result.seconds} s  {result.picture}")
         for bound in result.bounds:
-            limits = " ".join(f"{name.replace('_', ' ')} {limit:g}" for name, limit in bound.limits.items())
-            tell(f"    {'  ' if bound.holds else '! '}{bound.figure}: {bound.value:.4g} ({limits})")
+            tell(f"    {'  ' if bound.holds else '! '}{bound.figure}: {bound.value:.4g} ({bound.wanted})")
         for known in result.differences:
             tell(
                 f"    ~ {known.figure}: {known.measured:.4g} (known difference, wanted {known.wanted}: {known.reason})"

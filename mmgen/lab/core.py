@@ -43,6 +43,11 @@ class Bound:
         limits = {"at_least": self.at_least, "at_most": self.at_most}
         return {name: limit for name, limit in limits.items() if math.isfinite(limit)}
 
+    @property
+    def wanted(self) -> str:
+        """The limits in words: "at least 0.9 at most 1.1"."""
+        return " ".join(f"{name.replace('_', ' ')} {limit:g}" for name, limit in self.limits.items())
+
     def as_json(self) -> dict[str, Json]:
         """For the result's JSON."""
         return {"figure": self.figure, "value": self.value, "holds": self.holds, **self.limits}
@@ -104,6 +109,16 @@ class Run:
         """Record a figure and judge it."""
         self.figures[figure] = value
         self.bounds.append(Bound(figure, value, at_least, at_most))
+
+    def bound_when_trained(
+        self, figure: str, value: float, *, at_least: float = -math.inf, at_most: float = math.inf
+    ) -> None:
+        """As `bound`, for a figure that takes the training of a full run; in a fast run it is not judged."""
+        if not self.fast:
+            self.bound(figure, value, at_least=at_least, at_most=at_most)
+            return
+        wanted = Bound(figure, value, at_least, at_most).wanted
+        self.known_difference(figure, value, wanted=wanted, reason="a fast run trains too few steps for it")
 
     def known_difference(self, figure: str, value: float, *, wanted: str, reason: str) -> None:
         """Record a figure that misses what was expected of it, for a known reason; it is not judged."""

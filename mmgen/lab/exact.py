@@ -52,7 +52,7 @@ def solver_order(run: Run) -> Figure:
             run.bound(f"slope of {scheme}, {half} halving", value, at_least=order - 0.15, at_most=order + 0.15)
     run.note(steps=counts, errors=errors)
     curves = {f"{scheme}, slope {slopes(line)[-1]:.2f}": line for scheme, line in errors.items()}
-    return draw.lines(counts, curves, "steps N", "mean error at t = 1", log=True)
+    return draw.lines(counts, curves, "steps N", "mean error at t = 1", log="xy")
 
 
 @experiment("Log-likelihood along the ODE, exact trace, RK4 with 100 steps", faults=["sign", "shifted_t"])
@@ -88,7 +88,7 @@ def same_marginals(run: Run) -> Figure:
         run.bound(f"error at N = 1600, {name}", errors[name][-1], at_most=5e-3)
         run.bound(f"slope, {name}", slopes(errors[name])[-1], at_least=0.9, at_most=1.1)
     run.note(steps=counts, errors=errors)
-    return draw.lines(counts, errors, "steps N", "error of mean or variance", log=True)
+    return draw.lines(counts, errors, "steps N", "error of mean or variance", log="xy")
 
 
 @experiment("Ancestral sampling is DDIM with eta = 1 (cosine path, N(0, 0.25))", faults=["minus_s2", "shifted_t"])
@@ -168,7 +168,7 @@ def fokker_planck(run: Run) -> Figure:
             residuals = [_residual(data, z, float(t), w) for t in times]
             curves[f"{equation}, {name}"] = residuals
             run.bound(f"largest relative residual, {equation}, {name}", max(residuals), at_most=1e-8)
-    return draw.lines(times.tolist(), curves, "t", "relative residual", log_y=True)
+    return draw.lines(times.tolist(), curves, "t", "relative residual", log="y")
 
 
 def _residual(data: GaussianMixture, z: Tensor, t: float, w: float) -> float:
@@ -219,7 +219,7 @@ def velocity_growth(run: Run) -> Figure:
         "time of the smallest RMS on the path, minus 1 / (1 + s^2)", slowest - gaussian, at_least=-0.1, at_most=0.1
     )
     run.note(coefficient=scaled[-1], times=times, rms=rms, smallest_rms_on_the_path=min(on_path))
-    return draw.lines([1 - t for t in times], rms, "1 - t", "RMS of v*", log=True)
+    return draw.lines([1 - t for t in times], rms, "1 - t", "RMS of v*", log="xy")
 
 
 @experiment("Quality against steps: DDPM's ancestral sampling, DDIM and the ODE solvers, exact field")
@@ -239,7 +239,7 @@ def ddpm_ddim_steps(run: Run) -> Figure:
     run.bound("largest ratio of DDIM to DDPM, 5 to 20 steps", max(few), at_most=1.0)
     run.bound("DDPM at 200 steps over the floor", curves["ancestral"][-1] / floor, at_most=4.0)
     run.note(steps=counts, sliced_w2=curves, floor=floor)
-    return draw.lines(counts, {**curves, "two sets of data": [floor] * len(counts)}, "steps", "sliced W2", log=True)
+    return draw.lines(counts, {**curves, "two sets of data": [floor] * len(counts)}, "steps", "sliced W2", log="xy")
 
 
 @experiment("The exact field of a training set memorises it")

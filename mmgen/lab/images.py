@@ -121,8 +121,10 @@ def transfusion_mask(run: Run) -> Figure:
         shown.append(join(made)[:10].view(10, 8, 8))
     gap = losses["causal"] - losses["bidirectional"]
     mean = {name: float(rows.mean()) for name, rows in losses.items()}
-    run.bound("held-out v loss, bidirectional over causal", mean["bidirectional"] / mean["causal"], at_most=0.97)
-    run.bound(
+    run.bound_when_trained(
+        "held-out v loss, bidirectional over causal", mean["bidirectional"] / mean["causal"], at_most=0.97
+    )
+    run.bound_when_trained(
         "pixel Frechet distance, causal over bidirectional", scores["causal"] / scores["bidirectional"], at_least=1.5
     )
     run.bound("gap of the first row of patches over the last row's", float(gap[0] / gap[3].clamp(min=1e-9)), at_least=2)
@@ -191,7 +193,7 @@ def mar_head(run: Run) -> Figure:
     }
     scores = {name: distance(images, x_test) for name, images in made.items()}
     ratios = {name: spread(images, label) / spread(x_test, y_test) for name, images in made.items()}
-    run.bound("Frechet distance, MSE over flow", scores["MSE"] / scores["flow, 16 steps"], at_least=5)
+    run.bound_when_trained("Frechet distance, MSE over flow", scores["MSE"] / scores["flow, 16 steps"], at_least=5)
     run.bound(
         "Frechet distance, one flow step over sixteen", scores["flow, 1 step"] / scores["flow, 16 steps"], at_least=2
     )
@@ -286,6 +288,8 @@ def disjoint_halves(run: Run) -> Figure:
         copies[str(size)] = float(torch.cdist(made[0], x[:size]).min(1).values.mean())
         shown[f"{size}, first"], shown[f"{size}, second"] = (m[:10].view(10, 8, 8) for m in made)
     run.bound("similarity at 850 minus that at 20 digits", alike["850"] - alike["20"], at_least=0.1)
-    run.bound("distance to the training set, 20 over 850 digits", copies["20"] / copies["850"], at_most=0.7)
+    run.bound_when_trained(
+        "distance to the training set, 20 over 850 digits", copies["20"] / copies["850"], at_most=0.7
+    )
     run.note(similarity=alike, distance_to_training_set=copies, root_of_dimension=math.sqrt(64))
     return draw.images(torch.stack(list(shown.values())), list(shown))
