@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mmgen.flow.field import Field, GaussianMixture
@@ -14,7 +16,10 @@ from mmgen.flow.path import Path as FlowPath
 from mmgen.flow.schedule import CosinePath, LinearPath
 from mmgen.flow.solvers import runge_kutta, solve
 from mmgen.flow.time import uniform_grid
-from mmgen.lab.catalog import EXPERIMENTS, Options, execute, run_all
+from mmgen.lab import draw
+from mmgen.lab.catalog import EXPERIMENTS, Experiment, Options, execute, run_all
+from mmgen.lab.core import Bound, Run
+from mmgen.lab.faults import FAULTS, HOOKS, injected
 from mmgen.lab.nets import Preconditioned
 from tests.conftest import run
 
@@ -80,6 +85,55 @@ def test_a_fault_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_every_fault_is_answered_by_an_exact_experiment() -> None:
     assert {fault for _, fault in FAULTY} == {"sign", "half", "minus_s2", "shifted_t"}
+
+
+def test_bounds_judge_and_known_differences_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An experiment of three figures: one judged, one known to differ, one that takes the training of a full run."""
+
+    def toy(run: Run) -> Figure:
+        run.bound("judged", 1.0, at_least=0.5)
+        run.known_difference("known", 2.0, wanted="at most 1", reason="it is two")
+        run.bound_when_trained("trained", 0.3, at_least=0.5)
+        return draw.bars({"a": 1.0}, "y")
+
+    for name in list(EXPERIMENTS):
+        monkeypatch.delitem(EXPERIMENTS, name)
+    monkeypatch.setitem(EXPERIMENTS, "toy", Experiment("toy", "A toy", toy))
+    words = ("lab", "run", "--all", "--json", "--jobs", "1", "--out", str(tmp_path))
+    code, found, told = run(capsys, *words, "--fast")
+    (result,) = json.loads(found)
+    assert code == 0, told
+    assert "known difference" in told
+    assert [bound["figure"] for bound in result["bounds"]] == ["judged"]
+    known, untrained = result["known_differences"]
+    assert known == {"figure": "known", "wanted": "at most 1", "measured": 2.0, "reason": "it is two"}
+    assert (untrained["figure"], untrained["wanted"]) == ("trained", "at least 0.5")
+    assert result["figures"] == {"judged": 1.0, "known": 2.0, "trained": 0.3}
+    code, found, _ = run(capsys, *words)
+    (result,) = json.loads(found)
+    assert code == 1
+    assert result["holds"] is False
+    assert [(bound["figure"], bound["holds"]) for bound in result["bounds"]] == [("judged", True), ("trained", False)]
+
+
+@pytest.mark.parametrize(("value", "holds"), [(0.9, True), (1.1, True), (0.89, False), (1.2, False), (math.nan, False)])
+def test_a_bound_holds_between_its_limits(value: float, holds: bool) -> None:
+    bound = Bound("slope", value, 0.9, 1.1)
+    assert bound.holds is holds
+    assert bound.wanted == "at least 0.9 at most 1.1"
+
+
+def test_a_fault_wraps_only_hooks() -> None:
+    """Every function that a fault replaces is on the list, and stands in its place again afterwards."""
+    before = [getattr(hook.owner, hook.name) for hook in HOOKS]
+    for fault, wraps in FAULTS.items():
+        assert set(wraps) <= set(HOOKS)
+        with injected(fault):
+            changed = [getattr(hook.owner, hook.name) is not old for hook, old in zip(HOOKS, before, strict=True)]
+        assert changed == [hook in wraps for hook in HOOKS]
+    assert [getattr(hook.owner, hook.name) for hook in HOOKS] == before
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
