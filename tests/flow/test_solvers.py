@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from importlib import import_module
 from typing import Any
 
 import azula.denoise
@@ -25,6 +24,7 @@ from diffusers import (
 from scipy import integrate
 from torch import Tensor
 
+from mmgen.flow.adaptive import solve_adaptive
 from mmgen.flow.bridge import drive
 from mmgen.flow.field import Field, FiniteSet, GaussianMixture
 from mmgen.flow.guide import classifier_free
@@ -36,16 +36,15 @@ from mmgen.flow.solvers import (
     TABLEAUX,
     build_solver,
     langevin,
-    normal,
     runge_kutta,
     solve,
-    solve_adaptive,
 )
+from mmgen.flow.steps import normal
 from mmgen.flow.time import cosine_grid, uniform_grid
 from mmgen.lab.data import MEANS
+from mmgen.lab.faults import injected
 from mmgen.lab.moments import Moments, slopes
 
-module = import_module("mmgen.flow.solvers")
 PATHS: dict[str, Path] = {
     "linear": LinearPath(),
     "linear to sigma 0.02": LinearPath(0.02),
@@ -253,15 +252,19 @@ class _Denoiser(azula.denoise.Denoiser):  # type: ignore[misc]
         return azula.denoise.DiracPosterior(self.data.denoised(x_t, 1 - t))
 
 
+@pytest.mark.parametrize("path_name", ["linear", "vp"])
 @pytest.mark.parametrize("name", ["heun", "rk4", "ddim", "dpmpp_2m", "ancestral", "euler_maruyama"])
-def test_a_time_that_is_repeated_changes_nothing(name: str) -> None:
+def test_a_time_that_is_repeated_changes_nothing(name: str, path_name: str) -> None:
     """Also at the data, where the exact field of points has no value and is not asked."""
-    points = FiniteSet(MEANS)
+    if (name, path_name) == ("dpmpp_2m", "vp"):
+        pytest.skip("its step after a repeated time is of first order")
+    path = PATHS[path_name]
+    points = FiniteSet(MEANS, path)
     ask = points.velocity if SOLVERS[name].asks == "v" else points.denoised
     ends = []
     for grid in ([0.0, 0.5, 0.8, 1.0], [0.0, 0.0, 0.5, 0.5, 0.8, 1.0, 1.0]):
         times, noise = torch.tensor(grid, dtype=torch.float64), normal(torch.Generator().manual_seed(4))
-        ends.append(solve(build_solver(name, start(LinearPath()), times, LinearPath(), noise), ask))
+        ends.append(solve(build_solver(name, start(path), times, path, noise), ask))
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
 
 
@@ -489,41 +492,28 @@ def family_error(level: Any) -> float:
     return Moments(LinearPath()).error("euler_maruyama", 0.96 * uniform_grid(800), level=level, end="full")
 
 
-def test_a_dropped_half_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_half_is_noticed() -> None:
     assert family_error("constant") < 5e-3
-    score = LinearPath.coefficients
-
-    def doubled(self: LinearPath, source: str, target: str, t: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-        p, q = score(self, source, target, t, clip)
-        return (2 * p, 2 * q) if (source, target) == ("v", "score") else (p, q)
-
-    monkeypatch.setattr(LinearPath, "coefficients", doubled)
-    assert family_error("constant") > 5e-3
+    with injected("half"):
+        assert family_error("constant") > 5e-3
 
 
 @pytest.mark.parametrize("fault", ["no minus s^2", "sign of the score", "shifted t"])
 def test_faults_of_stochastic_samplers_are_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moments, times = Moments(CosinePath()), uniform_grid(400)
     healthy = moments.error("ddim", times, eta=1.0)
-    if fault == "no minus s^2":
-        step = module._ddim_step
+    field = moments.field
 
-        def broken(grid: Any, eta: float) -> tuple[Tensor, Tensor, Tensor]:
-            by_x, by_z, _ = step(grid, 0.0)
-            return by_x, by_z, step(grid, eta)[2]
+    def wrong(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+        inner = field(kind)
+        if fault == "shifted t":
+            return lambda z, t: inner(z, (t - 0.01).clamp(min=0))
+        return lambda z, t: 2 * z / moments.path.alpha(t) - inner(z, t)
 
-        monkeypatch.setattr(module, "_ddim_step", broken)
-    else:
-        field = moments.field
-
-        def wrong(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-            inner = field(kind)
-            if fault == "shifted t":
-                return lambda z, t: inner(z, (t - 0.01).clamp(min=0))
-            return lambda z, t: 2 * z / moments.path.alpha(t) - inner(z, t)
-
-        monkeypatch.setattr(moments, "field", wrong)
-    assert moments.error("ddim", times, eta=1.0) > 3 * healthy
+    with injected("minus_s2" if fault == "no minus s^2" else None):
+        if fault != "no minus s^2":
+            monkeypatch.setattr(moments, "field", wrong)
+        assert moments.error("ddim", times, eta=1.0) > 3 * healthy
 
 
 # --- the protocol ------------------------------------------------------------------------------------------
