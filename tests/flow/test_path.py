@@ -305,6 +305,7 @@ def test_copies_are_the_same_path(path: Path, copied: Callable[[Path], Path]) ->
     torch.testing.assert_close((again.alpha(t), again.drift(t)), wanted, rtol=0, atol=0)
 
 
+@pytest.mark.broad
 def test_a_copied_table_outlives_the_original() -> None:
     """A new tensor may stand where an old one stood: tables must be known by name, not by place."""
     t = torch.linspace(0.05, 0.95, 19)
@@ -330,6 +331,7 @@ def test_mixtures_and_conversions_keep_the_type(path: Path) -> None:
     assert torch.isfinite(path.alpha(torch.zeros(1, dtype=torch.bfloat16))).all()
 
 
+@pytest.mark.broad
 def test_conversions_and_losses_compile_whole() -> None:
     """No value is looked at while compiling, so the graph does not break."""
     path, x, t = LinearPath(), torch.randn(4, 3), torch.full((4,), 0.5)

@@ -105,6 +105,7 @@ STRETCH = {
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ddim": 1, "dpmpp_2m": 2}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize("path_name", STRETCH)
 def test_order_of_convergence(name: str, path_name: str) -> None:
@@ -123,6 +124,7 @@ def test_order_of_convergence(name: str, path_name: str) -> None:
     assert max(abs(order - ORDERS[name]) for order in found) < 0.15, found
 
 
+@pytest.mark.broad
 def test_a_shifted_time_is_noticed() -> None:
     """The convergence test can fail: a velocity asked at the wrong end of each step has order 1, not 2."""
     path = LinearPath()
@@ -341,6 +343,7 @@ BRIDGED = {
 }  # fmt: skip
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", BRIDGED)
 @pytest.mark.parametrize("path_name", PATHS)
 def test_schedulers_of_diffusers_drive_our_field(name: str, path_name: str) -> None:
@@ -368,6 +371,7 @@ def test_a_scheduler_takes_options_for_its_times_and_half_precision() -> None:
     assert drive(FlowMatchEulerDiscreteScheduler(), field, z.bfloat16(), 50).dtype == torch.bfloat16
 
 
+@pytest.mark.broad
 def test_ddpm_scheduler_drives_our_field() -> None:
     """The same noise gives the sample of our own ancestral sampler on the same table."""
     scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
@@ -392,6 +396,7 @@ FAMILY: dict[str, Any] = {
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("level", FAMILY)
 @pytest.mark.parametrize("path_name", ["linear", "cosine"])
 def test_every_member_of_the_family_has_the_marginals(level: str, path_name: str) -> None:
@@ -405,6 +410,7 @@ def test_every_member_of_the_family_has_the_marginals(level: str, path_name: str
     assert all(0.9 < slope < 1.1 for slope in slopes(errors)), errors
 
 
+@pytest.mark.broad
 def test_the_reverse_sde_has_the_marginals() -> None:
     """w = g: on the variance-preserving path, from nearly pure noise."""
     moments = Moments(LinearBetaPath())
@@ -415,6 +421,7 @@ def test_the_reverse_sde_has_the_marginals() -> None:
     assert 0.9 < slopes(errors)[0] < 1.1
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("name", "options"),
     [("ancestral", {}), ("ddim", {"eta": 0.0}), ("ddim", {"eta": 0.6}), ("ddim", {"eta": 1.0})],
@@ -428,6 +435,7 @@ def test_stochastic_samplers_converge_to_the_data(name: str, options: dict[str, 
     assert all(0.75 < slope < 2.2 for slope in slopes(errors)), errors
 
 
+@pytest.mark.broad
 @each_path
 def test_corrections_bring_a_sampler_closer(path: Path) -> None:
     """A predictor without corrections is ancestral sampling; each Langevin step pulls toward the marginal."""
@@ -459,6 +467,7 @@ def test_ancestral_is_ddim_with_eta_one() -> None:
     torch.testing.assert_close(seen[0][-1], seen[1][-1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.broad
 def test_langevin_keeps_the_marginal() -> None:
     """Corrections at one time leave its variance, up to the square of their size."""
     path, time = LinearPath(), 0.6
@@ -492,12 +501,14 @@ def family_error(level: Any) -> float:
     return Moments(LinearPath()).error("euler_maruyama", 0.96 * uniform_grid(800), level=level, end="full")
 
 
+@pytest.mark.broad
 def test_a_dropped_half_is_noticed() -> None:
     assert family_error("constant") < 5e-3
     with injected("half"):
         assert family_error("constant") > 5e-3
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("fault", ["no minus s^2", "sign of the score", "shifted t"])
 def test_faults_of_stochastic_samplers_are_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moments, times = Moments(CosinePath()), uniform_grid(400)
@@ -562,6 +573,7 @@ def test_a_field_that_answers_in_another_shape_is_refused() -> None:
         solve(runge_kutta(start(LinearPath()), uniform_grid(3)), lambda z, t: z[:1])
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("path", [LinearPath(), CosinePath(), DDPMPath()], ids=["linear", "cosine", "ddpm"])
 @pytest.mark.parametrize("name", [n for n in SOLVERS if n not in ("annealed_langevin", "langevin")])
 def test_a_step_never_waits_for_the_device(name: str, path: Path) -> None:
