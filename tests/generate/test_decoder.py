@@ -266,7 +266,7 @@ def test_every_prediction_samples_what_it_knows(config: Config, prediction: str,
         return {"x": x, "eps": (z - t * x) / (1 - t), "v": (x - z) / (1 - t)}[prediction]
 
     model.objective._enter = enter
-    model.objective.projection.decode = decode
+    model.objective.projection.leave.leave = decode
     noise = torch.randn(3, 4, patch, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     drawing = model.objective.generate(
         ImageSpec((2, 2), noise, config.sample, torch.zeros(1, 3, 32), torch.zeros(3, 4).long())
