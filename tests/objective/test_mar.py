@@ -18,7 +18,7 @@ from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.model import MMGenModel, build_model
-from mmgen.objective import Given, ImageSite, ImageSpec, MARObjective
+from mmgen.objective import Given, ImageSite, ImageSpec
 from mmgen.objective.mar import MARLayout, guidance_at, mask_ratio, unmask_counts
 from mmgen.plan import plan
 from mmgen.sequence.attention import dense_visible
