@@ -71,7 +71,7 @@ class Corpus(Documents):
                     "(`python -m data_prep.latents` makes latents of images)"
                 )
             if self.config.data.crop == "random":
-                raise ValueError(f"data.crop is random, but a stored {kind} has one crop: set it to center")
+                raise ValueError(f"data.crop is random, but stored {plural} have one crop: set it to center")
         if isinstance(self.patcher, LatentPatcher):
             for fingerprint, shard in dataset.stored.get("latent", {}).items():
                 if fingerprint and fingerprint != self.patcher.fingerprint:
