@@ -190,7 +190,7 @@ def main(
     loaded = override(loaded, {"data": {"train": [*shards] or loaded.data.train}})
     out = out or Path(loaded.model.patcher.vae.name)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer.load(loaded.data.tokenizer, loaded.model.patcher.grids)
+    tokenizer = Tokenizer.of(loaded)
     corpus = Corpus(loaded.data.train, tokenizer, loaded)
     if not corpus.unencoded:
         raise ValueError("these shards hold latents: name shards of images")

@@ -23,10 +23,10 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeGuard
 
 import torch
 import yaml
@@ -35,9 +35,8 @@ from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmgen.config import Config
-from mmgen.config_io import explain, load, override
+from mmgen.config_io import explain, load, merged, override
 from mmgen.data.latents import find_facts
-from mmgen.data.loader import steps
 from mmgen.data.streams import training_corpus
 from mmgen.evaluate.report import write_report
 from mmgen.model import MMGenConfig, MMGenModel, build_model
@@ -51,6 +50,8 @@ SCORES = (
     "val_loss_text", "val_loss_image", "seconds_per_step", "seconds_per_image", "parameters", "steps",
 )  # fmt: skip
 """Columns of the table; `report.json` has every number that all runs of an arm report."""
+VAL_PLACES = "val_loss_image_by_place"
+"""A list in a run's report: the image loss at each place of a patch grid."""
 
 
 class AblationFile(BaseModel):
@@ -61,8 +62,8 @@ class AblationFile(BaseModel):
     out: Path
     equal: Literal["steps", "parameters", "flops"] = "steps"
     seeds: list[int] = Field([0], min_length=1)
-    arms: dict[str, dict[str, Any]] = Field(min_length=1)
-    grid: dict[str, list[Any]] = {}
+    arms: dict[str, dict[str, object]] = Field(min_length=1)
+    grid: dict[str, list[object]] = {}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,39 @@ class Arm:
     parameters: int
     flops: float
     """Of one training step, forward and backward."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean over seeds and half-width of its 95% interval, which a single seed does not have."""
+
+    mean: float
+    half_width: float | None
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Intervals of a list of numbers, place by place."""
+
+    mean: list[float]
+    half_width: list[float | None]
+
+    def at(self, place: int) -> Interval:
+        """The interval of one place."""
+        return Interval(self.mean[place], self.half_width[place])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every number that all runs of an arm report, by arm; its fields are those of the ablation's `report.json`."""
+
+    equal: str
+    seeds: list[int]
+    arms: dict[str, dict[str, Interval | Intervals]]
+
+
+Report = Mapping[str, object]
+"""The `report.json` of one run."""
 
 
 def read(path: Path) -> tuple[AblationFile, list[Arm]]:
@@ -102,7 +136,7 @@ def read(path: Path) -> tuple[AblationFile, list[Arm]]:
     return file, arms
 
 
-def _cells(file: AblationFile) -> list[tuple[str, dict[str, Any]]]:
+def _cells(file: AblationFile) -> list[tuple[str, dict[str, object]]]:
     """Every arm times every combination of the grid, by name."""
     cells = []
     for name, changes in file.arms.items():
@@ -113,15 +147,14 @@ def _cells(file: AblationFile) -> list[tuple[str, dict[str, Any]]]:
     return cells
 
 
-def nested(dotted: dict[str, Any]) -> dict[str, Any]:
+def nested(dotted: Mapping[str, object]) -> dict[str, object]:
     """`{"a.b": 1}` as `{"a": {"b": 1}}`; values may be mappings themselves."""
-    tree: dict[str, Any] = {}
+    tree: dict[str, object] = {}
     for key, value in dotted.items():
-        *parents, last = key.split(".")
-        place = tree
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = {**place.get(last, {}), **value} if isinstance(value, dict) else value
+        first, _, rest = key.partition(".")
+        new = nested({rest: value}) if rest else value
+        old = tree.get(first)
+        tree[first] = merged(old, new) if isinstance(old, Mapping) and isinstance(new, Mapping) else new
     return tree
 
 
@@ -137,7 +170,7 @@ def _equal(name: str, config: Config, how: str, first: Arm | None) -> Arm:
 
 def parameters(config: Config) -> int:
     """Number of parameters of a configuration's model; nothing is allocated."""
-    vocabulary = len(Tokenizer.load(config.data.tokenizer, config.model.patcher.grids))
+    vocabulary = len(Tokenizer.of(config))
     with torch.device("meta"):
         return sum(p.numel() for p in MMGenModel(MMGenConfig.of(config, vocabulary)).parameters())
 
@@ -167,10 +200,10 @@ def same_parameters(config: Config, wanted: int, name: str) -> Config:
 
 def step_flops(config: Config) -> float:
     """Floating-point operations of one training step, counted by torch on the run's first batch."""
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     corpus = training_corpus(config, tokenizer, find_facts(config, tokenizer))
     model = build_model(config, len(tokenizer))
-    batches = [prepare(raw, corpus.patcher) for raw in next(steps(corpus, 0, 1, corpus.start)).micro]
+    batches = [prepare(raw, corpus.patcher) for raw in corpus.first_step().micro]
     with FlopCounterMode(display=False) as counter:
         for batch in batches:
             losses = model(batch)
@@ -178,7 +211,7 @@ def step_flops(config: Config) -> float:
     return float(counter.get_total_flops())
 
 
-def ablate(path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+def ablate(path: Path, tell: Callable[[str], None]) -> Comparison:
     """Run what is missing, one process per run, and write `report.json` into the file's `out`.
 
     Raises:
@@ -190,18 +223,19 @@ def ablate(path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
         tell(
             f"{arm.name}: {arm.parameters:,} parameters, {arm.config.train.steps} steps of {arm.flops / 1e9:.2f} GFLOP"
         )
-    reports: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
+    reports: dict[str, list[Report]] = {arm.name: [] for arm in arms}
     for seed in file.seeds:  # seeds outermost, so that a table over few seeds exists early
         for arm in arms:
             folder = file.out / arm.name / f"seed-{seed}"
             config = override(arm.config, {"run": {"dir": folder, "seed": seed}})
             reports[arm.name].append(_run(config, arm, tell))
-        summary = summarise(file, arms, reports)
-        write_report(file.out, summary)
-    return summary
+        done = len(reports[arms[0].name])
+        found = Comparison(file.equal, file.seeds[:done], {name: summary(runs) for name, runs in reports.items()})
+        write_report(file.out, asdict(found))
+    return found
 
 
-def _run(config: Config, arm: Arm, tell: Callable[[str], None]) -> dict[str, Any]:
+def _run(config: Config, arm: Arm, tell: Callable[[str], None]) -> Report:
     """The report of one run, which is trained and scored unless it has been."""
     folder = config.run.dir
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,40 +255,44 @@ def _run(config: Config, arm: Arm, tell: Callable[[str], None]) -> dict[str, Any
                 raise ChildProcessError(
                     f"{command} of {folder} ended with code {code}: see {log.name}. The same command goes on from here"
                 )
-    found: dict[str, Any] = json.loads(report.read_text())
-    found["seconds_per_step"] = found["train_seconds"] / config.train.steps
-    return {**found, "steps": config.train.steps, "gflop_per_step": arm.flops / 1e9}
-
-
-def summarise(file: AblationFile, arms: Sequence[Arm], reports: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Mean and half-width of the 95% interval over seeds of every number, by arm."""
+    found = json.loads(report.read_text())
+    seconds = found["train_seconds"] / config.train.steps
     return {
-        "equal": file.equal,
-        "seeds": file.seeds[: len(reports[arms[0].name])],
-        "arms": {
-            arm.name: {
-                key: interval([report[key] for report in reports[arm.name]])
-                for key in reports[arm.name][0]
-                if all(_numeric(report.get(key)) for report in reports[arm.name])
-            }
-            for arm in arms
-        },
+        **found,
+        "seconds_per_step": seconds,
+        "steps": config.train.steps,
+        "gflop_per_step": arm.flops / 1e9,
     }
 
 
-def _numeric(value: object) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(_numeric(item) for item in value)
+def summary(reports: Sequence[Report]) -> dict[str, Interval | Intervals]:
+    """The interval over the runs of an arm of every number, or list of numbers, that all of them report."""
+    found: dict[str, Interval | Intervals] = {}
+    for key in reports[0]:
+        values = [report.get(key) for report in reports]
+        numbers = [value for value in values if _number(value)]
+        lists = [value for value in values if isinstance(value, list) and value and all(map(_number, value))]
+        if len(numbers) == len(values):
+            found[key] = interval(numbers)
+        elif len(lists) == len(values):
+            found[key] = intervals(lists)
+    return found
+
+
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def interval(values: Sequence[Any]) -> dict[str, Any]:
-    """Mean and half-width of Student's 95% interval; lists (a loss per place) are summarised place by place."""
-    if isinstance(values[0], list):
-        inner = [interval(list(column)) for column in zip(*values, strict=True)]
-        return {name: [item[name] for item in inner] for name in ("mean", "half_width")}
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and half-width of Student's 95% interval."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return {"mean": mean, "half_width": None}
+        return Interval(mean, None)
     spread = statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "half_width": float(stats.t.ppf(0.975, len(values) - 1)) * spread}
+    return Interval(mean, float(stats.t.ppf(0.975, len(values) - 1)) * spread)
+
+
+def intervals(values: Sequence[Sequence[float]]) -> Intervals:
+    """The interval of each place of equally long lists."""
+    each = [interval(column) for column in zip(*values, strict=True)]
+    return Intervals([item.mean for item in each], [item.half_width for item in each])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -22,6 +22,14 @@ class Settings(BaseModel):
     """Base of all sections: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+    def check(self) -> None:
+        """Raise ValueError where fields do not fit each other; every section is checked when it is made."""
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        self.check()
+        return self
 
 
 class RunConfig(Settings):
@@ -178,7 +186,7 @@ class PatcherConfig(Settings):
     image_sizes: list[tuple[Positive, Positive]] = [(16, 16)]
     """Every (height, width) in pixels that the model may see or draw."""
     projection: str = "linear"
-    """`linear` or `bottleneck` (two linear maps through `bottleneck` channels)."""
+    """How patches enter the backbone's width; `bottleneck` goes through a layer of `bottleneck` channels."""
     bottleneck: Positive = 32
     """Width of the bottleneck projection."""
 
@@ -208,7 +216,6 @@ class PatcherConfig(Settings):
         return [(height // self.side, width // self.side) for height, width in self.image_sizes]
 
     def check(self) -> None:
-        """Raise ValueError where fields do not fit each other."""
         if self.channels not in (1, 3):
             raise ValueError(f"model.patcher.channels is {self.channels}, must be 1 (grey) or 3 (RGB)")
         cells = f" of {self.vae.factor} pixels each (model.patcher.vae.factor)" if self.latent else ""
@@ -250,7 +257,7 @@ class TimeConfig(Settings):
     """How flow time t is drawn in training (t = 0 is noise, t = 1 is data)."""
 
     sampler: str = "uniform"
-    """`uniform`, `logit_normal` or `constant`."""
+    """Distribution before `stratified` spreads it."""
     mu: float = 0.0
     """Mean of the logit of t (`logit_normal`)."""
     sigma: Annotated[float, Field(ge=0)] = 1.0
@@ -407,7 +414,10 @@ def in_sections(raw: dict[str, Any]) -> dict[str, Any]:
             continue  # absent means the default; MAR has no choice of context
         own = moved.get(section, {})
         own = own.model_dump() if isinstance(own, Settings) else own
-        moved[section] = {**own, name: raw[name]}
+        value = raw[name]
+        if isinstance(value, dict) and isinstance(own.get(name), dict):
+            value = {**own[name], **value}
+        moved[section] = {**own, name: value}
     return moved
 
 
@@ -497,7 +507,7 @@ class SampleConfig(Settings):
     steps: Positive = 50
     """Solver steps per image."""
     solver: str = "euler"
-    """`euler`, `midpoint`, `heun`, `rk4`, `ddim`, `ancestral`, `dpmpp_2m`, `euler_maruyama`, `predictor_corrector`."""
+    """How the flow is integrated."""
     solver_options: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
     """Arguments of the solver, as `{eta: 0.5}` for `ddim`."""
     time_shift: Annotated[float, Field(gt=0)] = 1.0
@@ -532,7 +542,6 @@ class SampleConfig(Settings):
     """Images generated per prompt."""
 
     def check(self) -> None:
-        """Raise ValueError where a range does not rise."""
         low, high = self.guidance_interval
         if low > high:
             raise ValueError(f"sample.guidance_interval must rise, as in [0.1, 1], got [{low}, {high}]")
@@ -544,7 +553,7 @@ class EvalConfig(Settings):
     """How a trained model is scored."""
 
     task: str = "digits"
-    """What the images show: `digits` or `scenes`."""
+    """What the images show, and how they are judged."""
     judge: list[str] = []
     """Shards of single digits that train the judge; disjoint from the generator's data."""
     test: list[str] = []
@@ -568,31 +577,29 @@ class Config(Settings):
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()
 
-    def check(self, world: int = 1) -> None:
-        """Raise ValueError where sections do not fit each other, or a run of `world` processes."""
-        self.model.patcher.check()
-        self.objective.check()
-        self.sample.check()
+    def check(self) -> None:
         streams, rows = self.data.streams, self.train.batch_rows
-        if not streams:
-            return
-        if rows % streams:
+        if streams and rows % streams:
             raise ValueError(
                 f"train.batch_rows is {rows} and data.streams {streams}, but every stream gives a step equally many "
                 f"rows: set train.batch_rows to {-(-rows // streams) * streams}, or data.streams to a divisor of {rows}"
             )
+        weights = {source.weight if isinstance(source, SourceConfig) else 1.0 for source in self.data.train}
+        if streams and len(weights) > 1:
+            raise ValueError(
+                "data.streams reads all shards alike, but data.train has sources of different weight: "
+                "set data.streams to 0, or leave the weights out"
+            )
+
+    def check_processes(self, world: int) -> None:
+        """Raise ValueError where a run of `world` processes cannot have these settings."""
+        streams = self.data.streams
         if streams % world:
             fitting = [n for n in range(1, streams + 1) if streams % n == 0]
             raise ValueError(
                 f"data.streams is {streams}, which {world} processes cannot share evenly, and a stream has one reader: "
                 f"start {' or '.join(map(str, fitting[-4:]))} processes, or begin a new run with "
                 f"data.streams {-(-streams // world) * world}"
-            )
-        weights = {source.weight for source in self.data.train if isinstance(source, SourceConfig)}
-        if len(weights | ({1.0} if any(isinstance(source, str) for source in self.data.train) else set())) > 1:
-            raise ValueError(
-                "data.streams reads all shards alike, but data.train has sources of different weight: "
-                "set data.streams to 0, or leave the weights out"
             )
 
 

@@ -72,7 +72,7 @@ def tiny(tmp: Path, **changes: dict) -> Config:
 def awake(config: Config, dtype: torch.dtype = torch.float64) -> tuple[MMGenModel, Tokenizer]:
     """A model whose zero-initialised parts are random, so that nothing hides behind a zero."""
     torch.manual_seed(0)
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     model = MMGenModel(MMGenConfig.of(config, len(tokenizer))).to(dtype)
     with torch.no_grad():
         for p in model.parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmgen import ablate
 from mmgen.config import Config
 from mmgen.data.loader import Corpus
-from mmgen.data.order import Position
 from mmgen.model import build_model
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import ready
@@ -49,7 +49,7 @@ def test_equal_parameters(tmp_path: Path, config: Config) -> None:
     assert unequal[0].parameters == arms[0].parameters
     assert abs(unequal[1].parameters / unequal[0].parameters - 1) > 0.02
     assert abs(arms[1].parameters / arms[0].parameters - 1) <= 0.02
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     for arm in arms:
         assert sum(p.numel() for p in build_model(arm.config, len(tokenizer)).parameters()) == arm.parameters
     large = {"transfusion": {}, "mar": {"objective.kind": "mar", "objective.mar.head.width": 512}}
@@ -61,13 +61,11 @@ def test_equal_flops(tmp_path: Path, config: Config) -> None:
     _, arms = ablate.read(written(tmp_path, config, equal="flops"))
     total = [arm.flops * arm.config.train.steps for arm in arms]
     assert abs(total[1] / total[0] - 1) <= 0.5 * arms[1].flops / total[0] + 1e-9
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     corpus = Corpus(config.data.train, tokenizer, config)
-    source = corpus.plan.rows(Position())
-    rows = [next(source) for _ in range(config.train.batch_rows)]
     model = build_model(config, len(tokenizer))
     with FlopCounterMode(display=False) as counter:
-        losses = model(ready(corpus, corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0]))
+        losses = model(ready(corpus, corpus.first_step().micro[0]))
         (losses.text + losses.image).backward()
     assert arms[0].flops == counter.get_total_flops()
 
@@ -76,10 +74,24 @@ def test_intervals_are_students() -> None:
     values = [0.9, 0.95, 0.97]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     found = ablate.interval(values)
-    assert found["mean"] == pytest.approx((low + high) / 2)
-    assert found["half_width"] == pytest.approx((high - low) / 2)
-    assert ablate.interval([[1.0, 2.0], [3.0, 2.0]])["mean"] == [2.0, 2.0]
-    assert ablate.interval([1.0]) == {"mean": 1.0, "half_width": None}
+    assert found.mean == pytest.approx((low + high) / 2)
+    assert found.half_width == pytest.approx((high - low) / 2)
+    assert ablate.intervals([[1.0, 2.0], [3.0, 2.0]]).mean == [2.0, 2.0]
+    assert ablate.intervals([[1.0, 0.9], [3.0, 0.95], [2.0, 0.97]]).at(1) == found
+    assert ablate.interval([1.0]) == ablate.Interval(1.0, None)
+
+
+def test_numbers_that_all_runs_report_are_summarised() -> None:
+    runs = [
+        {"a": 1, "b": 2.0, "c": [1, 2], "d": "x", "e": True, "f": [], "g": 1},
+        {"a": 3, "b": 2.0, "c": [3, 2], "g": None},
+    ]
+    assert set(ablate.summary(runs)) == {"a", "b", "c"}
+
+
+def test_nested_keys() -> None:
+    found = ablate.nested({"train.lr": 1, "train": {"steps": 2}, "sample.steps": 3, "run": {"seed": 1}, "run.seed": 2})
+    assert found == {"train": {"lr": 1, "steps": 2}, "sample": {"steps": 3}, "run": {"seed": 2}}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +139,7 @@ def test_runs_resume_and_failures_are_named(tmp_path: Path, config: Config, monk
     commands.clear()
     broken.clear()
     broken["seed"] = -1
-    report = ablate.ablate(path, told.append)
+    report = asdict(ablate.ablate(path, told.append))
     assert [seed for _, seed in commands] == ["transfusion 1", "transfusion 1", "mar 1", "mar 1"]
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     arm = report["arms"]["mar"]

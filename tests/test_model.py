@@ -139,7 +139,7 @@ def awake_pretrained(config: Config):
     from mmgen.model import build_model
     from mmgen.sequence.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     return build_model(config, len(tokenizer)), tokenizer
 
 

@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,41 @@ def _timed(work: Callable[[], int]) -> float:
     return count / (time.process_time() - began)
 
 
-def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], None]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DataTimes:
+    """What reading costs, and what packing wastes."""
+
+    rates: dict[str, float]
+    """Samples per second of processor time: `webdataset`, `cold` (nothing decoded is kept), `warm`, perhaps `spdl`."""
+    wait_fraction: float
+    packing_fill: float
+    packing_fill_greedy: float
+    packing_fill_padded: float
+    packing_fill_long_rows: float
+    index_samples_per_second: float
+    resume_seconds: dict[str, float]
+    """By the number of documents behind which a run resumes."""
+    resume_from_files_seconds: float
+    samples: int
+    lost: int
+    document_lengths: dict[str, int]
+    """By percentile."""
+    rounds: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The times in `mmgen bench data --json`."""
+        rates, rest = self.rates, asdict(self)
+        del rest["rates"]
+        return {
+            "cold_vs_webdataset": rates["cold"] / rates["webdataset"],
+            "warm_vs_webdataset": rates["warm"] / rates["webdataset"],
+            **({"cold_vs_spdl": rates["cold"] / rates["spdl"]} if "spdl" in rates else {}),
+            **{f"{name}_samples_per_second": value for name, value in rates.items()},
+            **rest,
+        }
+
+
+def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], None]) -> DataTimes:
     """Medians over interleaved rounds.
 
     Raises:
@@ -95,7 +130,7 @@ def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], 
     """
     torch.set_num_threads(1)
     config = override(config, {"data": {"workers": 0, "crop": "center"}})
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     warm = Corpus(config.data.train, tokenizer, config)
     cold = Corpus(config.data.train, tokenizer, override(config, {"data": {"cache_bytes": 0}}))
     shards, count = warm.dataset.shards, min(samples, len(warm.samples))
@@ -128,24 +163,21 @@ def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], 
     for row in warm.plan.epoch_rows(0):
         positions[0] += sum(document.length for document in row)
         positions[1] += config.data.row_length
-    return {
-        "cold_vs_webdataset": medians["cold"] / medians["webdataset"],
-        "warm_vs_webdataset": medians["warm"] / medians["webdataset"],
-        **({"cold_vs_spdl": medians["cold"] / medians["spdl"]} if "spdl" in medians else {}),
-        **{f"{name}_samples_per_second": value for name, value in medians.items()},
-        "wait_fraction": wait_fraction(config, warm, rounds),
-        "packing_fill": positions[0] / positions[1],
-        "packing_fill_greedy": greedy_fill(lengths, config.data.row_length),
-        "packing_fill_padded": float(np.mean(lengths) / max(lengths)),
-        "packing_fill_long_rows": simulated_fill(),
-        "index_samples_per_second": indexed,
-        "resume_seconds": {str(at): resume_seconds(at) for at in POSITIONS},
-        "resume_from_files_seconds": reopened(config, tokenizer),
-        "samples": count,
-        "lost": len(warm.bad),
-        "document_lengths": {str(q): int(np.quantile(lengths, q / 100)) for q in (0, 10, 50, 90, 100)},
-        "rounds": rounds,
-    }
+    return DataTimes(
+        rates=medians,
+        wait_fraction=wait_fraction(config, warm, rounds),
+        packing_fill=positions[0] / positions[1],
+        packing_fill_greedy=greedy_fill(lengths, config.data.row_length),
+        packing_fill_padded=float(np.mean(lengths) / max(lengths)),
+        packing_fill_long_rows=simulated_fill(),
+        index_samples_per_second=indexed,
+        resume_seconds={str(at): resume_seconds(at) for at in POSITIONS},
+        resume_from_files_seconds=reopened(config, tokenizer),
+        samples=count,
+        lost=len(warm.bad),
+        document_lengths={str(q): int(np.quantile(lengths, q / 100)) for q in (0, 10, 50, 90, 100)},
+        rounds=rounds,
+    )
 
 
 def wait_fraction(config: Config, corpus: Corpus, rounds: int) -> float:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mmgen.backbone import additive
+from mmgen.backbone import RowCache, additive
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.generate import decoder as generate
-from mmgen.generate.decoder import Decoder, Request
-from mmgen.generate.scheduler import Schedule
-from mmgen.image.patch import Floats, Grid
-from mmgen.model import build_model
-from mmgen.sequence.attention import Sites, dense_visible
+from mmgen.generate import Decoder, Request
+from mmgen.generate.parts import REAL, LaneCall, Observer, Parts
+from mmgen.model import MMGenModel, build_model
+from mmgen.sequence.attention import dense_visible
 from mmgen.sequence.tokenizer import Tokenizer
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -32,31 +32,53 @@ SIDES = (8, 16)
 PROMPT = "a prompt of some length, as captions have it"
 
 
-class Recomputing(Schedule):
-    """A schedule without a cache: every call runs the backbone on all positions of its lanes from the first on."""
+@dataclass(frozen=True)
+class GenerationTimes:
+    """Medians over the rounds, for one objective and size."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        lanes, capacity = self.sites.slot.shape
-        width = self.model.get_input_embeddings().embedding_dim
-        self.inputs = torch.zeros(lanes, capacity, width, device=self.device, dtype=self.dtype)
-        self.position = torch.zeros(lanes, capacity, device=self.device, dtype=torch.long)
-
-    def _run(
-        self, here: tuple[Tensor, Tensor], inputs_LWD: Tensor, position_LW: Tensor, query: Sites, keys: Sites
-    ) -> Tensor:
-        lanes, slots = here
-        self.inputs[here], self.position[here] = inputs_LWD, position_LW
-        reach = keys.slot.shape[1]
-        inputs, position = (kept[lanes.squeeze(1), :reach] for kept in (self.inputs, self.position))
-        hidden = self.model.hidden(inputs, position, additive(dense_visible(keys)), (keys.block >= 0).long())
-        return hidden.gather(1, slots.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    seconds: float
+    """Per image, with the cache."""
+    seconds_recomputed: float
+    recomputed_over_cached: float
+    largest_difference: float
+    """Between the two images."""
 
 
-def bench_generation(config: Config, rounds: int) -> dict[str, Any]:
-    """Median seconds per image of each objective and size, with and without the cache, and the largest difference.
+class Recomputing:
+    """The backbone without a cache: every call runs it on all positions of its lanes from the first on."""
 
-    Weights are random, so only times and equality mean anything. Each round draws every kind of image once.
+    def __init__(self, model: MMGenModel, cache: RowCache) -> None:
+        self.model = model
+        weight = model.get_input_embeddings().weight
+        shape = (len(cache.length), cache.capacity)
+        self.inputs = torch.zeros(*shape, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        self.position = torch.zeros(shape, device=weight.device, dtype=torch.long)
+
+    def __call__(self, call: LaneCall) -> Tensor:
+        lanes = torch.tensor(call.lanes, device=call.slots_LW.device)
+        here = (lanes.unsqueeze(1), call.slots_LW)
+        self.inputs[here], self.position[here] = call.inputs_LWD, call.position_LW
+        reach = call.keys.slot.shape[1]
+        inputs, position = (kept[lanes, :reach] for kept in (self.inputs, self.position))
+        mask = additive(dense_visible(call.keys))
+        hidden = self.model.hidden(inputs, position, mask, (call.keys.block >= 0).long())
+        return hidden.gather(1, call.slots_LW.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+class _Keeper(Observer):
+    """Keeps the patches of the last image."""
+
+    def drew(self, requests: Sequence[int], x_RNP: Tensor) -> None:
+        self.x_NP: NDArray[np.float32] = x_RNP[0].float().cpu().numpy()
+
+
+def bench_generation(
+    config: Config, rounds: int, sides: Sequence[int] = SIDES, parts: Parts = REAL
+) -> dict[str, GenerationTimes]:
+    """Time each objective and size, with and without the cache; keys are `OBJECTIVE_PATCHES`.
+
+    Weights are random, so only times and equality mean anything. Each round draws every kind of image once. `parts`
+    are those of the decoder with the cache.
 
     Raises:
         ValueError, FileNotFoundError: the configuration names no tokenizer, or settings do not fit.
@@ -64,55 +86,54 @@ def bench_generation(config: Config, rounds: int) -> dict[str, Any]:
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     cells = {
-        f"{name}_{side * side}": _decoder(config, changes, side)
+        f"{name}_{side * side}": _decoders(config, changes, side, parts)
         for name, changes in OBJECTIVES.items()
-        for side in SIDES
+        for side in sides
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in cells}
     apart: dict[str, float] = {}
     for i in range(rounds + 1):  # the first round warms up
-        for name, decoder in cells.items():
-            cached, with_cache = _draw(decoder, Schedule)
-            anew, without = _draw(decoder, Recomputing)
-            apart[name] = float(np.abs(cached - anew).max())
+        for name, (cached, recomputing) in cells.items():
+            one, with_cache = _draw(cached)
+            other, without = _draw(recomputing)
+            apart[name] = float(np.abs(one - other).max())
             if i:
                 seconds[name].append((with_cache, without))
-    result: dict[str, Any] = {}
+    result: dict[str, GenerationTimes] = {}
     for name, pairs in seconds.items():
-        one, other = (statistics.median(column) for column in zip(*pairs, strict=True))
-        result[name] = {
-            "seconds": one,
-            "seconds_recomputed": other,
-            "recomputed_over_cached": other / one,
-            "largest_difference": apart[name],
-        }
+        fast, slow = (statistics.median(column) for column in zip(*pairs, strict=True))
+        result[name] = GenerationTimes(fast, slow, slow / fast, apart[name])
     return result
 
 
-def _decoder(config: Config, objective: dict[str, Any], side: int) -> Decoder:
+def as_json(times: dict[str, GenerationTimes]) -> dict[str, Any]:
+    """The times in `mmgen bench generation --json`."""
+    return {name: asdict(cell) for name, cell in times.items()}
+
+
+def _decoders(config: Config, objective: dict[str, Any], side: int, parts: Parts) -> tuple[Decoder, Decoder]:
+    """With the cache, and without it; both share a model."""
     pixels = side * config.model.patcher.side
     patcher = {"image_sizes": [[pixels, pixels]]}
     config = override(config, {"objective": objective, "model": {"patcher": patcher}})
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     torch.manual_seed(0)
     model = build_model(config, len(tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():
         for p in model.parameters():  # nothing hides behind the zeros that output layers start with
             p.add_(0.02 * torch.randn_like(p))
-    return Decoder(model.to(device), tokenizer, config.sample)
+    model.to(device)
+    return (
+        Decoder(model, tokenizer, config.sample, replace(parts, observer=_Keeper())),
+        Decoder(model, tokenizer, config.sample, Parts(backbone=Recomputing, observer=_Keeper())),
+    )
 
 
-def _draw(decoder: Decoder, schedule: type[Schedule]) -> tuple[Floats, float]:
-    """Patch rows of one image, and the seconds it took."""
-    drawn: list[Floats] = []
-    pictures = decoder.patcher.pictures
-
-    def noted(x_RNP: Floats, grid: Grid) -> Any:
-        drawn.extend(x_RNP)
-        return pictures(x_RNP, grid)
-
-    with mock.patch.object(generate, "Schedule", schedule), mock.patch.object(decoder.patcher, "pictures", noted):
-        began = time.perf_counter()
-        decoder.generate([Request([PROMPT], "image", seed=1)])
-        return drawn[0], time.perf_counter() - began
+def _draw(decoder: Decoder) -> tuple[NDArray[np.float32], float]:
+    """Patches of one image, and the seconds it took."""
+    began = time.perf_counter()
+    decoder.generate([Request([PROMPT], "image", seed=1)])
+    seconds = time.perf_counter() - began
+    assert isinstance(decoder.parts.observer, _Keeper)
+    return decoder.parts.observer.x_NP, seconds

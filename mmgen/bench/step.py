@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,15 +24,11 @@ from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.data.latents import find_facts
 from mmgen.data.loader import Corpus
-from mmgen.data.order import Position
-from mmgen.flow.schedule import LinearPath
-from mmgen.flow.solvers import SOLVERS, build_solver, solve
-from mmgen.flow.time import uniform_grid
 from mmgen.image.latent import build_patcher
 from mmgen.model import MMGenModel, build_model
 from mmgen.sequence.batch import Batch, prepare
 from mmgen.sequence.tokenizer import Tokenizer
-from mmgen.train.loop import can_compile, uses_bf16
+from mmgen.train.engine import can_compile, uses_bf16
 from mmgen.train.optimizer import build_optimizer
 
 Step = Callable[[], None]
@@ -134,8 +130,43 @@ def product_step(config: Config, model: MMGenModel, batch: Batch, bf16: bool) ->
     return step
 
 
-def bench_step(config: Config, rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Median time of each kind of step and its ratio to the floor; every round times all of them once.
+@dataclass(frozen=True)
+class StepTimes:
+    """Medians of interleaved rounds."""
+
+    step: float
+    """Seconds."""
+    floor: float
+    """Seconds of the bare loop."""
+    peak_memory_bytes: int
+    parameters: int
+    positions: int
+    bf16: bool
+    threads: int
+    rounds: int
+    step_compiled: float | None = None
+    """None where the device cannot compile."""
+    floor_compiled: float | None = None
+
+    @property
+    def ratio_to_floor(self) -> float:
+        """What mmgen adds to the bare loop."""
+        return self.step / self.floor
+
+    def as_dict(self) -> dict[str, Any]:
+        """The times in `mmgen bench step --json`."""
+        result: dict[str, Any] = {"step_seconds": self.step, "floor_seconds": self.floor}
+        if self.step_compiled is not None and self.floor_compiled is not None:
+            result |= {"step_compiled_seconds": self.step_compiled, "floor_compiled_seconds": self.floor_compiled}
+            result["ratio_to_floor_compiled"] = self.step_compiled / self.floor_compiled
+        names = ("ratio_to_floor", "peak_memory_bytes", "parameters", "positions", "bf16", "threads", "rounds")
+        return result | {name: getattr(self, name) for name in names}
+
+
+def bench_step(config: Config, rounds: int, tell: Callable[[str], None], compiled: bool | None = None) -> StepTimes:
+    """Time each kind of step; every round times all of them once.
+
+    `compiled` says whether compiled steps are timed too; by default where the device can compile.
 
     Raises:
         ValueError: the configuration names shards or a tokenizer that do not exist.
@@ -144,28 +175,46 @@ def bench_step(config: Config, rounds: int, tell: Callable[[str], None]) -> dict
     torch.manual_seed(config.run.seed)
     shards = config.data.val or config.data.train
     config = override(config, {"data": {"train": shards}, "train": {"micro_rows": None}})
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
-    facts = find_facts(config, tokenizer)
-    corpus = Corpus(config.data.train, tokenizer, config, facts)
-    source = corpus.plan.rows(Position())
-    rows = [next(source) for _ in range(config.train.batch_rows)]
-    raw = corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0]
-    batch = prepare(raw, build_patcher(config.model.patcher, device, facts), device)
+    tokenizer = Tokenizer.of(config)
+    batch = _first_batch(config, tokenizer, device)
     bf16 = uses_bf16(config)
     steps: dict[str, Step] = {}
-    for compiled in (False, True) if can_compile(device) else (False,):
+    for compiling in (False, True) if (can_compile(device) if compiled is None else compiled) else (False,):
         model = build_model(config, len(tokenizer)).to(device)
-        if compiled:
+        if compiling:
             model.compile_backbone()
-        name = "_compiled" if compiled else ""
-        steps[f"step{name}"] = product_step(config, model, batch, bf16)
-        if not compiled:
+        suffix = "_compiled" if compiling else ""
+        steps[f"step{suffix}"] = product_step(config, model, batch, bf16)
+        if not compiling:
             steps["step"]()  # the peak is that of this step, before anything else is built
             peak = peak_memory(device)
         floor = Floor(model, batch, bf16)
-        if compiled:
+        if compiling:
             floor.decode = torch.compile(floor._decode)
-        steps[f"floor{name}"] = floor.step
+        steps[f"floor{suffix}"] = floor.step
+    medians = _median_seconds(steps, rounds, device, tell)
+    return StepTimes(
+        **medians,
+        peak_memory_bytes=peak,
+        parameters=sum(p.numel() for p in model.parameters()),
+        positions=batch.ids_BS.numel(),
+        bf16=bf16,
+        threads=torch.get_num_threads(),
+        rounds=rounds,
+    )
+
+
+def _first_batch(config: Config, tokenizer: Tokenizer, device: torch.device) -> Batch:
+    facts = find_facts(config, tokenizer)
+    corpus = Corpus(config.data.train, tokenizer, config, facts)
+    (raw,) = corpus.first_step().micro
+    return prepare(raw, build_patcher(config.model.patcher, device, facts), device)
+
+
+def _median_seconds(
+    steps: dict[str, Step], rounds: int, device: torch.device, tell: Callable[[str], None]
+) -> dict[str, float]:
+    """Of each step, over interleaved rounds behind two calls that warm up."""
     for name, step in steps.items():
         began = time.perf_counter()
         step()
@@ -179,51 +228,7 @@ def bench_step(config: Config, rounds: int, tell: Callable[[str], None]) -> dict
             step()
             _wait(device)
             times[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    result: dict[str, Any] = {f"{name}_seconds": value for name, value in medians.items()}
-    result["ratio_to_floor"] = medians["step"] / medians["floor"]
-    if "step_compiled" in medians:
-        result["ratio_to_floor_compiled"] = medians["step_compiled"] / medians["floor_compiled"]
-    result |= {
-        "peak_memory_bytes": peak,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "positions": batch.ids_BS.numel(),
-        "bf16": bf16,
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-    }
-    return result
-
-
-def bench_samplers(rounds: int) -> dict[str, Any]:
-    """What each sampler adds to its network's calls, as a share of their time: medians of interleaved rounds.
-
-    The network is two dozen products that take some milliseconds, on rows of 64 numbers, an eighth of its width. The
-    clock runs around its calls and around the whole solution, so that what else the machine does disturbs both alike.
-    """
-    sizes = [64, *[512] * 23, 64]
-    weights = [torch.randn(into, out) / into**0.5 for into, out in pairwise(sizes)]
-    z, times = torch.randn(64, 64), uniform_grid(20)
-    samplers = [name for name in SOLVERS if name not in ("langevin", "annealed_langevin")]
-    calls: list[float] = []
-
-    def network(z: Tensor, t: Tensor) -> Tensor:
-        began = time.perf_counter()
-        for weight in weights:
-            z = torch.tanh(z @ weight + t)
-        calls.append(time.perf_counter() - began)
-        return z
-
-    shares: dict[str, list[float]] = {name: [] for name in samplers}
-    for _ in range(rounds + 1):
-        for name in samplers:
-            first, began = len(calls), time.perf_counter()
-            solve(build_solver(name, z, times, LinearPath()), network)
-            shares[name].append((time.perf_counter() - began) / sum(calls[first:]) - 1)
-    result: dict[str, Any] = {f"overhead_{name}": statistics.median(values[1:]) for name, values in shares.items()}
-    return result | {
-        "network_call_seconds": statistics.median(calls), "threads": torch.get_num_threads(), "rounds": rounds,
-    }  # fmt: skip
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak_memory(device: torch.device) -> int:

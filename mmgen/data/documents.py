@@ -98,6 +98,10 @@ class Documents(ABC):
     def steps(self, first: int, last: int, start: Any, rank: int, world: int) -> Iterator[Step]:
         """Global steps [first, last) of a run that stands at `start`, decoded ahead in `data.workers` processes."""
 
+    @abstractmethod
+    def first_step(self, rank: int = 0, world: int = 1) -> Step:
+        """The share of `rank` in a run's first global step, made in this process: for who measures or inspects one."""
+
     def document(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Document:
         """Decode one document; `quantiles` are the stratified draws for t of its learned images.
 

@@ -146,6 +146,10 @@ class Corpus(Documents):
         stream = _Stream(self, first, last, start, rank, world)
         return ahead(stream, self.config.data.workers, torch.cuda.is_available())
 
+    def first_step(self, rank: int = 0, world: int = 1) -> Step:
+        (planned,) = planned_steps(self.plan, self.config.train.batch_rows, 0, 1, self.start)
+        return self.step(planned.number, planned.rows, planned.after, rank, world)
+
     def _prefetch(self, indices: Sequence[int]) -> None:
         """Fetch samples of remote shards side by side: each alone would wait for its answer."""
         self._fetched.clear()

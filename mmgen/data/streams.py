@@ -329,12 +329,16 @@ class StreamCorpus(Documents):
 
     def steps(self, first: int, last: int, start: Cursors, rank: int, world: int) -> Iterator[Step]:
         """Global steps [first, last); raises ValueError for a world that does not divide the number of streams."""
-        self.config.check(world)
+        self.config.check_processes(world)
         own = range(rank, self.dataset.count, world)
         lanes = min(self.config.data.workers, len(own))
         parts = ahead(_Lanes(self, first, last, start, own), lanes, pinned=False)
         whole = (self.joined([next(parts) for _ in range(max(1, lanes))], rank, world) for _ in range(first, last))
         return (step.pin_memory() for step in whole) if torch.cuda.is_available() else whole
+
+    def first_step(self, rank: int = 0, world: int = 1) -> Step:
+        own = range(rank, self.dataset.count, world)
+        return self.joined(list(_Lanes(self, 0, 1, self.start, own)), rank, world)
 
 
 def _spread(shared: float, offset: float, rows: list[PlannedRow]) -> Callable[[int], float]:

@@ -37,6 +37,7 @@ from mmgen.image.patch import Floats, Grid, Patcher
 from mmgen.model import MMGenModel
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.ranks import Ranks
+from mmgen.train.state import TrainerState
 from mmgen.train.validate import held_out
 
 
@@ -206,7 +207,7 @@ def imitate(imitation: Imitation, wanted: Sequence[Truth], real: Real) -> list[P
 
 
 def evaluate(
-    model: MMGenModel, tokenizer: Tokenizer, config: Config, trainer: dict[str, Any], tell: Callable[[str], None]
+    model: MMGenModel, tokenizer: Tokenizer, config: Config, trainer: TrainerState, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Score a model and write `report.json` and `samples/evaluation.png` into the run folder.
 
@@ -240,7 +241,7 @@ def evaluate(
     plain, _ = draw(test.samples, settings.samples, 1.0)
     genuine = imitate(training_digit, wanted, real)
     report: dict[str, Any] = {
-        "step": trainer["step"],
+        "step": trainer.step,
         "t2i_n": settings.samples,
         "t2i_guidance": scale,
         "t2i_solver_steps": config.sample.steps,
@@ -264,7 +265,7 @@ def evaluate(
         report |= held_out_losses(model, Corpus(config.data.val, tokenizer, config, model.autoencoder))
     report |= {
         "bad_samples": len(bad),
-        "train_seconds": round(trainer["train_seconds"], 1),
+        "train_seconds": round(trainer.train_seconds, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
         "reference_generators": {
             name: score_pictures(imitate(cheat, wanted, real), wanted, real, judge)

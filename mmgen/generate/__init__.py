@@ -1,1 +1,8 @@
 """Generation: a state machine per request over one batched backbone."""
+
+from __future__ import annotations
+
+from mmgen.generate.decoder import Decoder
+from mmgen.generate.request import Event, Inpaint, Request, Result
+
+__all__ = ["Decoder", "Event", "Inpaint", "Request", "Result"]

@@ -1,16 +1,16 @@
-"""The decoder: a state machine per prompt (text -> BOI -> image -> EOI -> text) over one batched backbone.
+"""The decoder: a state machine per request (text -> BOI -> image -> EOI -> text) over one batched backbone.
 
-Each prompt is a coroutine that asks for what it needs next: positions to be fed, or an image to be drawn;
-`mmgen.batching` answers all of them together.
+The state machine of a request is a coroutine that asks for what it needs next, a token after some positions or an
+image; `mmgen.generate.scheduler` answers all of them together.
 
 Suffixes: N patches of one image, P patch length, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,82 +18,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmgen.config import SampleConfig
-from mmgen.generate.scheduler import Draw, Drawn, Feed, Row, Schedule
-from mmgen.image.patch import Floats, Grid, raster
+from mmgen.generate.exchange import Chosen, Draw, Drawn, Feed, Known, Serving, Wish
+from mmgen.generate.parts import REAL, Parts, Setup
+from mmgen.generate.request import Event, Inpaint, Request, Result
+from mmgen.generate.scheduler import Budget, Schedule
+from mmgen.image.patch import Grid, raster
 from mmgen.model import MMGenModel
-from mmgen.sequence.document import ImageSegment, TextSegment, Writer
+from mmgen.sequence.document import ImageSegment, TextSegment
 from mmgen.sequence.tokenizer import Tokenizer
 
-Mode = Literal["image", "text", "auto"]
-Prompt = Sequence[str | Image.Image]
-
-
-@dataclass(frozen=True)
-class Inpaint:
-    """An image of which some patches are kept while the others are drawn anew."""
-
-    image: Image.Image
-    keep: NDArray[np.bool_]
-    """[rows, columns] of the patch grid, true where the patch stays."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt and what to make of it."""
-
-    prompt: Prompt
-    """Text and images in order; may be empty only for an unconditional image."""
-    mode: Mode = "auto"
-    """`image`: draw one image now and stop; `text`: words only; `auto`: the model chooses until it ends."""
-    seed: int = 0
-    """Everything random in this row comes from it, whatever the other rows are."""
-    grid: Grid | None = None
-    """Patch grid of a forced image; absent: the first declared one."""
-    inpaint: Inpaint | None = None
-    """Known patches of a forced image."""
-    max_new_tokens: int | None = None
-    """Text tokens; absent: `sample.max_new_tokens`."""
-    max_images: int | None = None
-    """Images; absent: `sample.max_images`."""
-    stop: Sequence[str] = ()
-    """Text that ends the row; it is left out of the result."""
-
-
-@dataclass
-class Result:
-    """What the model added to a prompt."""
-
-    segments: list[str | Image.Image] = field(default_factory=list)
-    finished: bool = False
-    """The model ended the document itself (or the forced image is done); else a budget ran out."""
-
-    @property
-    def text(self) -> str:
-        """All generated text, joined."""
-        return "".join(segment for segment in self.segments if isinstance(segment, str)).strip()
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """All generated images."""
-        return [segment for segment in self.segments if isinstance(segment, Image.Image)]
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened to one row while requests are served."""
-
-    row: int
-    """Index of the request."""
-    kind: Literal["token", "preview", "image", "end"]
-    token: int | None = None
-    """`token`: its id."""
-    text: str = ""
-    """`token`: what it adds to the text; empty inside a character of several bytes."""
-    image: Image.Image | None = None
-    """`preview`: the clean estimate of the image being drawn; `image`: the finished one."""
-    result: Result | None = None
-    """`end`: everything the row gave."""
-
+__all__ = ["Decoder", "Event", "Inpaint", "Request", "Result"]
 
 Emit = Callable[[Event], None]
 
@@ -101,19 +35,14 @@ Emit = Callable[[Event], None]
 class Decoder:
     """Generates text and images from prompts."""
 
-    def __init__(self, model: MMGenModel, tokenizer: Tokenizer, sample: SampleConfig) -> None:
+    def __init__(self, model: MMGenModel, tokenizer: Tokenizer, sample: SampleConfig, parts: Parts = REAL) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.sample = sample
+        self.parts = parts
         self.patcher = model.build_patcher()
         self.layout = model.objective.layout
-        size = int(model.get_input_embeddings().weight.shape[0])
-        ids = np.arange(size)
-        words = (ids < len(tokenizer)) & ~np.isin(ids, list(tokenizer.special))
-        self._words = words
-        self._text = words | (ids == tokenizer.eos)
-        self._free = self._text | (ids == tokenizer.boi)
-        self._sizes = np.isin(ids, list(tokenizer.grid))
+        self.grammar = parts.grammar(tokenizer, int(model.get_input_embeddings().weight.shape[0]))
 
     def check(self, request: Request) -> None:
         """Raise ValueError for a prompt that cannot be served."""
@@ -146,6 +75,10 @@ class Decoder:
         """The request's budget of images."""
         return self.sample.max_images if request.max_images is None else request.max_images
 
+    def tokens_of(self, request: Request) -> int:
+        """The request's budget of text tokens."""
+        return self.sample.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Serve all requests in one batch; results keep their order and depend on their own request alone.
 
@@ -154,16 +87,23 @@ class Decoder:
         """
         self._check(requests)
         results = {event.row: event.result for event in self._events(requests, False) if event.result is not None}
-        return [results[row] for row in range(len(requests))]
+        return [results[number] for number in range(len(requests))]
 
     def stream(self, requests: Sequence[Request], previews: bool = True) -> Iterator[Event]:
-        """Serve all requests, telling each token, each clean estimate of an image, each image and each end.
+        """Serve all requests; yields each token, each clean estimate of an image, each image and each end.
 
         Raises:
             ValueError: as `generate` does.
         """
         self._check(requests)
         return self._events(requests, previews)
+
+    def segment(self, piece: str | Image.Image) -> TextSegment | ImageSegment:
+        """A piece of a prompt as a document segment; an image becomes a finished one."""
+        if isinstance(piece, str):
+            return TextSegment(self.tokenizer.encode(piece))
+        x_NP, grid = self.patcher.encode(piece)
+        return ImageSegment(x_NP, grid, [self.layout.context(grid)])
 
     def _check(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -174,13 +114,15 @@ class Decoder:
         training = self.model.training
         self.model.eval()
         try:
-            rows = [self.row(request, number, events.append) for number, request in enumerate(requests)]
-            guided = self.sample.guidance_scale != 1.0 and any(request.mode != "text" for request in requests)
-            tokens = max([self.sample.max_new_tokens, *(r.max_new_tokens or 0 for r in requests)])
-            images = max([self.sample.max_images, *(r.max_images or 0 for r in requests)])
-            schedule = Schedule(
-                self.model, self.tokenizer, self.patcher, self.sample, rows, guided, tokens, images, previews
+            servings = [RequestState(self, request, n, events.append).serve() for n, request in enumerate(requests)]
+            budget = Budget(
+                guided=self.sample.guidance_scale != 1.0 and any(request.mode != "text" for request in requests),
+                tokens=max([self.sample.max_new_tokens, *(self.tokens_of(request) for request in requests)]),
+                images=max([self.sample.max_images, *(self.images_of(request) for request in requests)]),
+                previews=previews,
             )
+            setup = Setup(self.model, self.tokenizer, self.patcher, self.sample, self.parts)
+            schedule = Schedule(setup, servings, budget)
             while schedule.busy:
                 with torch.inference_mode():
                     schedule.tick()
@@ -191,93 +133,106 @@ class Decoder:
         finally:
             self.model.train(training)
 
-    def row(self, request: Request, number: int, emit: Emit) -> Row:
-        """The state machine of one prompt."""
-        tok, result = self.tokenizer, Result()
-        rng = np.random.Generator(np.random.Philox(key=request.seed))
-        writer, words, images = Writer(tok), list[int](), 0
-        budget = self.sample.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        speak = tok.speaker()
-        writer.tokens([tok.bos])
-        for piece in request.prompt:
-            writer.segment(self.segment(piece))
 
-        def say(text: str | None = None) -> None:
-            if words:
-                result.segments.append(tok.decode(words) if text is None else text)
-                words.clear()
+class RequestState:
+    """The state machine of one request: what it has written, and what is left of its budgets."""
 
-        def end(finished: bool) -> Result:
-            result.finished = finished
-            emit(Event(number, "end", result=result))
-            return result
+    def __init__(self, decoder: Decoder, request: Request, number: int, emit: Emit) -> None:
+        self.decoder, self.request, self.number, self.emit = decoder, request, number, emit
+        self.tokenizer, self.grammar = decoder.tokenizer, decoder.grammar
+        self.rng = np.random.Generator(np.random.Philox(key=request.seed))
+        self.writer = decoder.parts.writer(self.tokenizer)
+        self.speak = self.tokenizer.speaker()
+        self.result = Result()
+        self.words: list[int] = []
+        """Since the last image."""
+        self.tokens_left = decoder.tokens_of(request)
+        self.images = 0
 
-        grid: Grid | None = None
-        given: tuple[Floats, NDArray[np.bool_]] | None = None
-        if request.mode == "image":
-            grid = request.grid or next(iter(tok.size))
-            if request.inpaint is not None:
-                known_NP, grid = self.patcher.encode(request.inpaint.image)
-                given = known_NP, request.inpaint.keep.reshape(-1)
-            writer.tokens([tok.boi])
+    def serve(self) -> Serving:
+        """The coroutine: the prompt, then tokens and images until the document ends or a budget runs out."""
+        self.writer.tokens([self.tokenizer.bos])
+        for piece in self.request.prompt:
+            self.writer.segment(self.decoder.segment(piece))
+        if self.request.mode == "image":
+            return (yield from self._forced_image())
         while True:
-            if grid is not None:
-                say()
-                order_N = self.layout.order(grid, rng)
-                row, column = raster(grid)[order_N[0]]
-                first = int(row), int(column)
-                writer.size(grid, first)
-                _, opening_D = yield self._feed(writer, self._text, rng)
-                drawn: Drawn = yield Draw(grid, order_N, first, rng, writer.position, opening_D, given)
-                x_NP = drawn.x_NP
-                result.segments.append(drawn.image)
-                emit(Event(number, "image", image=drawn.image))
-                images += 1
-                if request.mode == "image":
-                    return end(True)
-                context = self.layout.context(grid)
-                writer.patches(x_NP, grid, [replace(context, order_N=order_N)])
-                writer.close_image()
-                grid = None
-            token, _ = yield self._feed(writer, self.legal(request, images, len(words)), rng)
-            if token == tok.boi:
-                writer.tokens([token])
-                if len(tok.size) > 1:
-                    token, _ = yield self._feed(writer, self._sizes, rng)
-                    grid = tok.grid[token]
-                else:
-                    grid = next(iter(tok.size))
-            elif token == tok.eos or budget == 0:
-                say()
-                return end(token == tok.eos)
-            else:
-                budget -= 1
-                words.append(token)
-                emit(Event(number, "token", token=token, text=speak(token)))
-                said = tok.decode(words) if request.stop else ""
-                found = [said.index(stop) for stop in request.stop if stop in said]
-                if found:
-                    say(said[: min(found)])
-                    return end(True)
-                writer.tokens([token])
+            more_images = self.images < self.decoder.images_of(self.request)
+            token = (yield from self._feed(self.grammar.allowed(self.request, more_images, len(self.words)))).token
+            if token == self.tokenizer.boi:
+                self.writer.tokens([token])
+                yield from self._image((yield from self._size()))
+            elif token == self.tokenizer.eos or self.tokens_left == 0:
+                self._end_text()
+                return self._end(token == self.tokenizer.eos)
+            elif self._say(token):
+                return self._end(True)
 
-    def legal(self, request: Request, images: int, words: int) -> NDArray[np.bool_]:
-        """Tokens [V] that a row may go on with after so many images, and words since the last one."""
-        if request.mode == "auto" and images < self.images_of(request):
-            free: NDArray[np.bool_] = self._free
-            return free
-        # Documents whose caption was dropped end right after the image; asked for text, the model gives some.
-        legal: NDArray[np.bool_] = self._words if request.mode == "text" and not words else self._text
-        return legal
+    def _forced_image(self) -> Serving:
+        """One image, now."""
+        grid, known = self.request.grid or next(iter(self.tokenizer.size)), None
+        if self.request.inpaint is not None:
+            x_NP, grid = self.decoder.patcher.encode(self.request.inpaint.image)
+            known = Known(x_NP, self.request.inpaint.keep.reshape(-1))
+        self.writer.tokens([self.tokenizer.boi])
+        yield from self._draw(grid, known)
+        return self._end(True)
 
-    def segment(self, piece: str | Image.Image) -> TextSegment | ImageSegment:
-        """A prompt's piece as a document segment; images stand as finished ones."""
-        if isinstance(piece, str):
-            return TextSegment(self.tokenizer.encode(piece))
-        x_NP, grid = self.patcher.encode(piece)
-        context = self.layout.context(grid)
-        return ImageSegment(x_NP, grid, [context])
+    def _size(self) -> Generator[Wish, Any, Grid]:
+        """The grid of an image that the model opened: its choice where several are declared."""
+        if len(self.tokenizer.size) == 1:
+            return next(iter(self.tokenizer.size))
+        return self.tokenizer.grid[(yield from self._feed(self.grammar.sizes_V)).token]
 
-    def _feed(self, writer: Writer, allowed_V: NDArray[np.bool_], rng: np.random.Generator) -> Feed:
-        warm = self.sample.temperature > 0
-        return Feed(writer.take(), allowed_V, rng.gumbel(size=len(allowed_V)) if warm else None)
+    def _image(self, grid: Grid) -> Generator[Wish, Any, None]:
+        """Draw an image inside the document, and write it as later positions see it."""
+        self._end_text()
+        x_NP, order_N = yield from self._draw(grid)
+        self.writer.patches(x_NP, grid, [replace(self.decoder.layout.context(grid), order_N=order_N)])
+        self.writer.close_image()
+
+    def _draw(
+        self, grid: Grid, known: Known | None = None
+    ) -> Generator[Wish, Any, tuple[NDArray[Any], NDArray[np.int64]]]:
+        """Have an image drawn behind BOI; returns its patches and the order in which they were drawn."""
+        order_N = self.decoder.layout.order(grid, self.rng)
+        row, column = raster(grid)[order_N[0]]
+        first = int(row), int(column)
+        self.writer.size(grid, first)
+        opening_D = (yield from self._feed(self.grammar.text_V)).hidden_D
+        drawn: Drawn = yield Draw(grid, order_N, first, self.rng, self.writer.position, opening_D, known)
+        self.result.segments.append(drawn.image)
+        self.emit(Event(self.number, "image", image=drawn.image))
+        self.images += 1
+        return drawn.x_NP, order_N
+
+    def _feed(self, allowed_V: NDArray[np.bool_]) -> Generator[Wish, Any, Chosen]:
+        """Feed what was written; the answer chooses among the allowed tokens."""
+        warm = self.decoder.sample.temperature > 0
+        gumbel_V = self.rng.gumbel(size=len(allowed_V)) if warm else None
+        chosen: Chosen = yield Feed(self.writer.take(), allowed_V, gumbel_V)
+        return chosen
+
+    def _say(self, token: int) -> bool:
+        """Write a word; true where the text now ends in one of the request's stops."""
+        self.tokens_left -= 1
+        self.words.append(token)
+        self.emit(Event(self.number, "token", token=token, text=self.speak(token)))
+        said = self.tokenizer.decode(self.words) if self.request.stop else ""
+        found = [said.index(stop) for stop in self.request.stop if stop in said]
+        if found:
+            self._end_text(said[: min(found)])
+            return True
+        self.writer.tokens([token])
+        return False
+
+    def _end_text(self, text: str | None = None) -> None:
+        """The words since the last image become a segment of the result, as they are or as this text."""
+        if self.words:
+            self.result.segments.append(self.tokenizer.decode(self.words) if text is None else text)
+            self.words.clear()
+
+    def _end(self, finished: bool) -> Result:
+        self.result.finished = finished
+        self.emit(Event(self.number, "end", result=self.result))
+        return self.result

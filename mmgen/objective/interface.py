@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from mmgen.flow.solvers import Noise, normal
 from mmgen.image.patch import Grid
 from mmgen.sequence.batch import Batch
 from mmgen.sequence.document import Block
+
+if TYPE_CHECKING:
+    from mmgen.objective.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -143,3 +146,11 @@ class ImageObjective(nn.Module, ABC):
     @abstractmethod
     def generate(self, spec: ImageSpec) -> Drawing:
         """Yield requests to the backbone, be sent hidden states, return clean patches [R, N, P] in raster order."""
+
+    def replay(self, replay: Replay) -> None:
+        """Draw an image of the decoder again from training's hidden states, for `mmgen check parity`.
+
+        Raises:
+            NotImplementedError: the objective does not say how; its sampling cannot be checked this way.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `replay`, so its sampling cannot be checked")

@@ -7,6 +7,7 @@ both ways and several patches per step of generation; `raster` and `random` pred
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -30,6 +31,7 @@ from mmgen.objective.interface import (
     ImageSpec,
 )
 from mmgen.objective.layers import OutputLinear, PlaceEmbedding, TimeEmbedding, build_projection
+from mmgen.objective.replay import TOLERANCE, Replay, redraw
 from mmgen.sequence.batch import Batch, Places
 from mmgen.sequence.document import Block
 
@@ -259,6 +261,52 @@ class MARObjective(ImageObjective):
         except StopIteration as stop:
             clean: Tensor = stop.value
             return clean
+
+    def replay(self, replay: Replay) -> None:
+        """A causal order is one forward pass of training; the masked order is one for each step of unmasking."""
+        if self.own.causal:
+            self._replay_next_patches(replay)
+        else:
+            self._replay_unmasking(replay)
+
+    def _replay_unmasking(self, replay: Replay) -> None:
+        image, n = replay.image, len(replay.image.noise_NP)
+        place_ND = self.place(torch.from_numpy(raster(image.grid)))
+        shown = [(inputs - place_ND - self.mask_vector).abs().amax(1) > TOLERANCE for inputs in image.inputs]
+        shown.append(torch.ones(n, dtype=torch.bool))
+        for i, (seen_N, after_N) in enumerate(pairwise(shown)):
+            now_N = after_N & ~seen_N
+
+            def put(batch: Batch, at: Tensor, seen_N: Tensor = seen_N) -> None:
+                batch.x_IP[at] = image.x_NP * seen_N.unsqueeze(1)
+                batch.draws["masked"][at] = (~seen_N).to(torch.float64)
+                batch.loss_at_J = at[~seen_N]
+
+            hidden = [trained.hidden_JD[now_N[~seen_N]] for trained in replay.train(f"step {i}", slice(i, i + 1), put)]
+            scale = torch.tensor(guidance_at(float(after_N.double().mean()), image.sample), dtype=torch.float64)
+            drawn = self._redraw(image.noise_NP[now_N], hidden, scale, image.sample.steps)
+            replay.compare(f"step {i}", image.x_NP[now_N], drawn)
+
+    def _replay_next_patches(self, replay: Replay) -> None:
+        image, n = replay.image, len(replay.image.noise_NP)
+
+        def put(batch: Batch, at: Tensor) -> None:
+            batch.x_IP[at] = image.x_NP[image.order_N]
+
+        hidden = [trained.hidden_JD for trained in replay.train("", slice(None), put)]
+        scales = [guidance_at((k + 1) / n, image.sample) for k in range(n)]
+        scale_N1 = torch.tensor(scales, dtype=torch.float64).unsqueeze(1)
+        drawn = self._redraw(image.noise_NP[image.order_N], hidden, scale_N1, image.sample.steps)
+        replay.compare("", image.x_NP[image.order_N], drawn)
+
+    def _redraw(self, noise: Tensor, hidden: list[Tensor], scale: Tensor, steps: int) -> Tensor:
+        """Patches that the head draws given hidden states, one tensor for each guidance lane."""
+        states = [self.head.state(h) for h in hidden]
+
+        def outputs(z: Tensor, t: Tensor) -> list[Tensor]:
+            return [self.head(z, t.expand(len(z)), state) for state in states]
+
+        return redraw(self.flow, outputs, noise, scale, steps)
 
 
 def mask_ratio(quantile: float, settings: MaskRatioConfig) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from mmgen.objective.interface import (
     ImageSpec,
 )
 from mmgen.objective.layers import PatchProjection, PlaceEmbedding, TimeEmbedding, build_projection
+from mmgen.objective.replay import Replay, Trained, redraw
 from mmgen.sequence.batch import Batch, Places
 from mmgen.sequence.document import Block
 
@@ -129,3 +131,25 @@ class TransfusionObjective(ImageObjective):
         except StopIteration as stop:
             clean: Tensor = stop.value
             return clean
+
+    def replay(self, replay: Replay) -> None:
+        """Each solver step is one forward pass of training with the step's z and t in the batch."""
+        image, steps = replay.image, count()
+
+        def output(trained: Trained, t: Tensor) -> Tensor:
+            j = trained.at_J
+            places = Places(trained.batch.image_I[j], trained.batch.place_I2[j])
+            noised: Noised = trained.state
+            memory = None if noised.memory is None else noised.memory[j]
+            return self.projection.leave.leave(trained.hidden_JD, memory, t.expand(len(j)), places)
+
+        def outputs(z: Tensor, t: Tensor) -> list[Tensor]:
+            def put(batch: Batch, at: Tensor) -> None:
+                batch.x_IP[at], batch.draws["t"][at] = 0.0, t
+                batch.draws["eps"][at] = z / self.flow.path.sigma(t)
+
+            step = next(steps)
+            return [output(trained, t) for trained in replay.train(f"t = {float(t):.2f}", slice(step, step + 1), put)]
+
+        scale = torch.tensor(image.sample.guidance_scale, dtype=torch.float64)
+        replay.compare("", image.x_NP, redraw(self.flow, outputs, image.noise_NP, scale, image.sample.steps))

@@ -8,10 +8,9 @@ hidden states; and each image is drawn again by an Euler loop written here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -20,12 +19,14 @@ from PIL import Image
 
 from mmgen.config import Config, SampleConfig, choose
 from mmgen.config_io import override
-from mmgen.generate import decoder as generate
-from mmgen.generate.decoder import Decoder, Request
+from mmgen.generate import Decoder, Event, Request
+from mmgen.generate.grammar import Grammar
+from mmgen.generate.parts import REAL, Parts
 from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.parity.faults import FAULTS
-from mmgen.parity.record import Recorder
-from mmgen.parity.reference import Picture, Reference, Report
+from mmgen.parity.record import DrawnImage, Recorder
+from mmgen.parity.reference import Document, ImageReplay, Picture, Reference
+from mmgen.parity.report import Report
 from mmgen.sequence.document import TextSegment
 from mmgen.sequence.tokenizer import Tokenizer
 
@@ -41,74 +42,75 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mar, raster": {"kind": "mar", "mar": {"order": "raster"}},
 }
 SCRIPTS = ("wwiwiw", "iiw", "wiw")
-"""What each row chooses: w a word, i an image; then the end."""
+"""What each request chooses: w a word, i an image; then the end."""
 
 
-class _Scripted(Decoder):
-    """A decoder whose rows choose what `SCRIPTS` says; a request's seed is its row."""
+class ScriptedGrammar(Grammar):
+    """Lets each request choose only what `SCRIPTS` says; a request's seed is its number."""
 
-    def __init__(self, model: MMGenModel, tokenizer: Tokenizer, sample: SampleConfig) -> None:
-        super().__init__(model, tokenizer, sample)
-        self._boi = np.arange(len(self._words)) == tokenizer.boi
-        self._eos = np.arange(len(self._words)) == tokenizer.eos
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
+        super().__init__(tokenizer, vocabulary)
+        ids = np.arange(vocabulary)
+        self._choices: dict[str, NDArray[np.bool_]] = {
+            "w": self.words_V,
+            "i": ids == tokenizer.boi,
+            "end": ids == tokenizer.eos,
+        }
         self._scripts = [iter((*script, "end")) for script in SCRIPTS]
 
-    def legal(self, request: Request, images: int, words: int) -> NDArray[np.bool_]:
+    def allowed(self, request: Request, more_images: bool, words: int) -> NDArray[np.bool_]:
         if request.mode != "auto":
-            return super().legal(request, images, words)
-        wish = next(self._scripts[request.seed])
-        only: NDArray[np.bool_] = {"w": self._words, "i": self._boi, "end": self._eos}[wish]
-        return only
+            return super().allowed(request, more_images, words)
+        return self._choices[next(self._scripts[request.seed])]
 
 
-def check_parity(config: Config, inject: str | None = None) -> list[dict[str, Any]]:
+def check_parity(config: Config, inject: str | None = None) -> list[Report]:
     """Compare sampling with training for every objective, order and context policy of a configuration's model.
 
-    Returns one object per variant: `holds`, how many positions were compared, the largest differences, and the
-    first that is too large. `inject` breaks the decoder in a named way, to show that the check sees it.
+    Returns one report per variant. `inject` breaks the decoder in a named way, to show that the check sees it.
 
     Raises:
         ValueError: an unknown fault.
     """
-    fault = nullcontext if inject is None else choose(FAULTS, inject, "fault")
-    return [_check_variant(name, config, change, fault) for name, change in VARIANTS.items()]
+    parts = REAL if inject is None else choose(FAULTS, inject, "fault")
+    return [_check_variant(name, config, change, parts) for name, change in VARIANTS.items()]
 
 
-def _check_variant(
-    name: str, config: Config, change: dict[str, Any], fault: Callable[[], AbstractContextManager[Any]]
-) -> dict[str, Any]:
+def _check_variant(name: str, config: Config, change: dict[str, Any], parts: Parts) -> Report:
     sample = SampleConfig(
         steps=STEPS, guidance_scale=WEIGHT, unmask_steps=STEPS, max_images=3, max_new_tokens=8, temperature=1.0
     )
     neutral = {"kind": "transfusion", "bidirectional": None, "mar": {"head": {"kind": "flow"}}}
     objective = override(override(config, {"objective": neutral}), {"objective": change}).objective
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     model = _awake(config.model_copy(update={"objective": objective}), tokenizer)
-    requests = _requests(config)
-    recorders: list[Recorder] = []
-
-    def recording(*args: Any, **kwargs: Any) -> Recorder:
-        recorders.append(Recorder(*args, **kwargs))
-        return recorders[-1]
-
-    decoder = _Scripted(model, tokenizer, sample)
-    with mock.patch.object(generate, "Schedule", recording), fault():
-        events = list(decoder.stream(requests, previews=False))
-    report, reference = Report(), Reference(model, tokenizer, sample)
+    requests, recorder = _requests(config), Recorder()
+    decoder = Decoder(model, tokenizer, sample, replace(parts, grammar=ScriptedGrammar, observer=recorder))
+    events = list(decoder.stream(requests, previews=False))
+    report, reference = Report(name), Reference(model, tokenizer)
     with torch.no_grad():
-        for row, request in enumerate(requests):
-            images = iter(recorders[0].drawn.get(row, []))
-            segments: list[TextSegment | Picture] = [_piece(decoder, piece) for piece in request.prompt]
-            for event in events:
-                if event.row == row and event.kind == "token":
-                    segments.append(TextSegment([event.token or 0]))
-                elif event.row == row and event.kind == "image":
-                    image = next(images)
-                    segments.append(Picture(image.x_NP.float().numpy(), image.grid, image.order_N))
-            report.same(f"row {row}", recorders[0].fed[row], reference.read(segments, None))
-            for image in recorders[0].drawn.get(row, []):
-                reference.check(report, f"row {row}, image {image.number}", image, segments)
-    return report.as_dict(name)
+        for number, request in enumerate(requests):
+            drawn = recorder.drawn.get(number, [])
+            segments = [_piece(decoder, piece) for piece in request.prompt]
+            segments += _generated([event for event in events if event.row == number], drawn)
+            report.same(f"request {number}", recorder.fed[number], reference.read(Document(segments)).fed)
+            for image in drawn:
+                replay = ImageReplay(reference, report, image, sample)
+                replay.run(f"request {number}, image {image.number}", segments)
+    return report
+
+
+def _generated(events: Sequence[Event], drawn: Sequence[DrawnImage]) -> list[TextSegment | Picture]:
+    """What a request's events add to its document."""
+    images = iter(drawn)
+    segments: list[TextSegment | Picture] = []
+    for event in events:
+        if event.kind == "token":
+            segments.append(TextSegment([event.token or 0]))
+        elif event.kind == "image":
+            image = next(images)
+            segments.append(Picture(image.x_NP.float().numpy(), image.grid, image.order_N))
+    return segments
 
 
 def _awake(config: Config, tokenizer: Tokenizer) -> MMGenModel:

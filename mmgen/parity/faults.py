@@ -1,102 +1,90 @@
-"""Ways to break the decoder that the parity check must see."""
+"""Ways to break the decoder that the parity check must see: each one exchanges a part of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import copy
+from collections.abc import Generator, Sequence
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmgen.backbone import RowCache
 from mmgen.config import SampleConfig
-from mmgen.generate import decoder as generate
-from mmgen.generate import scheduler
-from mmgen.image.patch import Floats, Grid
-from mmgen.objective.image_flow import ImageFlow
+from mmgen.generate.parts import Parts
+from mmgen.image.patch import Grid
+from mmgen.objective import Drawing, ImageObjective, ImageSpec
+from mmgen.objective.image_flow import ImageFlow, Question
 from mmgen.sequence.attention import Sites, dense_visible
 from mmgen.sequence.document import Block, Writer
 
 
-@contextmanager
-def _noisy_context() -> Iterator[None]:
-    """A finished image stands in the cache with noise on it."""
+class NoisyWriter(Writer):
+    """Writes finished images with noise on them."""
 
-    class Noisy(Writer):
-        def patches(self, x_NP: Floats, grid: Grid, blocks: Sequence[Block]) -> None:
-            noise = np.random.default_rng(0).standard_normal(x_NP.shape, dtype=np.float32)
-            super().patches(x_NP + 0.1 * noise, grid, blocks)
-
-    with mock.patch.object(generate, "Writer", Noisy):
-        yield
+    def patches(self, x_NP: NDArray[Any], grid: Grid, blocks: Sequence[Block]) -> None:
+        noise = np.random.default_rng(0).standard_normal(x_NP.shape, dtype=np.float32)
+        super().patches(x_NP + 0.1 * noise, grid, blocks)
 
 
-@contextmanager
-def _shifted_t() -> Iterator[None]:
-    """The network is told the time of the next solver step."""
-    original = ImageFlow.draw
+class CountingWriter(Writer):
+    """Counts the patches of an image in the positions of later text."""
 
-    def shifted(self: ImageFlow, sample: SampleConfig, *args: Any, **kwargs: Any) -> Any:
-        flow = original(self, sample, *args, **kwargs)
+    def close_image(self) -> None:
+        self.position += 3
+        super().close_image()
+
+
+class LateFlow(ImageFlow):
+    """Gives the network the time of the next solver step."""
+
+    def __init__(self, flow: ImageFlow) -> None:
+        vars(self).update(vars(flow))
+
+    def draw(self, sample: SampleConfig, *args: Any, **kwargs: Any) -> Generator[Question, Sequence[Tensor], Tensor]:
+        flow = super().draw(sample, *args, **kwargs)
         try:
             z, t, preview = next(flow)
             while True:
                 z, t, preview = flow.send((yield z, t + 1 / sample.steps, preview))
         except StopIteration as stop:
-            return stop.value
-
-    with mock.patch.object(ImageFlow, "draw", shifted):
-        yield
+            clean: Tensor = stop.value
+            return clean
 
 
-@contextmanager
-def _causal_mask() -> Iterator[None]:
-    """Patches do not see later patches of their image."""
-
-    def causal(q: Sites, k: Sites) -> Tensor:
-        return dense_visible(q, k) & (k.slot.unsqueeze(1) <= q.slot.unsqueeze(2))
-
-    with mock.patch.object(scheduler, "dense_visible", causal):
-        yield
+def late(objective: ImageObjective, spec: ImageSpec) -> Drawing:
+    """Draw with a `LateFlow` in place of the objective's own."""
+    shifted: Any = copy.copy(objective)
+    shifted.flow = LateFlow(shifted.flow)
+    drawing: Drawing = shifted.generate(spec)
+    return drawing
 
 
-@contextmanager
-def _stale_cache() -> Iterator[None]:
-    """Slots that were written once keep their keys: the last solver step stands in for the finished image."""
-    update = RowCache.update
+def causal(q: Sites, k: Sites) -> Tensor:
+    """The attention rule without its exception: patches do not see later patches of their image."""
+    return dense_visible(q, k) & (k.slot.unsqueeze(1) <= q.slot.unsqueeze(2))
 
-    def first_wins(self: RowCache, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        stored = self._store[layer]
+
+class FirstWins(RowCache):
+    """Slots that were written once keep their keys: the last solver step stays in place of the finished image."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        stored, new = self._store[layer_idx], (key_states, value_states)
         if stored is not None:
             at = (self._lanes.unsqueeze(1), slice(None), self._slots)
             old = [part[at].transpose(1, 2) for part in stored]
-            key, value = (torch.where(o == 0, n, o) for o, n in zip(old, (key, value), strict=True))
-        return update(self, key, value, layer)
-
-    with mock.patch.object(RowCache, "update", first_wins):
-        yield
+            key_states, value_states = (torch.where(o == 0, n, o) for o, n in zip(old, new, strict=True))
+        return super().update(key_states, value_states, layer_idx)
 
 
-@contextmanager
-def _wrong_position() -> Iterator[None]:
-    """Text after an image counts its patches."""
-
-    class Counting(Writer):
-        def close_image(self) -> None:
-            self.position += 3
-            super().close_image()
-
-    with mock.patch.object(generate, "Writer", Counting):
-        yield
-
-
-FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "noisy-context": _noisy_context,
-    "shifted-t": _shifted_t,
-    "causal-mask": _causal_mask,
-    "stale-cache": _stale_cache,
-    "wrong-position": _wrong_position,
+FAULTS: dict[str, Parts] = {
+    "noisy-context": Parts(writer=NoisyWriter),
+    "shifted-t": Parts(generate=late),
+    "causal-mask": Parts(visible=causal),
+    "stale-cache": Parts(cache=FirstWins),
+    "wrong-position": Parts(writer=CountingWriter),
 }

@@ -1,27 +1,37 @@
-"""A schedule that writes down every backbone call of the decoder, position by position."""
+"""An observer that writes down every backbone call of the decoder, position by position."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-from unittest import mock
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmgen.generate.scheduler import Canvas, Draw, Schedule
+from mmgen.generate.parts import CanvasCall, LaneCall, Observer
 from mmgen.image.patch import Grid
 from mmgen.objective import ImageSpec
 from mmgen.sequence.document import Strip
 
-Identity = tuple[Any, ...]
-"""What stands in a slot: ("token", how manieth) or ("patch", image, raster index)."""
+
+class Identity(NamedTuple):
+    """What a position of a document is."""
+
+    kind: str
+    """`token`, `patch`, `copy N` (another copy of an image), or `stale` (a slot that should be empty)."""
+    number: int
+    """Of the token, image or slot, counted from the start of the document."""
+    patch: int | None = None
+    """Raster index in its image."""
+
+    def __str__(self) -> str:
+        return " ".join(str(part) for part in self if part is not None)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fed:
     """One position of one lane in one backbone call."""
 
@@ -33,8 +43,8 @@ class Fed:
 
 
 @dataclass
-class Drawn:
-    """One image of one row, and the calls that it took."""
+class DrawnImage:
+    """One image of one request, and the calls that it took."""
 
     number: int
     """Of the image in its document."""
@@ -46,92 +56,89 @@ class Drawn:
     x_NP: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
-class Recorder(Schedule):
-    """A schedule that writes down what every lane was fed and what it saw."""
+@dataclass
+class _Lane:
+    """What a lane has been fed since it was cleared."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.ledger: dict[int, dict[int, Identity]] = {}
-        self.written: dict[int, tuple[int, int]] = {}
-        """(tokens, images) that each lane was fed."""
+    slots: dict[int, Identity] = field(default_factory=dict)
+    tokens: int = 0
+    images: int = 0
+
+
+class Recorder(Observer):
+    """Writes down what every lane was fed and what it saw."""
+
+    def __init__(self) -> None:
         self.fed: dict[int, list[Fed]] = {}
-        self.drawn: dict[int, list[Drawn]] = {}
-        super().__init__(*args, **kwargs)
+        """The positions of strips, by lane."""
+        self.drawn: dict[int, list[DrawnImage]] = {}
+        """By request, whose number is that of its conditional lane."""
+        self._lanes: dict[int, _Lane] = {}
 
-    def _open(self, grid: Grid, draws: dict[int, Draw]) -> None:
-        for lane in self._lanes(list(draws))[-1] if self.guided else []:
-            self.ledger[lane], self.written[lane] = {}, (0, 0)
-        original = self.model.objective.generate
+    def opened(self, requests: Sequence[int], spec: ImageSpec) -> None:
+        for i, request in enumerate(requests):
+            order_N = spec.order_RN[i].cpu().numpy()
+            image = DrawnImage(self._lanes[request].images, spec.grid, order_N, spec.noise_RNP[i].clone())
+            self.drawn.setdefault(request, []).append(image)
 
-        def spied(spec: ImageSpec) -> Any:
-            images = []
-            for i, row in enumerate(draws):
-                order_N = spec.order_RN[i].cpu().numpy()
-                images.append(Drawn(self.written[row][1], grid, order_N, spec.noise_RNP[i].clone()))
-                self.drawn.setdefault(row, []).append(images[-1])
-            x_RNP = yield from original(spec)
-            for image, x_NP in zip(images, x_RNP, strict=True):
-                image.x_NP = x_NP.clone()
-            return x_RNP
+    def drew(self, requests: Sequence[int], x_RNP: Tensor) -> None:
+        for request, x_NP in zip(requests, x_RNP, strict=True):
+            self.drawn[request][-1].x_NP = x_NP.clone()
 
-        with mock.patch.object(self.model.objective, "generate", spied):
-            super()._open(grid, draws)
-
-    def _forward(self, strips: dict[int, Strip], canvases: list[Canvas]) -> dict[int, Tensor]:
-        caught: list[Tensor] = []
-        original = self.model.hidden
-
-        def spied(inputs: Tensor, position: Tensor, mask: Tensor, modality: Tensor, cache: Any = None) -> Tensor:
-            caught.extend((inputs, position, mask))
-            return original(inputs, position, mask, modality, cache)
-
-        with mock.patch.object(self.model, "hidden", spied):
-            hidden = super()._forward(strips, canvases)
-        names = {lane: self._name(lane, strip) for lane, strip in strips.items()}
-        names |= {lane: name for canvas in canvases for lane, name in self._drawing(canvas).items()}
-        inputs, position, mask = caught
-        fed: dict[int, list[Fed]] = {}
-        for i, lane in enumerate(hidden):
-            ledger = self.ledger.setdefault(lane, {})
-            ledger.update(zip(self.cache._slots[i].tolist(), names[lane], strict=False))
-            fed[lane] = []
-            for w, name in enumerate(names[lane]):
-                seen = torch.nonzero(mask[i, 0, w] == 0).flatten().tolist()
-                sees = frozenset(ledger.get(slot, ("stale", slot)) for slot in seen)
-                fed[lane].append(Fed(name, int(position[i, w]), sees, inputs[i, w].clone(), hidden[lane][w].clone()))
-        for lane in strips:
+    def called(self, call: LaneCall, hidden_LWD: Tensor) -> None:
+        for lane, slots in zip(call.lanes, call.slots_LW.tolist(), strict=True):
+            if slots[0] == 0:  # a new lane, or one that was cleared for another image
+                self._lanes[lane] = _Lane()
+        names = {lane: self._written(lane, strip) for lane, strip in call.strips.items()}
+        names |= {lane: name for canvas in call.canvases for lane, name in self._drawing(canvas).items()}
+        fed = {lane: self._fed(call, i, names[lane], hidden_LWD[i]) for i, lane in enumerate(call.lanes)}
+        for lane in call.strips:
             self.fed.setdefault(lane, []).extend(fed[lane])
-        for canvas in canvases:
-            for i, row in enumerate(canvas.lanes[0]):
-                self.drawn[row][-1].calls.append([fed[lanes[i]] for lanes in canvas.lanes])
-        return hidden
+        for canvas in call.canvases:
+            for i, request in enumerate(canvas.lanes[0]):
+                self.drawn[request][-1].calls.append([fed[lanes[i]] for lanes in canvas.lanes])
 
-    def _drawing(self, canvas: Canvas) -> dict[int, list[Identity]]:
+    def _fed(self, call: LaneCall, i: int, names: list[Identity], hidden_WD: Tensor) -> list[Fed]:
+        """The new positions of the i-th lane of a call."""
+        slots = self._lanes[call.lanes[i]].slots
+        slots.update(zip(call.slots_LW[i].tolist(), names, strict=False))  # the rest is padding
+        fed = []
+        for w, name in enumerate(names):
+            seen = torch.nonzero(call.mask[i, 0, w] == 0).flatten().tolist()
+            sees = frozenset(slots.get(slot, Identity("stale", slot)) for slot in seen)
+            position = int(call.position_LW[i, w])
+            fed.append(Fed(name, position, sees, call.inputs_LWD[i, w].clone(), hidden_WD[w].clone()))
+        return fed
+
+    def _drawing(self, canvas: CanvasCall) -> dict[int, list[Identity]]:
         """Identities of the patches that each lane of a canvas is fed now."""
         names: dict[int, list[Identity]] = {}
         for lanes in canvas.lanes:
-            for row, lane in zip(canvas.lanes[0], lanes, strict=True):
-                image = self.drawn[row][-1]
+            for request, lane in zip(canvas.lanes[0], lanes, strict=True):
+                image = self.drawn[request][-1]
                 kept = len(image.calls) if canvas.call.keep else 0
                 now = image.order_N[kept : kept + canvas.call.inputs_RND.shape[1]]
-                names[lane] = [("patch", self.written[lane][1], int(n)) for n in now]
+                names[lane] = [Identity("patch", self._lanes[lane].images, int(n)) for n in now]
         return names
 
-    def _name(self, lane: int, strip: Strip) -> list[Identity]:
+    def _written(self, lane: int, strip: Strip) -> list[Identity]:
         """Identities of a strip's positions, counting on from what the lane has been fed."""
-        tokens, images = self.written.get(lane, (0, 0))
-        names = names_of(strip, tokens, images, lambda block: "patch")
-        self.written[lane] = (tokens + sum(name[0] == "token" for name in names), images + len(strip.images))
+        state = self._lanes[lane]
+        names = names_of(strip, lambda block: "patch", state.tokens, state.images)
+        state.tokens += sum(name.kind == "token" for name in names)
+        state.images += len(strip.images)
         return names
 
 
-def names_of(strip: Strip, tokens: int, images: int, role: Callable[[int], str]) -> list[Identity]:
-    """What stands at each position of a strip; `role` says what the patches of its b-th block are called."""
-    names: list[Identity] = [()] * len(strip)
-    for b, placed in enumerate(strip.blocks):
-        for k, number in enumerate(placed.block.order_N.tolist()):
-            names[placed.offset + k] = (role(b), images + placed.image, number)
-    for i, name in enumerate(names):
-        if not name:
-            names[i] = ("token", tokens)
-            tokens += 1
+def names_of(strip: Strip, role: Callable[[int], str], tokens: int = 0, images: int = 0) -> list[Identity]:
+    """What each position of a strip is, after so many tokens and images; `role` names the patches of its b-th block."""
+    patches = {
+        placed.offset + k: Identity(role(b), images + placed.image, number)
+        for b, placed in enumerate(strip.blocks)
+        for k, number in enumerate(placed.block.order_N.tolist())
+    }
+    names = []
+    for i in range(len(strip)):
+        names.append(patches[i] if i in patches else Identity("token", tokens))
+        tokens += i not in patches
     return names

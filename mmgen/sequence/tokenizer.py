@@ -11,6 +11,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as TextTokenizer
 from tokenizers.decoders import DecodeStream
 
+from mmgen.config import Config
+
 BOS, EOS, PAD, BOI, EOI = SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>", "<|boi|>", "<|eoi|>")
 Grid = tuple[int, int]
 
@@ -37,6 +39,11 @@ class Tokenizer:
         self.grid = {token: grid for grid, token in self.size.items()}
         self.names = (*SPECIAL, *(size_token(grid) for grid in grids))
         self.special = frozenset((self.bos, self.eos, self.pad, self.boi, self.eoi, *self.grid))
+
+    @classmethod
+    def of(cls, config: Config) -> Tokenizer:
+        """The tokenizer of a configuration; raises what `load` raises."""
+        return cls.load(config.data.tokenizer, config.model.patcher.grids)
 
     @classmethod
     def load(cls, path: str | Path, grids: Sequence[Grid]) -> Tokenizer:

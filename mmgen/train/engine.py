@@ -49,7 +49,7 @@ class Engine:
         self.config, self.ranks, self.autoencoder = config, ranks, autoencoder
         self.bf16 = uses_bf16(config)
         self.watched = False
-        """Whether the next step notes gradient norms per part."""
+        """Whether this step notes gradient norms per part."""
         self._squares = dict.fromkeys(PARTS, 0.0)
         self._build(vocabulary)
         self.fragments = self._fragments()
@@ -78,6 +78,12 @@ class Engine:
 
     def _fragments(self) -> list[Fragment]:
         return [Fragment(name, 0, p.numel(), p, 0) for name, p in self.model.named_parameters()]
+
+    def begin(self, lr: float, watched: bool) -> None:
+        """Start a step with a learning rate; `watched`: it notes gradient norms per part."""
+        self.watched = watched
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def forward(self, batch: Batch) -> Losses:
         """Loss sums of one micro-step."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -45,23 +45,20 @@ def interruptible() -> Iterator[list[int]]:
 class Watchdog:
     """Ends this process when one phase of a step lasts too long, naming rank, phase and step, with all stacks.
 
-    The other ranks then end by themselves: their next message fails or times out.
+    The other ranks then end by themselves: their next message fails or times out. `end` ends the process with an exit
+    code; the default does so at once, as a normal exit would wait for what hangs.
     """
 
-    def __init__(self, timeout: float, rank: int) -> None:
-        self.timeout, self.rank = timeout, rank
+    def __init__(self, timeout: float, rank: int, end: Callable[[int], object] = os._exit) -> None:
+        self.timeout, self.rank, self.end = timeout, rank, end
         self._now: tuple[str, int, float] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def phase(self, name: str, step: int) -> None:
-        """Told by the loop at the start of data, forward, backward, step, save and sample."""
+        """A phase of a step begins: data, forward, backward, step, save or sample."""
         self._now = (name, step, time.monotonic())
-
-    def rest(self) -> None:
-        """Nothing is being done that could hang."""
-        self._now = None
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.timeout / 4)):
@@ -70,14 +67,14 @@ class Watchdog:
                 self.report(now)
 
     def report(self, now: tuple[str, int, float]) -> None:
-        """Say what hangs, and end the process."""
+        """Name what hangs, and end the process."""
         name, step, _ = now
-        told = (
+        message = (
             f"mmgen: rank {self.rank} hangs in {name} of step {step} for more than {self.timeout:g} s (train.timeout)"
         )
-        print(told, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        os._exit(HUNG)
+        self.end(HUNG)
 
     def close(self) -> None:
         """Stop watching."""
@@ -85,7 +82,7 @@ class Watchdog:
 
 
 class Spikes:
-    """Tells a loss that jumps above its recent median."""
+    """Finds losses that jump above their recent median."""
 
     def __init__(self, factor: float, memory: int = 64) -> None:
         self.factor = factor

@@ -15,10 +15,11 @@ from torch import Tensor
 from mmgen.data.documents import Step
 from mmgen.model import Losses, MMGenModel
 from mmgen.sequence.batch import Batch, Rows
+from mmgen.train.engine import Engine
 from mmgen.train.ranks import Ranks
 
 BUCKETS = 5
-"""Equal ranges of t whose image loss is told apart."""
+"""Equal ranges of t with an image loss of their own."""
 
 
 def by_time(batch: Batch, losses: Losses) -> Tensor:
@@ -82,6 +83,26 @@ def step_flops(arithmetic: Arithmetic, step: Step) -> float:
     pairs = sum(attended_pairs(batch) for batch in step.micro)
     labels = sum(len(batch.label_at_L) for batch in step.micro)
     return arithmetic.flops(step.positions, pairs, labels, sum(len(batch.at_I) for batch in step.micro))
+
+
+class Meter:
+    """Model FLOPs of a run's steps against the peak of all its devices."""
+
+    def __init__(self, engine: Engine, first: int) -> None:
+        given = engine.config.train.peak_tflops
+        self.ranks = engine.ranks
+        self.peak = given * 1e12 if given else measured_peak(engine.device, engine.bf16)
+        self.arithmetic = Arithmetic(engine.model)
+        self._last = (first, time.monotonic())
+        """Step and time of the last reading."""
+
+    def read(self, step: int, data: Step, working: float) -> dict[str, float]:
+        """Shares of the peak: of a step's `working` seconds, and of all time since the last reading, in its steps."""
+        (flops,) = self.ranks.sums([step_flops(self.arithmetic, data)])
+        peak = self.peak * self.ranks.world
+        last, then = self._last
+        self._last = (step, time.monotonic())
+        return {"mfu": flops / working / peak, "mfu_wall": flops * (step - last) / (self._last[1] - then) / peak}
 
 
 def measured_peak(device: torch.device, bf16: bool, seconds: float = 0.3) -> float:

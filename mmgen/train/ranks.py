@@ -1,4 +1,4 @@
-"""The processes of a run: how they start, and how they tell each other small things."""
+"""The processes of a run: how they start, and how they exchange small messages."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Ranks:
         found = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(found, how, group=self.side)
-        told: list[float] = found.tolist()
-        return told
+        reduced: list[float] = found.tolist()
+        return reduced
 
     def gather_objects(self, value: Any) -> list[Any]:
         """A small object of every rank; rare, as it is pickled between our own processes."""

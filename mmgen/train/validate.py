@@ -1,4 +1,4 @@
-"""What a run shows of itself on the way: validation losses and sample grids."""
+"""What a run shows while it trains: validation losses and sample grids."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mmgen.sequence.batch import Batch, prepare
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train import metrics
 from mmgen.train.engine import Engine
+from mmgen.train.log import Log
 from mmgen.train.ranks import Ranks
 
 SAMPLES = 12
@@ -69,12 +70,32 @@ def draw(decoder: Decoder, captions: list[str]) -> Image.Image:
     return sheet.grid([result.images[0] for result in results], captions)
 
 
-def draw_samples(engine: Engine, tokenizer: Tokenizer, config: Config, prompts: list[str], step: int) -> Path:
-    """Draw the sample grid of a step with averaged weights; under stage 3 all ranks must call the model alike."""
-    path = config.run.dir / "samples" / f"step-{step}.png"
-    with engine.averaged(config.sample.weights):
-        if engine.ranks.rank == 0 or config.train.zero_stage == 3:
-            drawn = draw(Decoder(engine.model, tokenizer, config.sample), prompts)
-            if engine.ranks.rank == 0:
-                sheet.save(drawn, path)
-    return path
+class Probe:
+    """Sample grids and validation losses of a run, with averaged weights, at the steps where they are due."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, log: Log) -> None:
+        self.engine, self.tokenizer, self.log = engine, tokenizer, log
+        self.prompts = sample_prompts(engine.config)
+
+    def show(self, step: int) -> None:
+        """Draw and validate where it is due after a step; every rank calls this alike."""
+        config, settings = self.engine.config, self.engine.config.train
+        due = step == settings.first_sample or (settings.sample_every and step % settings.sample_every == 0)
+        if self.prompts and due:
+            path = config.run.dir / "samples" / f"step-{step}.png"
+            self._draw(path)
+            self.log.say(f"samples: {path}")
+        due = step == settings.steps or (settings.val_every and step % settings.val_every == 0)
+        if config.data.val and due:
+            corpus = Corpus(config.data.val, self.tokenizer, config, self.engine.model.autoencoder)
+            with self.engine.averaged(config.sample.weights):
+                self.log.record(step, validation(self.engine.model, corpus, self.engine.ranks))
+
+    def _draw(self, path: Path) -> None:
+        """Under stage 3 all ranks must call the model alike."""
+        config, rank = self.engine.config, self.engine.ranks.rank
+        with self.engine.averaged(config.sample.weights):
+            if rank == 0 or config.train.zero_stage == 3:
+                drawn = draw(Decoder(self.engine.model, self.tokenizer, config.sample), self.prompts)
+                if rank == 0:
+                    sheet.save(drawn, path)

@@ -30,9 +30,11 @@ from mmgen.train.optimizer import build_optimizer
 
 BUCKET = 50_000_000
 """Elements per message; buffers of that size are allocated."""
+Json = dict[str, Any]
+"""An object of DeepSpeed's own configuration."""
 
 
-def deepspeed_config(config: Config, world: int, bf16: bool) -> dict[str, Any]:
+def deepspeed_config(config: Config, world: int, bf16: bool) -> Json:
     """DeepSpeed's own configuration for a run.
 
     Raises:
@@ -51,7 +53,7 @@ def deepspeed_config(config: Config, world: int, bf16: bool) -> dict[str, Any]:
             raise ValueError(f"train.{name} nvme needs train.nvme_path, a folder on the disk")
     share = -(-settings.batch_rows // world)
     rows = min(settings.micro_rows or share, share)
-    zero: dict[str, Any] = {
+    zero: Json = {
         "stage": stage,
         "overlap_comm": torch.cuda.is_available(),
         "contiguous_gradients": True,
@@ -63,7 +65,7 @@ def deepspeed_config(config: Config, world: int, bf16: bool) -> dict[str, Any]:
             zero[key] = {"device": devices[name], "pin_memory": torch.cuda.is_available()}
             if devices[name] == "nvme":
                 zero[key]["nvme_path"] = str(settings.nvme_path)
-    ours: dict[str, Any] = {
+    ours: Json = {
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": -(-settings.batch_rows // (world * rows)),
         "gradient_clipping": settings.clip_norm if stage else 0.0,
@@ -76,7 +78,7 @@ def deepspeed_config(config: Config, world: int, bf16: bool) -> dict[str, Any]:
     }
     if bf16 and stage:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    found: dict[str, Any] = merged(ours, settings.deepspeed)
+    found: Json = merged(ours, settings.deepspeed)
     return found
 
 

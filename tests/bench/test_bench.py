@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmgen.backbone import RowCache
-from mmgen.bench import generation as bench_generation
 from mmgen.bench import step as bench
+from mmgen.bench.generation import as_json, bench_generation
 from mmgen.config import Config
 from mmgen.data.loader import Corpus
-from mmgen.data.order import Position
+from mmgen.generate.parts import Parts
 from mmgen.model import build_model
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import ready
@@ -19,11 +18,10 @@ from tests.conftest import ready
 
 def test_the_floor_has_the_same_matrix_products(config: Config) -> None:
     """Counted by torch: the model adds only the embeddings of time and place, and the floor leaves nothing out."""
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     model = build_model(config, len(tokenizer))
     source = Corpus(config.data.train, tokenizer, config)
-    row, after = next(source.plan.rows(Position()))
-    batch = ready(source, source.step(1, [row], after).micro[0])
+    batch = ready(source, source.first_step().micro[0])
     counts = {}
     for name, step in (
         ("floor", bench.Floor(model, batch, False).step),
@@ -37,10 +35,9 @@ def test_the_floor_has_the_same_matrix_products(config: Config) -> None:
     assert 0 <= counts["step"] - counts["floor"] <= 1.6 * extra
 
 
-def test_report(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "can_compile", lambda device: False)
+def test_report(config: Config) -> None:
     told: list[str] = []
-    report = bench.bench_step(config, 2, told.append)
+    report = bench.bench_step(config, 2, told.append, compiled=False).as_dict()
     assert report["ratio_to_floor"] > 0
     assert report["peak_memory_bytes"] > 10**6
     assert report["rounds"] == 2
@@ -49,25 +46,27 @@ def test_report(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("first call" in line for line in told)
 
 
-def test_recomputation_draws_the_same_images(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_generation, "SIDES", (2, 4))
-    report = bench_generation.bench_generation(config, 1)
-    assert set(report) == {f"{name}_{n}" for name in ("transfusion", "masked", "raster") for n in (4, 16)}
-    for cell in report.values():
-        assert cell["largest_difference"] < 1e-4
-        assert cell["recomputed_over_cached"] > 0
+def test_recomputation_draws_the_same_images(config: Config) -> None:
+    times = bench_generation(config, 1, sides=(2, 4))
+    assert set(times) == {f"{name}_{n}" for name in ("transfusion", "masked", "raster") for n in (4, 16)}
+    for cell in times.values():
+        assert cell.largest_difference < 1e-4
+        assert cell.recomputed_over_cached > 0
+    assert set(as_json(times)["masked_4"]) == {
+        "seconds", "seconds_recomputed", "recomputed_over_cached", "largest_difference",
+    }  # fmt: skip
 
 
-def test_a_cache_that_forgets_is_seen(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = RowCache.update
+class Forgetful(RowCache):
+    """Loses the keys of the second slot."""
 
-    def zeroed(self: RowCache, key: torch.Tensor, value: torch.Tensor, layer: int, *args: object, **kwargs: object):
-        keys, values = update(self, key, value, layer)
+    def update(self, *args: object, **kwargs: object):
+        keys, values = super().update(*args, **kwargs)
         keys = keys.clone()
         keys[:, :, 1] = 0
         return keys, values
 
-    monkeypatch.setattr(RowCache, "update", zeroed)
-    monkeypatch.setattr(bench_generation, "SIDES", (2,))
-    report = bench_generation.bench_generation(config, 1)
-    assert max(cell["largest_difference"] for cell in report.values()) > 1e-4
+
+def test_a_cache_that_forgets_is_seen(config: Config) -> None:
+    times = bench_generation(config, 1, sides=(2,), parts=Parts(cache=Forgetful))
+    assert max(cell.largest_difference for cell in times.values()) > 1e-4

@@ -133,7 +133,7 @@ def test_turned_pictures_train(config: Config, tmp_path: Path) -> None:
         members[f"{i:03d}.txt"] = b"a picture"
     shard = str(write_tar(tmp_path / "turned.tar", members))
     two = override(config, {"data": {"train": [shard]}, "model": {"patcher": {"image_sizes": [[4, 6], [6, 4]]}}})
-    words = Tokenizer.load(two.data.tokenizer, two.model.patcher.grids)
+    words = Tokenizer.of(two)
     corpus = Corpus([shard], words, two)
     grids = Counter(tuple(corpus.dataset.grids_of(i)[0]) for i in range(16))
     assert grids == {(2, 3): 8, (3, 2): 8}
@@ -189,7 +189,7 @@ def test_sizes_are_proposed_from_the_index(config: Config, tmp_path: Path, capsy
         members |= {f"{i:02d}.png": buffer.getvalue(), f"{i:02d}.txt": b"a"}
     members["10.txt"] = b"only text"
     shard = str(write_tar(tmp_path / "sizes.tar", members))
-    found = propose([shard], Tokenizer.load(config.data.tokenizer, config.model.patcher.grids), config, 3, (16, 16))
+    found = propose([shard], Tokenizer.of(config), config, 3, (16, 16))
     assert found.images == 10
     ratios = [math.log(h / w) for h, w in found.image_sizes]
     assert len(ratios) == 3

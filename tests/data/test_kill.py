@@ -34,7 +34,7 @@ def stands(stored: dict[str, Any]) -> Any:
 
 def consume(config: Config, folder: Path, world: int, every: int, fault: str | None) -> None:
     """Read global steps and write down what they held, saving the position now and then, as a training run does."""
-    corpus = training_corpus(config, Tokenizer.load(config.data.tokenizer, config.model.patcher.grids))
+    corpus = training_corpus(config, Tokenizer.of(config))
     saved, record = folder / "saved.json", folder / "record.jsonl"
     state = json.loads(saved.read_text()) if saved.exists() else {"step": 0, "position": corpus.start.as_dict()}
     kept = record.read_text().splitlines()[: state["step"]] if record.exists() else []

@@ -25,7 +25,7 @@ from tests.conftest import pairs, picture, png, write_tar
 
 
 def corpus_of(config: Config) -> Corpus:
-    return Corpus(config.data.train, Tokenizer.load(config.data.tokenizer, config.model.patcher.grids), config)
+    return Corpus(config.data.train, Tokenizer.of(config), config)
 
 
 def parts(step: Step) -> list[torch.Tensor]:
@@ -54,6 +54,14 @@ def test_workers_and_resume_change_nothing(config: Config) -> None:
         assert all(same(a, b) for a, b in zip(plain[at:], rest, strict=True))
     wrong = list(steps(corpus, 4, 9, plain[4].after))
     assert not same(plain[4], wrong[0]), "an off-by-one resume must show"
+
+
+def test_the_first_step_is_that_of_a_run(config: Config) -> None:
+    corpus = corpus_of(override(config, {"data": {"workers": 1}}))
+    for rank, world in ((0, 1), (1, 2)):
+        first = corpus.first_step(rank, world)
+        assert same(first, next(steps(corpus, 0, 1, Position(), rank, world)))
+        assert first.images > 0
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -39,7 +39,7 @@ from tests.conftest import pairs, write_tar
 
 
 def words(config: Config) -> Tokenizer:
-    return Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    return Tokenizer.of(config)
 
 
 @settings(max_examples=60, deadline=None)

@@ -308,7 +308,7 @@ def test_compressed_shards(config: Config, tmp_path: Path) -> None:
     for name, data in packed.items():
         shard = write(tmp_path / name, data)
         assert [sample.caption for sample in read([str(shard)])] == [f"picture {i}" for i in range(6)]
-        corpus = Corpus([str(shard)], Tokenizer.load(base.data.tokenizer, base.model.patcher.grids), base)
+        corpus = Corpus([str(shard)], Tokenizer.of(base), base)
         seen.append([sample.image for sample in corpus.samples])
     assert seen[0] == seen[1] == seen[2]
     two = write(tmp_path / "two.tar.gz", gzip.compress(content[:1024]) + gzip.compress(content[1024:]))
@@ -387,7 +387,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, ThreadingHTTPServer]]:
 def test_remote_shards_give_the_same_steps(config: Config, tmp_path: Path, server, place: str, workers: int) -> None:
     local = [str(write_tar(tmp_path / f"r-{i}.tar", pairs(10, i))) for i in range(2)]
     base = override(config, {"data": {"cache_dir": str(tmp_path / "cache"), "workers": workers}})
-    words = Tokenizer.load(base.data.tokenizer, base.model.patcher.grids)
+    words = Tokenizer.of(base)
     if place == "memory":
         for path in local:
             fsspec.filesystem("memory").pipe(f"/box/{Path(path).name}", Path(path).read_bytes())
@@ -468,7 +468,7 @@ def test_interleaved_documents(config: Config, tmp_path: Path) -> None:
     }  # fmt: skip
     shard = str(write_tar(tmp_path / "k.tar", members))
     one = override(config, {"data": {"train": [shard], "caption_drop": 0.0, "row_length": 64}})
-    corpus = Corpus(one.data.train, Tokenizer.load(one.data.tokenizer, one.model.patcher.grids), one)
+    corpus = Corpus(one.data.train, Tokenizer.of(one), one)
     assert {item.key for item in corpus.bad} == {"bad", "odd", "void"}
     batch = next(steps(corpus, 0, 1, Position())).micro[0]
     words = corpus.tokenizer

@@ -32,7 +32,8 @@ from mmgen.data.tools.check import FAULTS, CheckOptions
 from mmgen.data.tools.check_streams import check_streams
 from mmgen.plan import plan
 from mmgen.sequence.tokenizer import Tokenizer
-from mmgen.train.loop import refuse_bad_data, train
+from mmgen.train.loop import train
+from mmgen.train.report import refuse_bad_data
 from tests.conftest import pairs, run, tiny, write_tar
 
 STEPS = 9
@@ -55,7 +56,7 @@ def streamed(tmp_path: Path) -> Config:
 
 
 def words(config: Config) -> Tokenizer:
-    return Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    return Tokenizer.of(config)
 
 
 def opened(config: Config) -> StreamCorpus:
@@ -136,6 +137,8 @@ def test_worlds_workers_and_resumes_are_one_run(streamed: Config) -> None:
 def test_ranks_know_their_own_streams(streamed: Config) -> None:
     whole = next(steps(opened(streamed), 0, 1, Cursors()))
     shares = [next(steps(opened(streamed), 0, 1, Cursors(), rank, 2)) for rank in range(2)]
+    assert told(opened(streamed).first_step()) == told(whole)
+    assert [told(opened(streamed).first_step(rank, 2)) for rank in range(2)] == [told(share) for share in shares]
     assert [sorted(share.after.streams) for share in shares] == [[0, 2], [1, 3]]
     assert Cursors.union(share.after for share in shares) == whole.after
     assert len(whole.after.as_dict()["streams"]) == 4
@@ -328,7 +331,7 @@ def test_what_streams_cannot_do_is_refused(streamed: Config, monkeypatch: pytest
     with pytest.raises(
         ValueError, match=r"data.streams is 4, which 3 processes .* start 1 or 2 or 4 processes, .* data.streams 6"
     ):
-        streamed.check(3)
+        streamed.check_processes(3)
     with pytest.raises(ValueError, match="3 processes"):
         next(steps(opened(streamed), 0, 1, Cursors(), 0, 3))
     monkeypatch.setenv("WORLD_SIZE", "3")

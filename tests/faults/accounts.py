@@ -24,7 +24,7 @@ from mmgen.data.order import Position
 from mmgen.sequence.batch import prepare
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.loop import build_engine
-from mmgen.train.memory import theory, traffic
+from mmgen.train.memory import Shape, theory, traffic
 from mmgen.train.ranks import start
 from tests.faults.launch import run_ranks, small
 
@@ -66,7 +66,7 @@ def count(config: Config, out: Path, fault: str | None, rank: int) -> int:
         for name in SENT:
             setattr(dist, name, lambda *a, f=getattr(dist, name), **named: (f(*a, **named), f(*a, **named))[1])
     ranks = start(config)
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     torch.manual_seed(0)
     engine: Any = build_engine(config, len(tokenizer), ranks)
     stage = config.train.zero_stage
@@ -98,12 +98,12 @@ def count(config: Config, out: Path, fault: str | None, rank: int) -> int:
     }
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
     if ranks.rank == 0:
-        bf16 = config.train.precision == "bf16"
-        expected = theory(parameters, stage, ranks.world, bf16, len(engine.optimizer.averages))
+        shape = Shape(parameters, stage, ranks.world, config.train.precision == "bf16")
+        expected = theory(shape, len(engine.optimizer.averages))
         says = {"found": found, "theory": expected, "parameters": parameters, "sent": sent[0]}
         table = engine.model.get_input_embeddings().weight
         tied = getattr(table, "ds_numel", table.numel()) if engine.model.backbone.config.tie_word_embeddings else 0
-        says["sent_theory"] = traffic(parameters, stage, ranks.world, bf16, MICRO, tied)
+        says["sent_theory"] = traffic(shape, MICRO, tied)
         out.write_text(json.dumps(says))
     return 0
 

@@ -28,6 +28,7 @@ from mmgen.train.checkpoint import write as saver
 from mmgen.train.checkpoint.fragments import Store
 from mmgen.train.guard import Watchdog
 from mmgen.train.loop import train
+from mmgen.train.state import TrainerState
 from tests.faults.launch import run_ranks, small
 from tests.faults.resume import run
 
@@ -75,25 +76,18 @@ def victim(config: Config, point: Point, fault: str | None, rank: int) -> int:
                 os.kill(int((config.run.dir / "pid-1").read_text()), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def before(name: str, here: Any = lambda *a: True) -> Any:
-        def wrap(function: Any) -> Any:
-            def wrapped(*arguments: Any, **named: Any) -> Any:
-                reach(name, here(*arguments))
-                return function(*arguments, **named)
-
-            return wrapped
-
-        return wrap
-
     config.run.dir.mkdir(parents=True, exist_ok=True)
     (config.run.dir / f"pid-{rank}").write_text(str(os.getpid()))
     due = KILLED_SAVE
-    copy, write, replace = saver.Saver._copy, saver.write, os.replace
-    saver.Saver._publish = before("publish", lambda self, _: self._name == f"step-{due}")(saver.Saver._publish)
+    take, write, publish, replace = saver.HostCopy.take, saver.write, saver.publish, os.replace
 
-    def copied(self: saver.Saver) -> Any:
-        found = copy(self)
-        reach("copied", self._name == f"step-{due}")
+    def publishes(save: saver.Save, *rest: Any) -> None:
+        reach("publish", save.name == f"step-{due}")
+        publish(save, *rest)
+
+    def copied(self: saver.HostCopy) -> Any:
+        found = take(self)
+        reach("copied", saving() == due)
         return found
 
     def wrote(path: Path, tensors: Any) -> str:
@@ -122,12 +116,12 @@ def victim(config: Config, point: Point, fault: str | None, rank: int) -> int:
     now = [0]
     begin = saver.Saver.begin
 
-    def begins(self: saver.Saver, step: int, *rest: Any) -> None:
-        now[0] = step
+    def begins(self: saver.Saver, state: TrainerState) -> None:
+        now[0] = state.step
         if fault == "early_prune" and rank == 0:
             for old in self.folder.glob("step-*"):
                 shutil.rmtree(old)
-        begin(self, step, *rest)
+        begin(self, state)
 
     watch = Watchdog.phase
 
@@ -135,8 +129,8 @@ def victim(config: Config, point: Point, fault: str | None, rank: int) -> int:
         reach(name, step == (due if name == "save" else KILLED_STEP))
         watch(self, name, step)
 
-    Watchdog.phase, saver.Saver._copy, saver.Saver.begin, saver.write = phased, copied, begins, wrote
-    saver.os.replace = renamed
+    Watchdog.phase, saver.HostCopy.take, saver.Saver.begin = phased, copied, begins
+    saver.write, saver.publish, saver.os.replace = wrote, publishes, renamed
     return train(config)
 
 
@@ -159,7 +153,7 @@ def judge(config: Config, whole: Config, out: Path, rank: int) -> int:
 def inspect(config: Config, out: Path, rank: int) -> int:
     """Write the step of the checkpoint from which the run would go on; it must be whole."""
     found = checkpoint.candidates(config.run.dir)
-    out.write_text(json.dumps(checkpoint.read_trainer(found[0])["step"] if found else 0))
+    out.write_text(json.dumps(checkpoint.read_trainer(found[0]).step if found else 0))
     return 0
 
 

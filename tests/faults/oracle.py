@@ -26,10 +26,10 @@ from mmgen.data.order import Position
 from mmgen.model import build_model
 from mmgen.sequence.batch import prepare
 from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train import loop
 from mmgen.train.checkpoint.fragments import Store
 from mmgen.train.engine import Engine
 from mmgen.train.guard import Watchdog
-from mmgen.train.loop import train
 from mmgen.train.zero import ZeroEngine
 from tests.faults.launch import run_ranks, small, told
 
@@ -114,7 +114,7 @@ def configure(folder: Path, cell: Cell) -> Config:
 def plain(config: Config, out: Path, skips: bool, rank: int) -> int:
     """The reference: one process, torch's own optimiser, the whole batch at once."""
     torch.manual_seed(config.run.seed)
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     model = build_model(config, len(tokenizer))
     settings = config.train
     optimizer = torch.optim.AdamW(
@@ -167,21 +167,25 @@ def plain(config: Config, out: Path, skips: bool, rank: int) -> int:
 
 def ours(config: Config, cell: Cell, fault: str | None, rank: int) -> int:
     """The trainer itself; the first gradient is noted as the optimiser is given it."""
-    folder = config.run.dir
-    for kind in (Engine, ZeroEngine):
-        allow = kind._allow
+    folder, build = config.run.dir, loop.build_engine
 
-        def noting(self: Engine, stepped: list[Tensor], allow: Any = allow) -> bool:
-            answer = allow(self, stepped)
-            for flat in stepped:
-                for f in self._at[id(flat)]:
-                    path = folder / f"gradient-{rank}-{f.name}-{f.start}.pt"
-                    if f.owned and not path.exists():
-                        folder.mkdir(exist_ok=True)
-                        torch.save((f.name, f.start, f.of(flat.grad).clone()), path)
+    def built(*arguments: Any) -> Engine:
+        engine = build(*arguments)
+        allow = engine.optimizer.allow
+
+        def noting(stepped: list[Tensor]) -> bool:
+            answer = allow(stepped)
+            for f in engine.fragments:
+                path = folder / f"gradient-{rank}-{f.name}-{f.start}.pt"
+                if f.owned and any(f.flat is flat for flat in stepped) and not path.exists():
+                    folder.mkdir(exist_ok=True)
+                    torch.save((f.name, f.start, f.of(f.flat.grad).clone()), path)
             return answer
 
-        kind._allow = noting
+        engine.optimizer.allow = noting
+        return engine
+
+    loop.build_engine = built
     backward = ZeroEngine.backward
     if fault == "doubled":
         ZeroEngine.backward = lambda self, loss, last: backward(self, 2 * loss, last)
@@ -199,7 +203,7 @@ def ours(config: Config, cell: Cell, fault: str | None, rank: int) -> int:
         ZeroEngine.backward = alone
     if cell.skips:
         poison(cell, rank)
-    return train(config)
+    return loop.train(config)
 
 
 def poison(cell: Cell, rank: int) -> None:

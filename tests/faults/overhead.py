@@ -23,7 +23,10 @@ import torch
 
 from mmgen.config import Config
 from mmgen.sequence.batch import prepare
-from mmgen.train import loop
+from mmgen.train import run
+from mmgen.train.loop import train
+from mmgen.train.report import Outcome, Reporter
+from mmgen.train.validate import Probe
 from tests.conftest import pairs, write_tar
 from tests.faults.launch import run_ranks, small
 
@@ -48,14 +51,14 @@ def timed(config: Config, bare: bool, prepared: bool, out: Path, rank: int) -> i
     theirs: list[float] = []
     now = [0.0]
     held: list[Any] = []
-    tell, probe = loop.Run._tell, loop.Run._probe
+    report, show, steps = Reporter.step, Probe.show, run.steps
 
-    def noting(self: loop.Run, data: Any, *rest: Any) -> None:
-        held[:] = [data]
-        tell(self, data, *rest)
+    def noting(self: Reporter, outcome: Outcome) -> None:
+        held[:] = [outcome.data]
+        report(self, outcome)
 
-    def measured(self: loop.Run) -> None:
-        probe(self)
+    def measured(self: Probe, step: int) -> None:
+        show(self, step)
         ours.append(time.perf_counter() - now[0])
         if bare:
             began = time.perf_counter()
@@ -66,11 +69,10 @@ def timed(config: Config, bare: bool, prepared: bool, out: Path, rank: int) -> i
             theirs.append(time.perf_counter() - began)
         now[0] = time.perf_counter()
 
-    loop.Run._tell, loop.Run._probe = noting, measured
+    Reporter.step, Probe.show = noting, measured
     if prepared:
-        stream = loop.Run._stream
-        loop.Run._stream = lambda self: iter([*stream(self)])
-    code = loop.train(config)
+        run.steps = lambda *where: iter([*steps(*where)])
+    code = train(config)
     if rank == 0:
         out.write_text(json.dumps({"ours": ours, "bare": theirs}))
     return code

@@ -49,8 +49,8 @@ def configure(folder: Path, layout: Layout, dropout: bool, steps: int = 12) -> C
 def run(config: Config, fault: str | None, rank: int) -> int:
     restore = checkpoint.restore
 
-    def forget(folder: Path, engine: Engine, trainer: dict[str, Any]) -> None:
-        restore(folder, engine, trainer)
+    def forget(found: checkpoint.Checkpoint, engine: Engine) -> None:
+        restore(found, engine)
         for state in engine.optimizer.state.values():
             if fault == "moments":
                 state["exp_avg"].zero_()

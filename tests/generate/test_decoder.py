@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,11 +15,11 @@ from mmgen.backbone import RowCache
 from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.flow.solvers import SOLVERS
-from mmgen.generate import scheduler
-from mmgen.generate.decoder import Decoder, Inpaint, Request
+from mmgen.generate import Decoder, Inpaint, Request
+from mmgen.generate.exchange import Feed
+from mmgen.generate.parts import LaneCall, Observer, Parts
+from mmgen.generate.tokens import TokenChooser
 from mmgen.objective import ImageSpec
-from mmgen.parity import check_parity
-from mmgen.parity.faults import FAULTS
 from mmgen.sequence.document import Strip
 from tests.conftest import awake, picture, tiny
 
@@ -35,28 +34,6 @@ PROMPTS = [
     Request([PICTURES[1], "q"], "auto", 5),
     Request(["paint"], "image", 6, inpaint=Inpaint(PICTURES[1], np.array([[True, False]] * 3))),
 ]
-
-
-@pytest.mark.parametrize("grids", ["two sizes", "one size"])
-def test_sampling_equals_training(config: Config, grids: str) -> None:
-    """Every backbone call of every objective, order and policy against the training forward pass."""
-    if grids == "one size":
-        config = override(config, {"model": {"patcher": {"image_sizes": [[4, 6]]}}})
-    for variant in check_parity(config):
-        assert variant["holds"], variant
-        assert variant["positions"] > 40
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_parity_check_turns_red(config: Config, fault: str) -> None:
-    for variant in check_parity(config, fault):
-        blind = fault == "causal-mask" and variant["variant"] in ("mar, random", "mar, raster")  # these are causal
-        assert variant["holds"] == blind, variant
-
-
-def test_an_unknown_fault_is_named(config: Config) -> None:
-    with pytest.raises(ValueError, match="did you mean 'shifted-t'"):
-        check_parity(config, "shift-t")
 
 
 OBJECTIVES = {
@@ -96,23 +73,31 @@ def test_a_row_is_alone_in_any_batch(tmp_path: Path, objective: str) -> None:
     check()
 
 
+class FirstLane(Observer):
+    """Keeps the last hidden state of the first request after each of its strips."""
+
+    def __init__(self) -> None:
+        self.states: list[torch.Tensor] = []
+
+    def called(self, call: LaneCall, hidden_LWD: torch.Tensor) -> None:
+        if 0 in call.strips:
+            self.states.append(hidden_LWD[call.lanes.index(0), len(call.strips[0]) - 1].clone())
+
+
 def test_single_precision_rows_agree_to_rounding(tmp_path: Path) -> None:
-    """In fp32 kernels differ with the batch: the logits of a row stay within 1e-5 of what they are alone."""
+    """In fp32 kernels differ with the batch: the logits of a request stay within 1e-5 of what they are alone."""
     decoder = decoder_of(tiny(tmp_path), "transfusion", temperature=0.0)
     decoder.model.float()
-    seen: list[torch.Tensor] = []
-    choose = scheduler.Schedule._choose
 
-    def spied(self: scheduler.Schedule, last_RD: torch.Tensor, feeds: list[scheduler.Feed]) -> list[int]:
-        seen.append(self.model.logits(last_RD)[0])
-        return choose(self, last_RD, feeds)
+    def logits(requests: list[Request]) -> list[torch.Tensor]:
+        observer = FirstLane()
+        Decoder(decoder.model, decoder.tokenizer, decoder.sample, Parts(observer=observer)).generate(requests)
+        with torch.no_grad():
+            return [decoder.model.logits(state) for state in observer.states]
 
-    with mock.patch.object(scheduler.Schedule, "_choose", spied):
-        decoder.generate(PROMPTS[:1])
-        first = seen.copy()
-        seen.clear()
-        decoder.generate([PROMPTS[0], *PROMPTS[1:]])
-    for one, other in zip(first, seen, strict=False):
+    alone, together = logits(PROMPTS[:1]), logits(PROMPTS)
+    assert len(alone) > 1
+    for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
@@ -170,14 +155,11 @@ def test_sampling_controls_narrow_the_choice(tmp_path: Path) -> None:
     hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for control in ({"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.3}, {}):
         decoder = decoder_of(tiny(tmp_path), "transfusion", **{"top_p": 1.0, "temperature": 0.8, **control})
-        schedule = scheduler.Schedule(
-            decoder.model, decoder.tokenizer, decoder.patcher, decoder.sample, [], False, 1, 1
-        )
-        allowed = decoder._words
+        allowed = decoder.grammar.words_V
         rng = np.random.default_rng(0)
-        feeds = [scheduler.Feed(Strip(), allowed, rng.gumbel(size=len(allowed))) for _ in range(4000)]
+        feeds = [Feed(Strip(), allowed, rng.gumbel(size=len(allowed))) for _ in range(4000)]
         with torch.no_grad():
-            chosen = schedule._choose(hidden.expand(4000, -1), feeds)
+            chosen = TokenChooser(decoder.model, decoder.sample).choose(hidden.expand(4000, -1), feeds)
             scores = decoder.model.logits(hidden)[0].masked_fill(~torch.from_numpy(allowed), -torch.inf) / 0.8
         p = scores.softmax(0)
         order = p.argsort(descending=True)

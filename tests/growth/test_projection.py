@@ -69,7 +69,7 @@ def unet(config: Config, monkeypatch: pytest.MonkeyPatch, objective: dict) -> Co
 def test_one_class_serves_both_objectives(config: Config, monkeypatch: pytest.MonkeyPatch, objective: dict) -> None:
     """It learns, every parameter has a gradient, and images of two sizes are drawn."""
     config = unet(config, monkeypatch, objective)
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     torch.manual_seed(0)
     model = build_model(config, len(tokenizer))
     corpus = Corpus(config.data.train, tokenizer, config)
@@ -95,7 +95,7 @@ def test_masked_patches_do_not_leak_through_a_projection_that_mixes(
 ) -> None:
     """What MAR hides must not reach the inputs of its neighbours through the convolution."""
     config = unet(config, monkeypatch, {"kind": "mar"})
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     model = build_model(config, len(tokenizer))
     corpus = Corpus(config.data.train, tokenizer, config)
     batch = ready(corpus, corpus.step(1, [next(corpus.plan.epoch_rows(0))], corpus.start).micro[0])

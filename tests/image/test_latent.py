@@ -64,7 +64,7 @@ def latent_config(tmp: Path, vae: Path, **changes: dict) -> Config:
 
 
 def words(config: Config) -> Tokenizer:
-    return Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    return Tokenizer.of(config)
 
 
 def precomputed(tmp: Path, config: Config, name: str = "latents", **options: bool) -> Config:

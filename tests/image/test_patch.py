@@ -40,9 +40,9 @@ def test_sizes_that_patches_do_not_divide() -> None:
     with pytest.raises(ValueError, match="not divisible"):
         cut(np.zeros((5, 4, 3), np.float32), 2)
     with pytest.raises(ValueError, match="image size 5x4 is not divisible by patch_size 2"):
-        PatcherConfig(patch_size=2, image_sizes=[(5, 4)]).check()
+        PatcherConfig(patch_size=2, image_sizes=[(5, 4)])
     with pytest.raises(ValueError, match="channels is 2"):
-        PatcherConfig(channels=2).check()
+        PatcherConfig(channels=2)
 
 
 def test_alpha_is_put_on_white() -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from mmgen.config import Config, MaskRatioConfig, SampleConfig
 from mmgen.config_io import override
 from mmgen.data.loader import Corpus
-from mmgen.data.order import Position
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.model import MMGenModel, build_model
 from mmgen.objective import Given, ImageSite, ImageSpec
@@ -39,11 +38,9 @@ def mar(config: Config, order: str = "masked", shared: dict | None = None, **own
 
 
 def first_batch(config: Config, tokenizer: Tokenizer, rows: int = 3) -> Batch:
+    config = override(config, {"train": {"batch_rows": rows}})
     corpus = Corpus(config.data.train, tokenizer, config)
-    source = corpus.plan.rows(Position())
-    planned = [next(source) for _ in range(rows)]
-    raw = corpus.step(1, [row for row, _ in planned], planned[-1][1]).micro[0]
-    return ready(corpus, raw, torch.float64)
+    return ready(corpus, corpus.first_step().micro[0], torch.float64)
 
 
 @given(st.floats(0, 1, exclude_max=True), st.floats(0.7, 1.0), st.floats(0.1, 0.5), st.floats(0, 0.9))
@@ -106,7 +103,7 @@ def test_a_noised_copy_is_foreign_to_all_others(config: Config, kind: dict) -> N
     assert noised.any()
     for b, k in torch.nonzero(noised).tolist():
         assert (block[b][seen[b, :, k]] == block[b, k]).all()
-    added = plan(config)["positions_added_by_copies"]
+    added = plan(config).positions_added_by_copies
     assert added == [4, 6]
     copies = batch.image_I.unique().numel() // 2
     assert (
@@ -275,7 +272,7 @@ def test_the_regression_head_draws_one_picture(config: Config) -> None:
 def test_the_regression_head_learns_from_the_hidden_state(config: Config) -> None:
     """It must fail for being a mean, not for being dead: on a few pictures it beats the best constant by far."""
     config = mar(config, "raster", head={"kind": "mse", "width": 48})
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     torch.manual_seed(0)
     model = build_model(config, len(tokenizer))
     batch = first_batch(config, tokenizer, 2).to("cpu", torch.float32)
@@ -352,4 +349,4 @@ def test_checkpoints_of_the_other_objective_are_refused(config: Config) -> None:
     found = checkpoint.latest(config.run.dir)
     assert found is not None
     with pytest.raises(ValueError, match=r"objective\.kind \('transfusion' here, 'mar' there\)"):
-        checkpoint.check_same_model(checkpoint.read_trainer(found), config, found)
+        checkpoint.check_same_model(checkpoint.Checkpoint(found, checkpoint.read_trainer(found)), config)

@@ -15,7 +15,6 @@ from mmgen.backbone import attention_mask
 from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.data.loader import Corpus
-from mmgen.data.order import Position
 from mmgen.flow.solvers import runge_kutta, solve
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.model import MMGenModel, build_model
@@ -114,7 +113,7 @@ def build(config: Config, monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[C
     monkeypatch.setitem(objectives.OBJECTIVES, "raster", RasterMAR)
     monkeypatch.setitem(objectives.OBJECTIVES, "copy", CleanCopy)
     config = override(config, {"objective": {"kind": name}})
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     torch.manual_seed(0)
     return config, build_model(config, len(tokenizer)), tokenizer
 
@@ -124,9 +123,7 @@ def test_from_shards_to_pictures(config: Config, monkeypatch: pytest.MonkeyPatch
     config, model, tokenizer = build(config, monkeypatch, name)
     corpus = Corpus(config.data.train, tokenizer, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    source = corpus.plan.rows(Position())
-    rows = [next(source) for _ in range(4)]
-    batch = ready(corpus, corpus.step(1, [row for row, _ in rows], rows[-1][1]).micro[0])
+    batch = ready(corpus, corpus.first_step().micro[0])
     history = []
     for _ in range(30):
         losses = model(batch)
@@ -145,11 +142,11 @@ def test_from_shards_to_pictures(config: Config, monkeypatch: pytest.MonkeyPatch
 
 def test_raster_is_causal_and_learns_every_patch(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state that predicts a patch depends on no later patch, and on each earlier one."""
+    config = override(config, {"train": {"batch_rows": 1}})
     config, model, tokenizer = build(config, monkeypatch, "raster")
     model = model.double().eval()
     corpus = Corpus(config.data.train, tokenizer, config)
-    row, after = next(corpus.plan.rows(Position()))
-    batch = ready(corpus, corpus.step(1, [row], after).micro[0], torch.float64)
+    batch = ready(corpus, corpus.first_step().micro[0], torch.float64)
     base = _read(model, batch)
     image = batch.image_I == batch.image_I[0]
     for i in torch.nonzero(image).flatten().tolist():
@@ -196,10 +193,10 @@ def test_raster_generation_equals_one_forward_pass(config: Config, monkeypatch: 
 
 
 def test_a_noised_copy_is_seen_by_nobody_else(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = override(config, {"train": {"batch_rows": 1}})
     config, model, tokenizer = build(config, monkeypatch, "copy")
     corpus = Corpus(config.data.train, tokenizer, config)
-    row, after = next(corpus.plan.rows(Position()))
-    batch = ready(corpus, corpus.step(1, [row], after).micro[0])
+    batch = ready(corpus, corpus.first_step().micro[0])
     seen, noised, block = dense_visible(batch.sites)[0], batch.noised_BS[0], batch.block_BS[0]
     assert noised.any()
     for k in torch.nonzero(noised).flatten().tolist():

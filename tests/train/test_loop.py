@@ -18,7 +18,7 @@ import yaml
 
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.data.loader import Corpus, steps
+from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.model import build_model
 from mmgen.sequence.tokenizer import Tokenizer
@@ -26,9 +26,11 @@ from mmgen.train import loop
 from mmgen.train.checkpoint import read as checkpoint
 from mmgen.train.checkpoint import write as saver
 from mmgen.train.engine import Engine
+from mmgen.train.guard import INTERRUPTED
 from mmgen.train.log import Log
 from mmgen.train.loop import train
 from mmgen.train.optimizer import EMA, averaged_weights, build_optimizer, learning_rate
+from mmgen.train.report import count
 from tests.conftest import pairs, ready, write_tar
 
 
@@ -44,11 +46,11 @@ def gradients(config: Config, micro_rows: int | None, factor: float = 1.0) -> li
     """Gradients of one global step, cut into micro-steps of `micro_rows`, in float64."""
     config = override(config, {"train": {"micro_rows": micro_rows}})
     torch.manual_seed(0)
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     model = build_model(config, len(tokenizer)).double()
     corpus = Corpus(config.data.train, tokenizer, config)
-    step = next(steps(corpus, 0, 1, Position()))
-    counts = loop.count(step)
+    step = corpus.first_step()
+    counts = count(step)
     for raw in step.micro:
         out = model(ready(corpus, raw, torch.float64))
         (factor * (out.text / counts[0] + out.image / counts[1])).backward()
@@ -94,10 +96,10 @@ def test_an_incomplete_resume_shows(
     shutil.rmtree(broken.run.dir / "checkpoints" / "step-6")
     (broken.run.dir / "checkpoints" / "latest").unlink()
     (broken.run.dir / "checkpoints" / "latest").symlink_to("step-3")
-    restore = checkpoint.restore
+    restore, read = checkpoint.restore, checkpoint.read_trainer
 
-    def forget(folder: Path, engine: Engine, trainer: dict) -> None:
-        restore(folder, engine, trainer)
+    def forget(found: checkpoint.Checkpoint, engine: Engine) -> None:
+        restore(found, engine)
         for state in engine.optimizer.state.values():
             if fault == "moments":
                 state["exp_avg"].zero_()
@@ -107,7 +109,8 @@ def test_an_incomplete_resume_shows(
 
     monkeypatch.setattr(checkpoint, "restore", forget)
     if fault == "position":
-        monkeypatch.setattr(checkpoint, "position_of", lambda trainer: Position())
+        start = {"position": Position()}
+        monkeypatch.setattr(checkpoint, "read_trainer", lambda *where: read(*where).model_copy(update=start))
     train(broken)
     a, b = (checkpoint.load_model(c.run.dir / "checkpoints" / "latest")[0] for c in (straight, broken))
     same = all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
@@ -131,7 +134,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(config: Config, tmp_path: P
                 assert process.poll() is None
             process.send_signal(signal.SIGINT)
             told = process.communicate(timeout=60)[1]
-            assert process.returncode == loop.INTERRUPTED, told
+            assert process.returncode == INTERRUPTED, told
             assert "the same command continues" in told
             assert len(losses(run)) < 30
         subprocess.run(command, env=environment, check=True, capture_output=True)
@@ -154,7 +157,7 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(config: Config, monkeypa
         ):
             train(override(config, {"train": {"steps": 9}}))
     assert checkpoint.latest(config.run.dir) == before
-    assert checkpoint.read_trainer(before)["step"] == 6
+    assert checkpoint.read_trainer(before).step == 6
     assert not list((config.run.dir / "checkpoints").glob(".*"))
     assert train(override(config, {"train": {"steps": 9}})) == 0
 
@@ -194,7 +197,7 @@ def test_damage_is_named_and_the_newest_good_one_taken(config: Config, capsys: p
     assert train(config) == 0
     assert "step-6/state-00000.safetensors is missing or damaged; trying an older one" in capsys.readouterr().out
     assert losses(config) == before
-    assert checkpoint.read_trainer(folder)["step"] == 6, "it was written again"
+    assert checkpoint.read_trainer(folder).step == 6, "it was written again"
     for step in (3, 6):
         damage(config.run.dir / "checkpoints" / f"step-{step}")
     with pytest.raises(ValueError, match="no checkpoint of .* is whole"):

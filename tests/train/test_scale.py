@@ -21,12 +21,13 @@ import torch.distributed as dist
 import yaml
 from transformers import AutoTokenizer
 
-from mmgen import cli
+from mmgen.cli.export import export as export_command
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.data.loader import Corpus, steps
+from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
-from mmgen.model import MMGenModel
+from mmgen.model import Losses, MMGenModel
+from mmgen.sequence.batch import Batch
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train import guard, loop
 from mmgen.train import metrics as meter
@@ -34,6 +35,7 @@ from mmgen.train.checkpoint import posthoc
 from mmgen.train.checkpoint import read as checkpoint
 from mmgen.train.checkpoint.export import export
 from mmgen.train.checkpoint.fragments import Store
+from mmgen.train.engine import Engine
 from mmgen.train.loop import train
 from mmgen.train.optimizer import AveragingAdamW, power, power_exponent
 from mmgen.train.ranks import Ranks
@@ -159,7 +161,7 @@ def test_a_signal_stops_all_ranks_after_saving(config: Config, tmp_path: Path, n
         assert f"exitcode  : {guard.INTERRUPTED}" in told
     stopped = len(losses(run))
     assert stopped < 30
-    assert checkpoint.read_trainer(checkpoint.latest(run.run.dir))["step"] == stopped
+    assert checkpoint.read_trainer(checkpoint.latest(run.run.dir)).step == stopped
     subprocess.run([*words, "train", "--config", file], env=ENVIRONMENT, check=True, capture_output=True)
     assert [step for step, *_ in losses(run)] == list(range(1, 31))
 
@@ -257,9 +259,8 @@ def test_other_shards_are_refused_on_resume(config: Config, tmp_path: Path) -> N
 
 def test_a_hang_is_named_and_ends_the_process(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
-    monkeypatch.setattr(guard.os, "_exit", ended.append)
     monkeypatch.setattr(guard.faulthandler, "dump_traceback", lambda *_, **__: None)
-    watchdog = guard.Watchdog(timeout=0.2, rank=3)
+    watchdog = guard.Watchdog(timeout=0.2, rank=3, end=ended.append)
     watchdog.phase("backward", 12)
     time.sleep(0.1)
     assert not ended
@@ -272,21 +273,20 @@ def test_a_hang_is_named_and_ends_the_process(capsys: pytest.CaptureFixture, mon
 @pytest.fixture
 def poisoned(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A run of 6 steps, in which the loss of step 5 is not a number."""
-    forward, calls = loop.Engine.forward, []
+    forward, phase, now = Engine.forward, guard.Watchdog.phase, [0]
 
-    def poison(self: loop.Engine, batch: object) -> object:
+    def noting(self: guard.Watchdog, name: str, step: int) -> None:
+        now[0] = step
+        phase(self, name, step)
+
+    def poison(self: Engine, batch: Batch) -> Losses:
         found = forward(self, batch)
-        if poison.step == 5:
+        if now[0] == 5:
             found.text = found.text * float("nan")
         return found
 
-    def stepping(settings: object, step: int, real: object = loop.learning_rate) -> float:
-        poison.step = step
-        calls.append(step)
-        return real(settings, step)
-
-    monkeypatch.setattr(loop.Engine, "forward", poison)
-    monkeypatch.setattr(loop, "learning_rate", stepping)
+    monkeypatch.setattr(Engine, "forward", poison)
+    monkeypatch.setattr(guard.Watchdog, "phase", noting)
     return config
 
 
@@ -300,7 +300,7 @@ def state(config: Config) -> dict[str, torch.Tensor]:
 def test_non_finite_stop(poisoned: Config) -> None:
     with pytest.raises(FloatingPointError, match="step 5: loss = nan"):
         train(poisoned)
-    assert checkpoint.read_trainer(checkpoint.latest(poisoned.run.dir))["step"] == 3
+    assert checkpoint.read_trainer(checkpoint.latest(poisoned.run.dir)).step == 3
 
 
 def test_a_skipped_step_leaves_no_trace(poisoned: Config) -> None:
@@ -311,8 +311,8 @@ def test_a_skipped_step_leaves_no_trace(poisoned: Config) -> None:
     for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         assert all(torch.equal(before.whole(kind, n), after.whole(kind, n)) for n in before.names(kind))
     records = [checkpoint.read_trainer(folder) for folder in folders]
-    assert [record["optimizer_steps"] for record in records] == [4, 4]
-    assert records[0]["position"] != records[1]["position"]
+    assert [record.optimizer_steps for record in records] == [4, 4]
+    assert records[0].position != records[1].position
     (event,) = [json.loads(line) for line in (skipping.run.dir / "skipped.jsonl").read_text().splitlines()]
     assert (event["step"], event["policy"]) == (5, "skip")
     none_left = override(skipping, {"train": {"max_skips": 0}, "run": {"dir": str(skipping.run.dir) + "-none"}})
@@ -369,16 +369,16 @@ def test_export_is_read_by_transformers(config: Config, tmp_path: Path, average:
         expected = checkpoint.load_model(found, average)[0]
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
     tokenizer = AutoTokenizer.from_pretrained(out)
-    ours = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    ours = Tokenizer.of(config)
     assert tokenizer("picture 1", add_special_tokens=False)["input_ids"] == ours.encode("picture 1")
     assert tokenizer.eos_token_id == ours.eos
 
 
 def test_export_from_the_command_line(config: Config, tmp_path: Path) -> None:
     train(config)
-    assert cli.export(config=config, out=tmp_path / "out") == 0
+    assert export_command(config=config, out=tmp_path / "out") == 0
     with pytest.raises(ValueError, match="no weights 'ema_0.3'.*it has ema, weight"):
-        cli.export(config=override(config, {"sample": {"weights": "ema_0.3"}}), out=tmp_path / "no")
+        export_command(config=override(config, {"sample": {"weights": "ema_0.3"}}), out=tmp_path / "no")
 
 
 def test_a_new_run_starts_from_weights(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -468,11 +468,11 @@ def test_every_parameter_takes_part(config: Config, tmp_path: Path, objective: d
     shard = str(write_tar(tmp_path / "some.tar", members))
     data = {"train": [shard], "captionless": "keep"}
     config = override(config, {"data": data, "objective": objective, "train": {"batch_rows": 1}})
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
     rank, world = (7, 8) if held == "nothing" else (0, 1)
     corpus = Corpus(config.data.train, tokenizer, config)
-    (raw,) = next(steps(corpus, 0, 1, Position(), rank, world)).micro
+    (raw,) = corpus.first_step(rank, world).micro
     found = model(ready(corpus, raw))
     # Where only pictures stand, BOI and EOS are still to be predicted.
     assert (found.text_count > 0, found.image_count > 0) == (held != "nothing", held == "pictures")
@@ -481,10 +481,10 @@ def test_every_parameter_takes_part(config: Config, tmp_path: Path, objective: d
 
 
 def test_losses_per_range_of_t_make_up_the_image_loss(config: Config) -> None:
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
+    tokenizer = Tokenizer.of(config)
     corpus = Corpus(config.data.train, tokenizer, config)
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
-    (raw,) = next(steps(corpus, 0, 1, Position())).micro
+    (raw,) = corpus.first_step().micro
     batch = ready(corpus, raw)
     found = model(batch)
     times = meter.by_time(batch, found)
@@ -495,7 +495,7 @@ def test_losses_per_range_of_t_make_up_the_image_loss(config: Config) -> None:
 def test_attended_pairs_are_those_of_the_mask(config: Config) -> None:
     from mmgen.sequence.attention import dense_visible
 
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids)
-    (batch,) = next(steps(Corpus(config.data.train, tokenizer, config), 0, 1, Position())).micro
+    tokenizer = Tokenizer.of(config)
+    (batch,) = Corpus(config.data.train, tokenizer, config).first_step().micro
     real = (batch.document_BS >= 0).unsqueeze(-1)
     assert meter.attended_pairs(batch) == int((dense_visible(batch.sites) & real).sum())

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from mmgen.config import Config
-from mmgen.config_io import override
 from mmgen.data.loader import Corpus, planned_steps
 from mmgen.data.order import Plan, PlannedRow, Position
 from mmgen.data.shards import store
@@ -184,7 +183,7 @@ def check(patterns: Patterns, tokenizer: Tokenizer, config: Config, options: Che
     shards, tell = expand(patterns), options.tell
     if options.inject == "duplicated_shard":
         patterns = [*patterns, shards[0]]
-    config = override(config, {"data": {"cache_bytes": 0}})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"cache_bytes": 0})})
     ensure_all(shards, tokenizer, config.data, options.workers, _indexing(tell))
     corpus = Corpus(patterns, tokenizer, config)
     bad = list(corpus.bad)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 from mmgen.config import Config
-from mmgen.config_io import override
 from mmgen.data.order import Cursor, PlannedDocument, PlannedRow
 from mmgen.data.shards.samples import BadRecord, BadSample, read
 from mmgen.data.streams import HeldDocument, StreamCorpus, StreamRow, Streams, Window
@@ -60,7 +59,8 @@ def check_streams(tokenizer: Tokenizer, config: Config, options: CheckOptions) -
 
     def streams_of(rank: int) -> Streams:
         kind = _Dropping if inject == "dropped_carry" else Streams
-        seeded = override(config, {"run": {"seed": rank}}) if inject == "per_rank_seed" and rank else config
+        other = config.run.model_copy(update={"seed": rank})
+        seeded = config.model_copy(update={"run": other}) if inject == "per_rank_seed" and rank else config
         return kind(shards, tokenizer, seeded)
 
     seen, positions, rows = Counter[tuple[str, str]](), 0, 0

@@ -30,7 +30,5 @@ def export(run: Path, folder: Path, out: Path, weights: str) -> None:
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     (out / "tokenizer_config.json").write_text(json.dumps(described, indent=1))
-    trainer = read_trainer(folder)
-    (out / "mmgen.json").write_text(
-        json.dumps({"step": trainer["step"], "weights": weights, "config": trainer["config"]})
-    )
+    state = read_trainer(folder)
+    (out / "mmgen.json").write_text(json.dumps({"step": state.step, "weights": weights, "config": state.config}))

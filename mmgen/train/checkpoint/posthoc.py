@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from mmgen.model import MMGenModel
 from mmgen.train.checkpoint.fragments import Store
 from mmgen.train.checkpoint.read import candidates
 from mmgen.train.optimizer import power_exponent
+from mmgen.train.state import TrainerState
 
 PREFIX = "power_"
 Floats = NDArray[np.float64]
@@ -65,5 +65,4 @@ def fill(model: MMGenModel, run: Path, folder: Path, width: float) -> None:
 
 
 def _steps(folder: Path) -> int:
-    taken: int = json.loads((folder / "trainer.json").read_text())["optimizer_steps"]
-    return taken
+    return TrainerState.from_json((folder / "trainer.json").read_text()).optimizer_steps

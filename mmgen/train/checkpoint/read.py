@@ -2,7 +2,7 @@
 
 A checkpoint folder holds config.json (the model), tokenizer.json, trainer.json (step, data position, settings), one
 state-RANK.safetensors per process with named fragments (`fragments.py`), and manifest.json with the SHA-256 of each
-file. `saver.py` writes it. Nothing in it is unpickled.
+file. `write.py` writes it. Nothing in it is unpickled.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from mmgen.config import Config
-from mmgen.data.order import Cursors, Position
 from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.checkpoint.fragments import Store
@@ -25,6 +24,15 @@ from mmgen.train.checkpoint.write import sha256
 from mmgen.train.engine import Engine
 from mmgen.train.optimizer import EMA
 from mmgen.train.ranks import Ranks
+from mmgen.train.state import TrainerState
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose files were verified, and its trainer.json."""
+
+    folder: Path
+    state: TrainerState
 
 
 def latest(run: Path) -> Path | None:
@@ -41,27 +49,26 @@ def candidates(run: Path) -> list[Path]:
     return first + [path for path in steps if path.resolve() not in first]
 
 
-def newest_good(
-    run: Path, say: Callable[[str], None] | None = None, ranks: Ranks | None = None
-) -> tuple[Path, dict[str, Any]] | None:
-    """The first candidate that is whole, with its trainer record; every rank checks a share of the files.
+def newest_good(run: Path, say: Callable[[str], None] | None = None, ranks: Ranks | None = None) -> Checkpoint | None:
+    """The first candidate that is whole; every rank checks a share of the files.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged; starting anew would overwrite the run.
     """
     ranks = ranks or Ranks()
-    found = ranks.gather_objects(candidates(run))[0]
-    problems = []
-    for folder in found:
+    problems: list[str] = []
+    for folder in ranks.gather_objects(candidates(run))[0]:
+        state: TrainerState | None = None
+        problem = ""
         try:
-            trainer, problem = read_trainer(folder, ranks.rank, ranks.world), ""
+            state = read_trainer(folder, ranks.rank, ranks.world)
         except ValueError as error:
-            trainer, problem = {}, str(error)
-        told = [text for text in ranks.gather_objects(problem) if text]
-        if not told:
-            return folder, trainer
-        problems.append(told[0])
-        (say or ranks.say)(f"{told[0]}; trying an older one")
+            problem = str(error)
+        found = [text for text in ranks.gather_objects(problem) if text]
+        if state is not None and not found:
+            return Checkpoint(folder, state)
+        problems.append(found[0])
+        (say or ranks.say)(f"{found[0]}; trying an older one")
     if problems:
         raise ValueError(f"no checkpoint of {run} is whole: {problems[0]}. Choose another run.dir to start anew")
     return None
@@ -76,8 +83,8 @@ def clean(run: Path) -> None:
             path.unlink()
 
 
-def read_trainer(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
-    """Verify files against the manifest (the share of `rank`) and return trainer.json.
+def read_trainer(folder: Path, rank: int = 0, world: int = 1) -> TrainerState:
+    """Verify files against the manifest (the share of `rank`) and read trainer.json.
 
     Raises:
         ValueError: a file is missing or damaged; the message names it.
@@ -90,61 +97,55 @@ def read_trainer(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise ValueError(f"checkpoint file {folder / name} is missing or damaged")
     try:
-        trainer: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
+        return TrainerState.from_json((folder / "trainer.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / 'trainer.json'} cannot be read ({error})") from None
-    return trainer
 
 
-def check_same_run(trainer: dict[str, Any], config: Config, tokenizer: Tokenizer, folder: Path) -> None:
+def check_same_run(found: Checkpoint, config: Config, tokenizer: Tokenizer) -> None:
     """Raise ValueError where the tokenizer, or settings that shape weights or data order, are not the checkpoint's."""
 
-    def shape(settings: dict[str, Any]) -> dict[str, Any]:
-        data = {k: v for k, v in settings["data"].items() if k not in ("workers", "max_bad_fraction", "val")}
-        train = {"batch_rows": settings["train"]["batch_rows"]}
-        seed = {"seed": settings["run"]["seed"]}
+    def shape(settings: Config) -> dict[str, object]:
         return {
-            "run": seed,
-            "data": data,
-            "model": settings["model"],
-            "objective": settings["objective"],
-            "train": train,
+            "run": {"seed": settings.run.seed},
+            "data": settings.data.model_dump(mode="json", exclude={"workers", "max_bad_fraction", "val"}),
+            "model": settings.model.model_dump(mode="json"),
+            "objective": settings.objective.model_dump(mode="json"),
+            "train": {"batch_rows": settings.train.batch_rows},
         }
 
-    _refuse(differences(shape(config.model_dump(mode="json")), shape(_settings(trainer, folder))), folder)
-    if Tokenizer.load(folder / "tokenizer.json", config.model.patcher.grids) != tokenizer:
+    _refuse(differences(shape(config), shape(_settings(found))), found.folder)
+    path = found.folder / "tokenizer.json"
+    if Tokenizer.load(path, config.model.patcher.grids) != tokenizer:
         raise ValueError(
-            f"{config.data.tokenizer} is not the tokenizer of the checkpoint {folder}: its ids would mean other words. "
-            f"Copy {folder / 'tokenizer.json'} back, or choose another run.dir to start a new run"
+            f"{config.data.tokenizer} is not the tokenizer of the checkpoint {found.folder}: its ids would mean other "
+            f"words. Copy {path} back, or choose another run.dir to start a new run"
         )
 
 
-def check_same_data(trainer: dict[str, Any], fingerprint: str, folder: Path) -> None:
+def check_same_data(found: Checkpoint, fingerprint: str) -> None:
     """Raise ValueError where the training shards are not the checkpoint's: the order of documents rests on them."""
-    if trainer.get("data", "") not in ("", fingerprint):
+    if found.state.data not in ("", fingerprint):
         raise ValueError(
-            f"the training shards are not those of the checkpoint {folder}: names or contents changed, and with them "
-            "the order of documents. Put them back, or start a new run from its weights (train.init_from)"
+            f"the training shards are not those of the checkpoint {found.folder}: names or contents changed, and with "
+            "them the order of documents. Put them back, or start a new run from its weights (train.init_from)"
         )
 
 
-def check_same_model(trainer: dict[str, Any], config: Config, folder: Path) -> None:
+def check_same_model(found: Checkpoint, config: Config) -> None:
     """Raise ValueError where the model or the objective that is asked for is not the checkpoint's."""
-
-    def shape(settings: dict[str, Any]) -> dict[str, Any]:
-        return {name: settings[name] for name in ("model", "objective")}
-
-    _refuse(differences(shape(config.model_dump(mode="json")), shape(_settings(trainer, folder))), folder)
+    one, other = (c.model_dump(mode="json", include={"model", "objective"}) for c in (config, _settings(found)))
+    _refuse(differences(one, other), found.folder)
 
 
-def _settings(trainer: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _settings(found: Checkpoint) -> Config:
     """The settings stored with a checkpoint; those that are younger than it have their defaults."""
     try:
-        return Config.model_validate(trainer["config"]).model_dump(mode="json")
+        return Config.model_validate(found.state.config)
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
         raise ValueError(
-            f"the checkpoint {folder} was written with settings that this version does not know: {fields}"
+            f"the checkpoint {found.folder} was written with settings that this version does not know: {fields}"
         ) from None
 
 
@@ -156,7 +157,7 @@ def _refuse(changed: list[str], folder: Path) -> None:
         )
 
 
-def restore(folder: Path, engine: Engine, trainer: dict[str, Any]) -> None:
+def restore(found: Checkpoint, engine: Engine) -> None:
     """Load weights, moments, averages and buffers into an engine.
 
     Each rank reads what overlaps its own fragments; who wrote them, and under which stage, does not matter.
@@ -164,10 +165,10 @@ def restore(folder: Path, engine: Engine, trainer: dict[str, Any]) -> None:
     Raises:
         ValueError: the checkpoint lacks some of the weights.
     """
-    store = Store(folder)
+    store = Store(found.folder)
     kinds = store.kinds()
     if "exp_avg" in kinds:
-        engine.create_state(trainer["optimizer_steps"])
+        engine.create_state(found.state.optimizer_steps)
     states = engine.optimizer.state
     with torch.no_grad():
         for fragment in engine.fragments:
@@ -235,18 +236,11 @@ def load_model(folder: Path, weights: bool | str = True) -> tuple[MMGenModel, To
     return model.eval(), Tokenizer.load(folder / "tokenizer.json", model.patcher.grids)
 
 
-def position_of(trainer: dict[str, Any]) -> Position | Cursors:
-    """Where the checkpoint's run stands in its data."""
-    if "streams" in trainer["position"]:
-        return Cursors.of(trainer["position"])
-    return Position(**trainer["position"])
-
-
 def _number(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def differences(one: Any, other: Any, prefix: str = "") -> list[str]:
+def differences(one: object, other: object, prefix: str = "") -> list[str]:
     """Dotted names under which two nested mappings differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         found: list[str] = []

@@ -1,0 +1,55 @@
+"""`mmgen ablate`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.table import Table
+
+from mmgen.cli.flags import Json
+from mmgen.cli.show import plus_minus, print_json, print_table, rounded, tell
+
+if TYPE_CHECKING:
+    from mmgen.ablate import Comparison, Interval, Intervals
+
+
+def ablate(
+    file: Annotated[Path, Parameter(help="YAML file: base, out, equal, seeds, arms, grid (see mmgen/ablate.py).")],
+    *,
+    as_json: Json = False,
+) -> int:
+    """Train and score a grid of settings times seeds, and compare them; the same command goes on where it stopped."""
+    from mmgen.ablate import ablate as run
+
+    found = run(file, tell)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print_table(table(found))
+    return 0
+
+
+def table(found: Comparison) -> Table:
+    """One column per arm."""
+    from mmgen.ablate import SCORES, VAL_PLACES
+
+    shown = Table("", *found.arms, title=f"equal {found.equal}, seeds {found.seeds}: mean ± 95% interval")
+    for score in SCORES:
+        shown.add_row(score, *(_cell(arm.get(score)) for arm in found.arms.values()))
+    for place, label in ((0, "first"), (-1, "last")):
+        cells = [_cell(arm.get(VAL_PLACES), place) for arm in found.arms.values()]
+        shown.add_row(f"val_loss_image, {label} place", *cells)
+    return shown
+
+
+def _cell(value: Interval | Intervals | None, place: int = 0) -> str:
+    """An interval, or the one of a place, as text; nothing for what an arm does not report."""
+    from mmgen.ablate import Intervals
+
+    if value is None:
+        return ""
+    each = value.at(place) if isinstance(value, Intervals) else value
+    return f"{rounded(each.mean, 4)}{plus_minus(each.half_width)}"

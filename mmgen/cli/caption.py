@@ -1,0 +1,47 @@
+"""`mmgen caption`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from mmgen.cli.flags import Json, RunSettings
+from mmgen.cli.run import load_run
+from mmgen.cli.show import print_json
+from mmgen.config import Config
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def caption(
+    *images: Annotated[Path, Parameter(help="Image files.")], config: RunSettings = Config(), as_json: Json = False
+) -> int:
+    """Describe images with a trained run."""
+    from mmgen.generate.decoder import Decoder, Request
+
+    if not images:
+        raise ValueError("no image is given: name at least one file")
+    opened = [_opened(path) for path in images]
+    trained = load_run(config)
+    decoder = Decoder(trained.model, trained.tokenizer, config.sample)
+    results = decoder.generate([Request([image], "text") for image in opened])
+    said = [{"image": str(path), "caption": result.text} for path, result in zip(images, results, strict=True)]
+    if as_json:
+        print_json({"captions": said})
+    else:
+        for item in said:
+            print(f"{item['image']}: {item['caption']}")
+    return 0
+
+
+def _opened(path: Path) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.copy()
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None

@@ -1,0 +1,37 @@
+"""`mmgen check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from mmgen.cli.flags import Json, Settings
+from mmgen.cli.show import print_json, tell
+from mmgen.config import Config
+from mmgen.config_io import load
+
+
+def parity(
+    file: Annotated[Path | None, Parameter(help="YAML file; the same as --config.")] = None,
+    *,
+    config: Settings = Config(),
+    inject: Annotated[str | None, Parameter(help="Break the decoder in a named way.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Compare what sampling computes with what training computes; ends with code 1 where they differ."""
+    from mmgen.parity import check_parity
+
+    results = [report.as_dict() for report in check_parity(config if file is None else load(file), inject)]
+    holds = all(result["holds"] for result in results)
+    if as_json:
+        print_json({"holds": holds, "variants": results})
+        return 0 if holds else 1
+    for result in results:
+        largest = max(value for name, value in result.items() if name.startswith("largest"))
+        tell(
+            f"{'holds' if result['holds'] else 'FAILS'}  {result['variant']}: {result['positions']} positions, "
+            f"largest relative difference {largest:.1e}{'; ' + result['first'] if result['first'] else ''}"
+        )
+    return 0 if holds else 1

@@ -1,0 +1,99 @@
+"""`mmgen data`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from mmgen.cli.flags import DataSettings, Folder, Json
+from mmgen.cli.show import print_json, show, tell
+from mmgen.config import Config, SourceConfig
+
+if TYPE_CHECKING:
+    from mmgen.sequence.tokenizer import Tokenizer
+
+Shards = Annotated[str, Parameter(help="Shards; by default those of data.train and data.val.")]
+Workers = Annotated[int, Parameter(help="Processes; by default one per core.")]
+
+
+def index(*shards: Shards, config: DataSettings = Config(), workers: Workers = 0, as_json: Json = False) -> int:
+    """Write the index of every shard that has none; a second call goes on where a first one stopped."""
+    from mmgen.data.tools.check import index_shards
+
+    show(index_shards(*_chosen(shards, config), config, workers or os.cpu_count() or 1, tell).as_dict(), as_json)
+    return 0
+
+
+def buckets(
+    *shards: Shards,
+    config: DataSettings = Config(),
+    n: Annotated[int, Parameter(help="Most sizes.")] = 5,
+    pixels: Annotated[str, Parameter(help="Height x width whose area no size exceeds.")] = "256x256",
+    as_json: Json = False,
+) -> int:
+    """Propose `model.patcher.image_sizes`: those that crop least from the images of the index."""
+    from mmgen.data.tools.sizes import propose
+
+    sides = pixels.split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides) or n < 1:
+        raise ValueError(f"--pixels {pixels} --n {n}: give a height and a width such as 256x256, and at least one size")
+    show(propose(*_chosen(shards, config), config, n, (int(sides[0]), int(sides[1]))).as_dict(), as_json)
+    return 0
+
+
+def check(
+    *shards: Shards,
+    config: DataSettings = Config(),
+    decode: Annotated[bool, Parameter(help="Decode every image too.")] = True,
+    world: Annotated[int, Parameter(help="Ranks whose shares are balanced.")] = 8,
+    inject: Annotated[
+        str | None, Parameter(help="Break the order: per_rank_seed, dropped_carry, off_by_one, duplicated_shard.")
+    ] = None,
+    workers: Workers = 0,
+    as_json: Json = False,
+) -> int:
+    """Say what shards hold and lose, and whether the order keeps its promises; code 1 where anything is bad."""
+    from mmgen.data.tools import check as whole
+    from mmgen.data.tools.check_streams import check_streams
+
+    patterns, tokenizer = _chosen(shards, config)
+    options = whole.CheckOptions(tell, decode, inject, workers or os.cpu_count() or 1, world)
+    report: whole.Report
+    if config.data.streams and not shards:
+        report = check_streams(tokenizer, config, options)
+    else:
+        report = whole.check(patterns, tokenizer, config, options)
+    for line in [] if as_json else report.findings():
+        print(line)
+    show(report.as_dict() if as_json else report.figures(), as_json)
+    return 0 if report.holds else 1
+
+
+def show_rows(
+    count: Annotated[int, Parameter(help="Rows.")] = 4,
+    *shards: Shards,
+    config: DataSettings = Config(),
+    out: Folder = Path("runs/data"),
+    as_json: Json = False,
+) -> int:
+    """Draw packed rows as the model sees them: mask, text, images."""
+    from mmgen.data.loader import Corpus
+    from mmgen.data.tools.show import show as draw_rows
+
+    rows = draw_rows(Corpus(*_chosen(shards, config), config), count, out)
+    if as_json:
+        print_json([row.as_dict() for row in rows])
+    for row in [] if as_json else rows:
+        print(f"{row.picture}: {row.positions} positions of {', '.join(row.samples)}\n    {row.row}")
+    return 0
+
+
+def _chosen(shards: tuple[str, ...], config: Config) -> tuple[list[str | SourceConfig], Tokenizer]:
+    """Patterns and tokenizer of a `data` command."""
+    from mmgen.sequence.tokenizer import Tokenizer
+
+    patterns: list[str | SourceConfig] = [*shards] or [*config.data.train, *config.data.val]
+    return patterns, Tokenizer.of(config)

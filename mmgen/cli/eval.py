@@ -1,0 +1,22 @@
+"""`mmgen eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from mmgen.cli.flags import Json, Uses
+from mmgen.cli.run import load_run
+from mmgen.cli.show import show, tell
+from mmgen.config import Config
+
+EvalSettings = Annotated[Config, Uses(("run", "sample", "eval"))]
+
+
+def evaluate(*, config: EvalSettings = Config(), as_json: Json = False) -> int:
+    """Score a trained run; writes report.json and samples/evaluation.png into its folder."""
+    from mmgen.evaluate.report import evaluate as score
+
+    trained = load_run(config)
+    show(score(trained.model, trained.tokenizer, config, trained.trainer, tell), as_json)
+    tell(f"report: {config.run.dir / 'report.json'}   pictures: {config.run.dir / 'samples' / 'evaluation.png'}")
+    return 0

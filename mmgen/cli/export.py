@@ -1,0 +1,28 @@
+"""`mmgen export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from mmgen.cli.flags import Json, RunSettings
+from mmgen.cli.run import newest
+from mmgen.cli.show import show
+from mmgen.config import Config
+
+
+def export(
+    *,
+    config: RunSettings = Config(),
+    out: Annotated[Path, Parameter(help="Folder to write.")] = Path("export"),
+    as_json: Json = False,
+) -> int:
+    """Write a trained run as a Hugging Face folder, with the weights that `sample.weights` names."""
+    from mmgen.train.checkpoint.export import export as write
+
+    found = newest(config)
+    write(config.run.dir, found.folder, out, config.sample.weights)
+    show({"folder": str(out), "step": found.state.step, "weights": config.sample.weights}, as_json)
+    return 0

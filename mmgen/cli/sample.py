@@ -1,0 +1,47 @@
+"""`mmgen sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from mmgen.cli.flags import Folder, Json, RunSettings
+from mmgen.cli.run import load_run
+from mmgen.cli.show import print_json
+from mmgen.config import Config
+
+
+def sample(
+    *prompts: Annotated[str, Parameter(help="Captions, one image each.")],
+    config: RunSettings = Config(),
+    out: Folder = Path("samples"),
+    seed: Annotated[int, Parameter(help="Seed of the first image; the next ones count up.")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Draw images from captions with a trained run."""
+    from mmgen.generate.decoder import Decoder, Request
+    from mmgen.image import sheet
+
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError('the prompt is empty: give at least one caption, such as "a red 7 top left"')
+    trained = load_run(config)
+    requests = [Request([prompt], "image", seed + i) for i, prompt in enumerate(prompts)]
+    decoder = Decoder(trained.model, trained.tokenizer, config.sample)
+    images = [result.images[0] for result in decoder.generate(requests)]
+    paths = [out / f"{seed + i:04d}.png" for i in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        sheet.save(image, path)
+    sheet.save(sheet.grid(images, prompts), out / "grid.png")
+    drawn = [
+        {"prompt": p, "seed": seed + i, "image": str(path)}
+        for i, (p, path) in enumerate(zip(prompts, paths, strict=True))
+    ]
+    if as_json:
+        print_json({"samples": drawn, "grid": str(out / "grid.png")})
+    else:
+        for item in drawn:
+            print(f"{item['image']}: {item['prompt']}")
+        print(f"{out / 'grid.png'}: all of them, enlarged")
+    return 0

@@ -1,0 +1,153 @@
+"""Images that are being drawn: opening them, feeding them what the backbone answers, and handing them over.
+
+Suffixes: R requests, G guidance lanes, N patches of one image, P patch length, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mmgen.generate.exchange import Draw, Drawn
+from mmgen.generate.lanes import Lanes
+from mmgen.generate.parts import CanvasCall, Setup
+from mmgen.image.patch import Grid
+from mmgen.objective import Drawing, Given, ImageSpec
+from mmgen.sequence.document import Writer
+
+
+@dataclass
+class Canvas:
+    """Images of one grid that are drawn together, and the call that they wait for."""
+
+    grid: Grid
+    start: Tensor
+    """Committed length of each lane, [G * R], when drawing began."""
+    drawing: Drawing
+    waiting: CanvasCall
+
+    @property
+    def requests(self) -> list[int]:
+        """Whose images these are."""
+        return self.waiting.lanes[0]
+
+
+class Drawings:
+    """All canvases of a batch of requests."""
+
+    def __init__(self, setup: Setup, lanes: Lanes, previews: bool) -> None:
+        self.setup, self.lanes, self.wants_previews = setup, lanes, previews
+        self.observer, self.device, self.dtype = setup.parts.observer, setup.device, setup.dtype
+        self.canvases: list[Canvas] = []
+
+    @property
+    def calls(self) -> list[CanvasCall]:
+        """What the canvases ask of the backbone now."""
+        return [canvas.waiting for canvas in self.canvases]
+
+    def previews(self) -> Iterator[tuple[int, Image.Image]]:
+        """(request, clean estimate) of each image being drawn, where previews were asked for."""
+        for canvas in self.canvases:
+            preview_RNP = canvas.waiting.call.preview_RNP
+            if preview_RNP is not None:
+                x_RNP = preview_RNP.float().cpu().numpy()
+                yield from zip(canvas.requests, self.setup.patcher.pictures(x_RNP, canvas.grid), strict=True)
+
+    def open(self, grid: Grid, draws: dict[int, Draw]) -> None:
+        """Start drawing images of one grid together; `draws` by request."""
+        requests = list(draws)
+        lanes = self.lanes.of(requests)
+        openings = [torch.stack([draw.opening_D for draw in draws.values()])]
+        positions = [[draw.position for draw in draws.values()]]
+        for unconditional in lanes[1:]:
+            prefixes = [self._unconditional(draw) for draw in draws.values()]
+            self.lanes.clear(unconditional)
+            strips = [writer.take() for writer in prefixes]
+            hidden = self.lanes.forward(dict(zip(unconditional, strips, strict=True)))
+            openings.append(torch.stack([hidden[lane][-1] for lane in unconditional]))
+            positions.append([writer.position for writer in prefixes])
+        spec = self._spec(grid, list(draws.values()), torch.stack(openings))
+        if self.observer is not None:
+            self.observer.opened(requests, spec)
+        drawing = self.setup.parts.generate(self.setup.model.objective, spec)
+        start = self.lanes.lengths(lanes)
+        self.canvases.append(Canvas(grid, start, drawing, CanvasCall(lanes, positions, next(drawing))))
+
+    def advance(self, hidden: dict[int, Tensor]) -> list[tuple[int, Drawn]]:
+        """Give each canvas what it asked for, hidden states [W, D] by lane; returns the images that are finished."""
+        canvases, self.canvases = self.canvases, []
+        finished: list[tuple[int, Drawn]] = []
+        for canvas in canvases:
+            n = canvas.waiting.call.inputs_RND.shape[1]
+            states = [torch.stack([hidden[lane][:n] for lane in lanes]) for lanes in canvas.waiting.lanes]
+            try:
+                call = canvas.drawing.send(torch.stack(states))
+                canvas.waiting = replace(canvas.waiting, call=call)
+                self.canvases.append(canvas)
+            except StopIteration as stop:
+                finished += self._finish(canvas, stop.value)
+        return finished
+
+    def _finish(self, canvas: Canvas, x_RNP: Tensor) -> list[tuple[int, Drawn]]:
+        # Later positions see the finished image as `context` writes it, so whatever was kept of it goes.
+        self.lanes.rewind(canvas.waiting.lanes, canvas.start)
+        if self.observer is not None:
+            self.observer.drew(canvas.requests, x_RNP)
+        patches_RNP = _numbers(x_RNP)
+        images = self.setup.patcher.pictures(patches_RNP, canvas.grid)
+        return [(r, Drawn(*one)) for r, *one in zip(canvas.requests, patches_RNP, images, strict=True)]
+
+    def _unconditional(self, draw: Draw) -> Writer:
+        """A document that opens the image without a prompt: BOS BOI size."""
+        prefix = Writer(self.setup.tokenizer)
+        prefix.tokens([self.setup.tokenizer.bos])
+        prefix.open_image(draw.grid, draw.first)
+        return prefix
+
+    def _spec(self, grid: Grid, draws: list[Draw], opening_GRD: Tensor) -> ImageSpec:
+        noise = self._noise([draw.rng for draw in draws])
+        shape = (len(draws), grid[0] * grid[1], self.setup.model.patcher.patch_length)
+        known = [draw.known for draw in draws if draw.known is not None]
+        given = None
+        if known:
+            given = Given(
+                self._upload(np.stack([one.mask_N for one in known])),
+                self._upload(np.stack([one.x_NP for one in known])).to(self.dtype),
+            )
+        return ImageSpec(
+            grid=grid,
+            noise_RNP=noise(torch.empty(shape, device="meta")),
+            sample=self.setup.sample,
+            opening_GRD=opening_GRD,
+            order_RN=self._upload(np.stack([draw.order_N for draw in draws])),
+            noise=noise,
+            given=given,
+            previews=self.wants_previews,
+        )
+
+    def _noise(self, sources: list[np.random.Generator]) -> Callable[[Tensor], Tensor]:
+        """Standard normal numbers like a tensor [R, ...], each request's from its own generator."""
+
+        def noise(like: Tensor) -> Tensor:
+            drawn = np.stack([rng.standard_normal(like.shape[1:], dtype=np.float32) for rng in sources])
+            return self._upload(drawn).to(self.dtype)
+
+        return noise
+
+    def _upload(self, values: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return tensor.to(self.device, non_blocking=True)
+
+
+def _numbers(x_RNP: Tensor) -> NDArray[Any]:
+    """Patches on the host: float32, or integers where they are codes."""
+    numbers: NDArray[Any] = (x_RNP.float() if x_RNP.is_floating_point() else x_RNP).cpu().numpy()
+    return numbers

@@ -1,0 +1,97 @@
+"""What the parity check found for one variant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mmgen.objective.replay import TOLERANCE
+from mmgen.parity.record import Fed, Identity
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that sampling computed differently from training."""
+
+    where: str
+    """Request, image, step and position."""
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+@dataclass
+class Largest:
+    """Largest differences, relative to the largest magnitude of what is compared."""
+
+    inputs: float = 0.0
+    hidden: float = 0.0
+    patches: float = 0.0
+
+
+@dataclass
+class Report:
+    """How many positions of a variant were compared, the largest differences, and the first that is too large."""
+
+    variant: str
+    positions: int = 0
+    largest: Largest = field(default_factory=Largest)
+    first: Difference | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Sampling computes what training computed."""
+        return self.first is None
+
+    def same(self, where: str, sampled: Sequence[Fed], trained: Mapping[Identity, Fed]) -> None:
+        """Compare what was fed in sampling with the same positions in training."""
+        for fed in sampled:
+            self._position(f"{where}, {fed.identity}", fed, trained[fed.identity])
+
+    def patches(self, where: str, sampled: Tensor, drawn: Tensor) -> None:
+        """Compare patches that were sampled with those that were drawn again."""
+        difference = _apart(sampled, drawn)
+        self.largest.patches = max(self.largest.patches, difference)
+        self._bound(where, "patches", difference)
+
+    def _position(self, where: str, fed: Fed, trained: Fed) -> None:
+        self.positions += 1
+        if fed.position != trained.position:
+            self._note(where, f"position {fed.position}, in training {trained.position}")
+        if fed.sees != trained.sees:
+            odd = sorted(map(str, fed.sees ^ trained.sees))
+            self._note(where, f"sees other positions than in training ({len(odd)}, such as {odd[0]})")
+        inputs, hidden = _apart(fed.inputs_D, trained.inputs_D), _apart(fed.hidden_D, trained.hidden_D)
+        self.largest.inputs = max(self.largest.inputs, inputs)
+        self.largest.hidden = max(self.largest.hidden, hidden)
+        self._bound(where, "inputs", inputs)
+        self._bound(where, "hidden", hidden)
+
+    def _bound(self, where: str, what: str, difference: float) -> None:
+        if not difference <= TOLERANCE:  # true for NaN as well
+            self._note(where, f"{what} differ by {difference:.2g}")
+
+    def _note(self, where: str, what: str) -> None:
+        if self.first is None:
+            self.first = Difference(where, what)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The variant in `mmgen check parity --json`."""
+        return {
+            "variant": self.variant,
+            "holds": self.holds,
+            "positions": self.positions,
+            "largest_difference_inputs": self.largest.inputs,
+            "largest_difference_hidden": self.largest.hidden,
+            "largest_difference_patches": self.largest.patches,
+            "first": None if self.first is None else str(self.first),
+        }
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """Largest difference, relative to the largest magnitude."""
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))

@@ -1,0 +1,62 @@
+"""Continuing from a checkpoint, and what happens after a step whose values are not finite."""
+
+from __future__ import annotations
+
+import math
+
+from mmgen.train.checkpoint import read as checkpoint
+from mmgen.train.checkpoint.read import Checkpoint
+from mmgen.train.engine import Engine
+from mmgen.train.run import Run
+from mmgen.train.state import Progress
+
+
+def resume(found: Checkpoint, engine: Engine, progress: Progress, data: str) -> None:
+    """Continue where a checkpoint is; `data` is the fingerprint of the training shards.
+
+    Raises:
+        ValueError: the shards are not the checkpoint's, or it lacks some of the weights.
+    """
+    checkpoint.check_same_data(found, data)
+    checkpoint.restore(found, engine)
+    progress.resume(found.state)
+
+
+def react(run: Run, step: int, values: dict[str, float]) -> Checkpoint | None:
+    """Act on a step that was not taken, as `train.non_finite` says; the checkpoint that the run goes back to, if any.
+
+    Raises:
+        FloatingPointError: the run must stop.
+    """
+    settings, progress = run.config.train, run.progress
+    if step in progress.left_out:
+        return None
+    wrong = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
+    problem = f"step {step}: {wrong}"
+    used = progress.skipped if settings.non_finite == "skip" else len(progress.left_out)
+    if settings.non_finite == "stop" or used >= settings.max_skips:
+        run.saver.finish()
+        limit = "" if settings.non_finite == "stop" else f" (train.max_skips {settings.max_skips} is reached)"
+        raise FloatingPointError(
+            f"{problem}{limit}. The last checkpoint is as it was; lower train.lr or train.clip_norm, "
+            "or look at the data of this step"
+        )
+    event = {"step": step, "policy": settings.non_finite, "position": progress.position.as_dict()}
+    run.log.event("skipped.jsonl", {**event, **{name: str(value) for name, value in values.items()}})
+    if settings.non_finite == "skip":
+        run.log.say(f"{problem}: left out")
+        return None
+    return _roll_back(run, step, problem)
+
+
+def _roll_back(run: Run, step: int, problem: str) -> Checkpoint:
+    """Go back to the newest checkpoint; from now on `step` is left out."""
+    run.saver.finish()
+    found = checkpoint.newest_good(run.config.run.dir, run.log.say, run.ranks)
+    if found is None:
+        raise FloatingPointError(f"{problem}, and there is no checkpoint to go back to")
+    run.progress.left_out.add(step)
+    resume(found, run.engine, run.progress, run.corpus.dataset.fingerprint)
+    run.log.rewind(run.progress.step)
+    run.log.say(f"{problem}: back to step {run.progress.step}, and step {step} will be left out")
+    return found

@@ -1,0 +1,88 @@
+"""A run in memory: the parts that the training loop works with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmgen.config import Config
+from mmgen.data.documents import Step
+from mmgen.data.loader import Corpus, steps
+from mmgen.data.streams import StreamCorpus
+from mmgen.image.patch import Patcher
+from mmgen.train.checkpoint import read as checkpoint
+from mmgen.train.checkpoint.write import Saver
+from mmgen.train.engine import Engine
+from mmgen.train.guard import Watchdog
+from mmgen.train.log import Log
+from mmgen.train.ranks import Ranks
+from mmgen.train.report import Reporter, everywhere
+from mmgen.train.state import Progress, TrainerState
+from mmgen.train.validate import Probe
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run. Only `progress` counts; the others keep what they need for their own work."""
+
+    engine: Engine
+    corpus: Corpus | StreamCorpus
+    patcher: Patcher
+    progress: Progress
+    log: Log
+    reporter: Reporter
+    saver: Saver
+    probe: Probe
+    watchdog: Watchdog
+
+    @property
+    def config(self) -> Config:
+        """The settings of the run."""
+        return self.engine.config
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of the run."""
+        return self.engine.ranks
+
+    def batches(self, resumed: Path | None) -> Iterator[Step]:
+        """This rank's share of the steps that are left; after a checkpoint was `resumed`, with its random state."""
+        progress, ranks = self.progress, self.ranks
+        last = self.config.train.steps
+        stream = steps(self.corpus, progress.step, last, progress.position, ranks.rank, ranks.world)
+        return stream if resumed is None else self._with_random_state(stream, resumed)
+
+    def _with_random_state(self, stream: Iterator[Step], folder: Path) -> Iterator[Step]:
+        first = next(stream)  # before restoring: starting a run and its loader draws random numbers too
+        checkpoint.restore_random(folder, self.ranks, self.progress.step)
+        yield first
+        yield from stream
+
+    def save(self, must: bool) -> None:
+        """Start a checkpoint of the step that is done; where it `must` succeed, wait for it.
+
+        Raises:
+            OSError: it must succeed and could not be written.
+        """
+        self.watchdog.phase("save", self.progress.step)
+        self.saver.begin(self.state())
+        if must or not self.config.train.save_async:
+            self.saver.finish(must)
+
+    def state(self) -> TrainerState:
+        """What the next checkpoint says of the run; all ranks take part."""
+        progress = self.progress
+        return TrainerState(
+            step=progress.step,
+            config=self.config.model_dump(mode="json"),
+            position=everywhere(progress.position, self.ranks),
+            optimizer_steps=progress.step - progress.skipped,
+            left_out=tuple(sorted(progress.left_out)),
+            train_seconds=progress.train_seconds,
+            productive_seconds=progress.productive_seconds,
+            born=progress.born,
+            world=self.ranks.world,
+            data=self.corpus.dataset.fingerprint,
+            autoencoder=self.engine.model.autoencoder,
+        )

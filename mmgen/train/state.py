@@ -1,0 +1,115 @@
+"""How far a run has come: what is counted while it trains, and what a checkpoint's trainer.json holds."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
+
+from mmgen.data.order import Cursors, Position
+from mmgen.image.latent import AutoencoderFacts
+
+Settings = dict[str, Any]
+"""A configuration as it was written to JSON, perhaps by an older version."""
+
+
+def _position(stored: Any) -> Any:
+    if not isinstance(stored, dict):
+        return stored
+    return Cursors.of(stored) if "streams" in stored else Position(**stored)
+
+
+class TrainerState(BaseModel):
+    """The contents of trainer.json. Keys that older versions did not write have defaults; unknown keys are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    step: int
+    """Steps that are done, those that were skipped among them."""
+    config: Settings
+    position: Annotated[
+        Position | Cursors, BeforeValidator(_position), PlainSerializer(lambda position: position.as_dict())
+    ]
+    """Of all ranks in the data."""
+    optimizer_steps: int
+    left_out: tuple[int, ...] = ()
+    """Steps that a rollback decided to leave out."""
+    train_seconds: float = 0.0
+    productive_seconds: float = 0.0
+    """Seconds of steps that were taken and not repeated."""
+    born: float | None = None
+    """Unix time of the run's first start."""
+    world: int = 1
+    data: str = ""
+    """Fingerprint of the training shards; empty where it was not recorded."""
+    autoencoder: AutoencoderFacts | None = None
+    """What the run found of its autoencoder; None where it has none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _facts_among_settings(cls, stored: Any) -> Any:
+        """Older versions kept what they found of the autoencoder among the settings."""
+        if isinstance(stored, dict) and stored.get("autoencoder") is None and isinstance(stored.get("config"), dict):
+            patcher = stored["config"].get("model", {}).get("patcher", {})
+            return {**stored, "autoencoder": AutoencoderFacts.of_settings(patcher)}
+        return stored
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainerState:
+        """Read what `to_json` of this or of an older version wrote.
+
+        Raises:
+            ValueError: it is not JSON, or a key is missing or has a wrong type.
+        """
+        return cls.model_validate(json.loads(text))
+
+    def to_json(self) -> str:
+        """The text of trainer.json."""
+        unused = {"autoencoder"} if self.autoencoder is None else None
+        return json.dumps(self.model_dump(mode="json", exclude=unused), indent=1)
+
+
+@dataclass
+class Progress:
+    """The counters of a run in this process."""
+
+    position: Position | Cursors
+    """Of this rank in the data."""
+    step: int = 0
+    skipped: int = 0
+    """Steps that the optimizer did not take."""
+    left_out: set[int] = field(default_factory=set)
+    """Steps that a rollback decided to leave out."""
+    productive_seconds: float = 0.0
+    born: float = field(default_factory=time.time)
+    seconds_before: float = 0.0
+    """Seconds of training up to the checkpoint that this process continued from."""
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of training, over all processes that worked on the run."""
+        return self.seconds_before + time.monotonic() - self.since
+
+    @property
+    def goodput(self) -> float:
+        """Share of the time since the run's first start that went into steps which count."""
+        return self.productive_seconds / max(time.time() - self.born, 1e-9)
+
+    def advance(self, after: Position | Cursors, taken: bool, seconds: float) -> None:
+        """Count a step that is done."""
+        self.step, self.position = self.step + 1, after
+        self.skipped += not taken
+        self.productive_seconds += seconds if taken else 0.0
+
+    def resume(self, state: TrainerState) -> None:
+        """Continue the counts of a checkpoint; steps that are to be left out stay so."""
+        self.step, self.position = state.step, state.position
+        self.skipped = state.step - state.optimizer_steps
+        self.left_out |= set(state.left_out)
+        self.productive_seconds = state.productive_seconds
+        self.born = self.born if state.born is None else state.born
+        self.seconds_before, self.since = state.train_seconds, time.monotonic()

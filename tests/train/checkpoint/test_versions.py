@@ -1,0 +1,87 @@
+"""Runs and exports that earlier versions wrote still load, continue and draw the same images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmgen.data.order import Cursors, Position
+from mmgen.model import MMGenModel
+from mmgen.train.checkpoint.fragments import Store
+from mmgen.train.checkpoint.read import read_trainer
+from mmgen.train.state import TrainerState
+from tests.conftest import run
+from tests.golden.record import FOLDER as GOLDEN
+from tests.golden.record import environment
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "version1"
+NAMES = ["mar", "latent"]
+
+
+@pytest.fixture
+def version1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the files of version 1, as the working directory: their paths are relative."""
+    folder = tmp_path / "version1"
+    shutil.copytree(FIXTURES, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_is_known_as_trained_and_continues(version1: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+    code, out, err = run(capsys, "train", "--config", f"{name}.yaml")
+    assert (code, out.split(":")[0]) == (0, f"{name} is trained"), err
+    code, _, err = run(capsys, "train", "--config", f"{name}.yaml", "--train.steps", "3")
+    assert code == 0, err
+    assert f"{name}: steps 3 to 3" in err
+    lines = [json.loads(line) for line in (version1 / name / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    old, new = (read_trainer(version1 / name / "checkpoints" / f"step-{step}") for step in (2, 3))
+    assert (new.step, new.optimizer_steps, new.born, new.data) == (3, 3, old.born, old.data)
+    assert new.train_seconds > old.train_seconds > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_draws_the_same_image(version1: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+    code, out, err = run(capsys, "sample", "a picture", "--config", f"{name}.yaml", "--json")
+    assert code == 0, err
+    (drawn,) = json.loads(out)["samples"]
+    expected = np.array(json.loads((FIXTURES / "expected.json").read_text())[name])
+    same_machine = json.loads((GOLDEN / "digits.json").read_text())["environment"] == environment()
+    difference = np.abs(np.asarray(Image.open(drawn["image"]), dtype=int) - expected).max()
+    assert difference <= (0 if same_machine else 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_export_has_the_averaged_weights(version1: Path, name: str) -> None:
+    model = MMGenModel.from_pretrained(f"{name}_export")
+    store = Store(version1 / name / "checkpoints" / "latest")
+    found = {parameter: weight.detach().flatten() for parameter, weight in model.named_parameters()}
+    assert found.keys() == set(store.names("ema"))
+    assert all(torch.equal(weight, store.whole("ema", parameter)) for parameter, weight in found.items())
+
+
+def test_a_state_comes_back_from_its_json() -> None:
+    text = (FIXTURES / "mar" / "checkpoints" / "step-2" / "trainer.json").read_text()
+    state = TrainerState.from_json(text)
+    assert json.loads(state.to_json()) == json.loads(text)
+    assert (state.step, state.position, state.world) == (2, Position(**json.loads(text)["position"]), 1)
+    streams = state.model_copy(update={"position": Cursors.of({"streams": [[0, 1, 2, 3, 4, 5, 6]]})})
+    assert TrainerState.from_json(streams.to_json()) == streams
+    measured = state.model_copy(update={"autoencoder": {"fingerprint": "abc"}})
+    assert TrainerState.from_json(measured.to_json()) == measured
+
+
+def test_missing_keys_have_defaults_and_unknown_ones_are_ignored() -> None:
+    oldest = {"step": 3, "config": {}, "position": {"epoch": 1}, "optimizer_steps": 2, "unheard_of": [1]}
+    state = TrainerState.from_json(json.dumps(oldest))
+    assert state == TrainerState(step=3, config={}, position=Position(epoch=1), optimizer_steps=2)
+    assert (state.left_out, state.train_seconds, state.born, state.data) == ((), 0.0, None, "")
+    with pytest.raises(ValueError, match="optimizer_steps"):
+        TrainerState.from_json(json.dumps({name: oldest[name] for name in ("step", "config", "position")}))
