@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.data.dataset import DROPPED
-from mmgen.data.documents import Documents
+from mmgen.data.documents import Documents, Share
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Cursors, PlannedDocument, PlannedRow, Position
 from mmgen.data.shards.index import SUFFIX, ensure
@@ -277,7 +277,7 @@ def test_order_workers_and_resumes(tmp_path: Path, variant: str) -> None:
     for a, b in zip(whole[2:], rest, strict=True):
         assert a.images == b.images
         assert all(torch.equal(x, y) for x, y in zip(tensors(a.micro[0]), tensors(b.micro[0]), strict=True))
-    shares = [next(steps(corpus, 0, 1, Position(), rank, 2)) for rank in range(2)]
+    shares = [next(steps(corpus, 0, 1, Position(), Share(rank, 2))) for rank in range(2)]
     assert sum(share.images for share in shares) == whole[0].images
     assert torch.equal(torch.stack([shares[i % 2].micro[0].ids_BS[i // 2] for i in range(4)]), whole[0].micro[0].ids_BS)
 

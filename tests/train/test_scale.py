@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from mmgen.cli.export import export as export_command
 from mmgen.config import Config
 from mmgen.config_io import override
+from mmgen.data.documents import Share
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.model import Losses, MMGenModel
@@ -472,7 +473,7 @@ def test_every_parameter_takes_part(config: Config, tmp_path: Path, objective: d
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
     rank, world = (7, 8) if held == "nothing" else (0, 1)
     corpus = Corpus(config.data.train, tokenizer, config)
-    (raw,) = corpus.first_step(rank, world).micro
+    (raw,) = corpus.first_step(Share(rank, world)).micro
     found = model(ready(corpus, raw))
     # Where only pictures stand, BOI and EOS are still to be predicted.
     assert (found.text_count > 0, found.image_count > 0) == (held != "nothing", held == "pictures")
