@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import cyclopts
 
 from data_prep import run, tell
-from data_prep.shards import LeftOut, Sample, as_json, identity, image_member, shown, walk, write
+from data_prep.shards import LeftOut, Sample, Target, as_json, identity, image_member, shown, walk, write
 from data_prep.table import READERS
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -37,7 +37,7 @@ def main(
     for table in (path for path in found if path.stem == "metadata" and path.suffix in READERS):
         tell(f"{table} is a table of captions: python -m data_prep.table {table} --image file_name --caption text")
     made = {"files": identity([*images, *captions.values()], folder), "captionless": captionless}
-    write(out, name, images, partial(sample, folder, captions, captionless), per_shard, made)
+    write(Target(out, name, per_shard, made), images, partial(sample, folder, captions, captionless))
 
 
 def sample(folder: Path, captions: dict[Path, Path], captionless: bool, image: Path) -> Sample:

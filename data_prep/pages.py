@@ -23,7 +23,19 @@ import cyclopts
 from PIL import Image
 
 from data_prep import run, tell
-from data_prep.shards import LeftOut, Sample, as_json, identity, image_member, measure, pieces, shown, walk, write
+from data_prep.shards import (
+    LeftOut,
+    Sample,
+    Target,
+    as_json,
+    identity,
+    image_member,
+    measure,
+    pieces,
+    shown,
+    walk,
+    write,
+)
 
 SUFFIXES = (".html", ".htm", ".xhtml")
 # What readers of a page do not read. A form may hold the whole page, an article's header its title.
@@ -73,7 +85,7 @@ def main(
     (size, counted), parse = measure(tokenizer), parser()
     cut = ((page, part) for page in pages for part in documents(read(page, root, parse), length, images, size))
     made = {"files": identity(files, root), "length": length, "images": images, "tokenizer": counted}
-    write(out, name, cut, partial(sample, root), per_shard, made)
+    write(Target(out, name, per_shard, made), cut, partial(sample, root))
 
 
 def parser() -> Callable[[bytes], Any]:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,33 +38,46 @@ class LeftOut(ValueError):
     """One item of the source that cannot become a sample; the rest is written without it."""
 
 
-def write(
-    out: Path, name: str, items: Iterable[T], sample: Callable[[T], Sample], per_shard: int, made: dict[str, Any]
-) -> None:
-    """Write `NAME-000000.tar`, ..., each from the next `per_shard` items; shards that are there stay.
+@dataclass(frozen=True)
+class Target:
+    """Shards to write: `NAME-000000.tar`, ... in the folder `out`."""
 
-    A shard has its name only when it is complete. The order of `items` must be the same in every call, and so must
-    `made`, which says what they are and how they become samples: it is kept beside the shards.
+    out: Path
+    name: str
+    per_shard: int
+    """Items of the source for each shard."""
+    made: dict[str, Any]
+    """What the items are and how they become samples, as JSON; it is kept beside the shards."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]+", self.name):
+            raise ValueError(f"--name {self.name!r}: letters, digits, _ and - only, as a key ends at its first dot")
+        if self.per_shard < 1:
+            raise ValueError(f"--per-shard must be at least 1, not {self.per_shard}")
+
+
+def write(target: Target, items: Iterable[T], sample: Callable[[T], Sample]) -> None:
+    """Write each shard from the next `per_shard` items; shards that are there stay.
+
+    A shard has its name only when it is complete. The order of `items`, and what `target` says of them, must be the
+    same in every call.
 
     Raises:
         ValueError: the folder holds shards of this name that were made from something else, or there is nothing to
             write.
     """
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"--name {name!r}: letters, digits, _ and - only, as a key ends at its first dot")
-    if per_shard < 1:
-        raise ValueError(f"--per-shard must be at least 1, not {per_shard}")
-    _same_as_before(out, name, {**made, "per_shard": per_shard})
+    out, name, per_shard = target.out, target.name, target.per_shard
+    _same_as_before(target)
     source, shards, written, lost = iter(items), 0, 0, 0
     while (first := next(source, None)) is not None:
         chunk = chain([first], islice(source, per_shard - 1))
-        target = out / f"{name}-{shards:06d}.tar"
+        shard = out / f"{name}-{shards:06d}.tar"
         shards += 1
-        if target.exists():
-            tell(f"{target}: is there, with {sum(1 for _ in chunk)} items of the source")
+        if shard.exists():
+            tell(f"{shard}: is there, with {sum(1 for _ in chunk)} items of the source")
             continue
-        done, left = _write_shard(target, f"{name}-{shards - 1:06d}", chunk, per_shard, sample)
-        tell(f"{target}: {done} samples" if done else f"{target}: not written, as all its items were left out")
+        done, left = _write_shard(shard, f"{name}-{shards - 1:06d}", chunk, per_shard, sample)
+        tell(f"{shard}: {done} samples" if done else f"{shard}: not written, as all its items were left out")
         written, lost = written + done, lost + left
     if not any(out.glob(f"{name}-*.tar")):
         raise ValueError(
@@ -72,8 +86,9 @@ def write(
     print(f"{shards} shards in {out}; {written} samples written now" + (f", {lost} left out" if lost else ""))
 
 
-def _same_as_before(out: Path, name: str, made: dict[str, Any]) -> None:
+def _same_as_before(target: Target) -> None:
     """Note beside the shards what they are made from; raises ValueError where some were made from something else."""
+    out, name, made = target.out, target.name, {**target.made, "per_shard": target.per_shard}
     note = out / f"{name}.source.json"
     if note.exists() and any(out.glob(f"{name}-*.tar")):
         before = json.loads(note.read_text())

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import cyclopts
 
 from data_prep import run
-from data_prep.shards import LeftOut, Sample, as_json, identity, image_member, write
+from data_prep.shards import LeftOut, Sample, Target, as_json, identity, image_member, write
 
 Row = Mapping[str, Any]
 READERS = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -43,7 +43,7 @@ def main(
             raise ValueError(f"{table} has no column {column!r}, but {[*columns]}: name it with --image or --caption")
     root = images or table.parent
     made = {"files": identity([table], table.parent), "image": image, "caption": caption, "images": str(root)}
-    write(out, name, enumerate(rows(table)), partial(sample, root, image, caption), per_shard, made)
+    write(Target(out, name, per_shard, made), enumerate(rows(table)), partial(sample, root, image, caption))
 
 
 def rows(table: Path) -> Iterator[Row]:

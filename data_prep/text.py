@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import cyclopts
 
 from data_prep import run
-from data_prep.shards import Sample, identity, measure, pieces, walk, write
+from data_prep.shards import Sample, Target, identity, measure, pieces, walk, write
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 
@@ -45,7 +45,7 @@ def main(
         "tokenizer": counted,
         "field": field,
     }
-    write(out, name, cut, as_sample, per_shard, made)
+    write(Target(out, name, per_shard, made), cut, as_sample)
 
 
 def as_sample(text: str) -> Sample:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parent.parent
 GUIDES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 LONG = {"mmgen/config.py"}
 """One thing: every setting of mmgen, which no other file defines."""

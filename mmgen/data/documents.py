@@ -23,6 +23,14 @@ from mmgen.sequence.document import Document, ImageSegment, Strip, TextSegment, 
 from mmgen.sequence.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of a global step that one of `world` processes takes: rows rank, rank + world, ..."""
+
+    rank: int = 0
+    world: int = 1
+
+
 @dataclass
 class Step:
     """This process's share of one global step."""
@@ -95,11 +103,11 @@ class Documents(ABC):
         """Name of its shard, and key, of a planned document."""
 
     @abstractmethod
-    def steps(self, first: int, last: int, start: Any, rank: int, world: int) -> Iterator[Step]:
+    def steps(self, first: int, last: int, start: Any, share: Share) -> Iterator[Step]:
         """Global steps [first, last) of a run that stands at `start`, decoded ahead in `data.workers` processes."""
 
     @abstractmethod
-    def first_step(self, rank: int = 0, world: int = 1) -> Step:
+    def first_step(self, share: Share = Share()) -> Step:
         """The share of `rank` in a run's first global step, made in this process: for who measures or inspects one."""
 
     def document(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Document:

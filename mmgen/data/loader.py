@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmgen.config import Config
 from mmgen.data.dataset import Dataset, Samples
-from mmgen.data.documents import Decoded, Documents, Step
+from mmgen.data.documents import Decoded, Documents, Share, Step
 from mmgen.data.order import Cursors, Mixture, Plan, PlannedDocument, PlannedRow, Position, chances
 from mmgen.data.shards import store
 from mmgen.data.shards.pictures import STORED
@@ -71,7 +71,7 @@ class Corpus(Documents):
                     "(`python -m data_prep.latents` makes latents of images)"
                 )
             if self.config.data.crop == "random":
-                raise ValueError(f"data.crop is random, but a stored {kind} has one crop: set it to center")
+                raise ValueError(f"data.crop is random, but stored {plural} have one crop: set it to center")
         if isinstance(self.patcher, LatentPatcher):
             for fingerprint, shard in dataset.stored.get("latent", {}).items():
                 if fingerprint and fingerprint != self.patcher.fingerprint:
@@ -127,28 +127,28 @@ class Corpus(Documents):
             self._cached_bytes += size
         return decoded
 
-    def step(self, number: int, rows: Sequence[PlannedRow], after: Position, rank: int = 0, world: int = 1) -> Step:
-        """Decode the share of `rank` in a global step: rows rank, rank + world, ..."""
+    def step(self, number: int, rows: Sequence[PlannedRow], after: Position, share: Share = Share()) -> Step:
+        """Decode a share of a global step."""
         step = Step(number, [], after)
         total = sum(document.images for row in rows for document in row)
         shared, _ = chances(self.config.run.seed, "t", number)
-        self._prefetch([document.index for row in rows[rank::world] for document in row])
+        self._prefetch([document.index for row in rows[share.rank :: share.world] for document in row])
         ordinal = 0
         written: list[list[Strip | int]] = []
         for r, row in enumerate(rows):
-            if r % world == rank:
+            if r % share.world == share.rank:
                 written.append(self.written(row, ordinal, lambda i: stratified(shared, i, total), step))
             ordinal += sum(document.images for document in row)
-        step.micro = self.micro_batches(written, world)
+        step.micro = self.micro_batches(written, share.world)
         return step
 
-    def steps(self, first: int, last: int, start: Position, rank: int, world: int) -> Iterator[Step]:
-        stream = _Stream(self, first, last, start, rank, world)
+    def steps(self, first: int, last: int, start: Position, share: Share) -> Iterator[Step]:
+        stream = _Stream(self, first, last, start, share)
         return ahead(stream, self.config.data.workers, torch.cuda.is_available())
 
-    def first_step(self, rank: int = 0, world: int = 1) -> Step:
+    def first_step(self, share: Share = Share()) -> Step:
         (planned,) = planned_steps(self.plan, self.config.train.batch_rows, 0, 1, self.start)
-        return self.step(planned.number, planned.rows, planned.after, rank, world)
+        return self.step(planned.number, planned.rows, planned.after, share)
 
     def _prefetch(self, indices: Sequence[int]) -> None:
         """Fetch samples of remote shards side by side: each alone would wait for its answer."""
@@ -189,8 +189,8 @@ def planned_steps(plan: Plan, batch_rows: int, first: int, last: int, start: Pos
 class _Stream(IterableDataset[Step]):
     """Steps from a position on; worker w of W makes steps w, w + W, ..."""
 
-    def __init__(self, corpus: Corpus, first: int, last: int, start: Position, rank: int, world: int) -> None:
-        self.corpus, self.first, self.last, self.start, self.rank, self.world = corpus, first, last, start, rank, world
+    def __init__(self, corpus: Corpus, first: int, last: int, start: Position, share: Share) -> None:
+        self.corpus, self.first, self.last, self.start, self.share = corpus, first, last, start, share
 
     def __iter__(self) -> Iterator[Step]:
         worker = get_worker_info()
@@ -198,12 +198,12 @@ class _Stream(IterableDataset[Step]):
         rows = self.corpus.config.train.batch_rows
         for step in planned_steps(self.corpus.plan, rows, self.first, self.last, self.start):
             if (step.number - self.first) % lanes == lane:
-                yield self.corpus.step(step.number, step.rows, step.after, self.rank, self.world)
+                yield self.corpus.step(step.number, step.rows, step.after, self.share)
 
 
-def steps(corpus: Documents, first: int, last: int, start: Any, rank: int = 0, world: int = 1) -> Iterator[Step]:
+def steps(corpus: Documents, first: int, last: int, start: Any, share: Share = Share()) -> Iterator[Step]:
     """Global steps [first, last) of a run that stands at `start`, decoded ahead in `data.workers` processes."""
-    return corpus.steps(first, last, start, rank, world)
+    return corpus.steps(first, last, start, share)
 
 
 def ahead(source: IterableDataset[Any], workers: int, pinned: bool) -> Iterator[Any]:

@@ -77,12 +77,13 @@ def permuted(places: Ints, count: int, *parts: object) -> Ints:
     return values.astype(np.int64)
 
 
-def epoch_order(count: int, seed: object, epoch: int, first: int = 0, last: int | None = None, block: int = 1) -> Ints:
-    """Places [first, last) of the order of `count` documents in an epoch.
+def epoch_order(count: int, seed: object, epoch: int, where: range | None = None, block: int = 1) -> Ints:
+    """The order of `count` documents in an epoch, or the part of it that `where` names.
 
     Blocks of `block` neighbours are permuted; where they begin moves from epoch to epoch.
     """
-    places = np.arange(first, count if last is None else last, dtype=np.int64)
+    where = range(count) if where is None else where
+    places = np.arange(where.start, where.stop, dtype=np.int64)
     whole = count // block
     if not whole:
         block, whole = 1, count
@@ -223,7 +224,7 @@ class Mixture:
                 n = min(end - at, count - place)
                 part = here[at - begin : at - begin + n]
                 epochs[part] = epoch
-                found = epoch_order(count, name, epoch, place, place + n, self.block)
+                found = epoch_order(count, name, epoch, range(place, place + n), self.block)
                 indices[part] = found + self.starts[source]
                 at += n
         return epochs, indices

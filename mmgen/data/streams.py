@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mmgen.config import Config
 from mmgen.data.dataset import Facts, Measured, facts_of, patch_grids
-from mmgen.data.documents import Decoded, Documents, Step
+from mmgen.data.documents import Decoded, Documents, Share, Step
 from mmgen.data.loader import Corpus, ahead
 from mmgen.data.order import (
     Cursor,
@@ -144,7 +144,7 @@ class Streams:
         at, count = stream + place * self.count, len(self.shards)
         if at >= count:
             return None
-        return self.shards[int(epoch_order(count, f"{self.seed} shards", epoch, at, at + 1)[0])]
+        return self.shards[int(epoch_order(count, f"{self.seed} shards", epoch, range(at, at + 1))[0])]
 
     def rows(self, stream: int, start: Cursor) -> Iterator[StreamRow]:
         """Rows of a stream from `start` on.
@@ -311,8 +311,8 @@ class StreamCorpus(Documents):
             part.rows[stream] = rows
         return part
 
-    def joined(self, parts: Sequence[Part], rank: int, world: int) -> Step:
-        """The share of `rank` in a global step, whose row i is of stream i mod V: rows rank, rank + world, ..."""
+    def joined(self, parts: Sequence[Part], share: Share) -> Step:
+        """A share of a global step, whose row i is of stream i mod V."""
         rows, cursors = dict[int, list[list[Strip | int]]](), list[Cursors]()
         step = Step(parts[0].step.number, [], self.start)
         for part in parts:
@@ -323,22 +323,22 @@ class StreamCorpus(Documents):
             step.images += part.step.images
             step.bad += part.step.bad
         count = self.dataset.count
-        mine = [rows[i % count][i // count] for i in range(rank, self.config.train.batch_rows, world)]
-        step.micro, step.after = self.micro_batches(mine, world), Cursors.union(cursors)
+        mine = [rows[i % count][i // count] for i in range(share.rank, self.config.train.batch_rows, share.world)]
+        step.micro, step.after = self.micro_batches(mine, share.world), Cursors.union(cursors)
         return step
 
-    def steps(self, first: int, last: int, start: Cursors, rank: int, world: int) -> Iterator[Step]:
+    def steps(self, first: int, last: int, start: Cursors, share: Share) -> Iterator[Step]:
         """Global steps [first, last); raises ValueError for a world that does not divide the number of streams."""
-        self.config.check_processes(world)
-        own = range(rank, self.dataset.count, world)
+        self.config.check_processes(share.world)
+        own = range(share.rank, self.dataset.count, share.world)
         lanes = min(self.config.data.workers, len(own))
         parts = ahead(_Lanes(self, first, last, start, own), lanes, pinned=False)
-        whole = (self.joined([next(parts) for _ in range(max(1, lanes))], rank, world) for _ in range(first, last))
+        whole = (self.joined([next(parts) for _ in range(max(1, lanes))], share) for _ in range(first, last))
         return (step.pin_memory() for step in whole) if torch.cuda.is_available() else whole
 
-    def first_step(self, rank: int = 0, world: int = 1) -> Step:
-        own = range(rank, self.dataset.count, world)
-        return self.joined(list(_Lanes(self, 0, 1, self.start, own)), rank, world)
+    def first_step(self, share: Share = Share()) -> Step:
+        own = range(share.rank, self.dataset.count, share.world)
+        return self.joined(list(_Lanes(self, 0, 1, self.start, own)), share)
 
 
 def _spread(shared: float, offset: float, rows: list[PlannedRow]) -> Callable[[int], float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmgen.config import Config
-from mmgen.data.documents import Step
+from mmgen.data.documents import Share, Step
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.streams import StreamCorpus
 from mmgen.image.patch import Patcher
@@ -50,7 +50,7 @@ class Run:
         """This rank's share of the steps that are left; after a checkpoint was `resumed`, with its random state."""
         progress, ranks = self.progress, self.ranks
         last = self.config.train.steps
-        stream = steps(self.corpus, progress.step, last, progress.position, ranks.rank, ranks.world)
+        stream = steps(self.corpus, progress.step, last, progress.position, Share(ranks.rank, ranks.world))
         return stream if resumed is None else self._with_random_state(stream, resumed)
 
     def _with_random_state(self, stream: Iterator[Step], folder: Path) -> Iterator[Step]:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from mmgen.config import Config
+from mmgen.data.documents import Share
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.data.shards.samples import read
@@ -34,7 +35,7 @@ def held_out(model: MMGenModel, corpus: Corpus, ranks: Ranks) -> Iterator[tuple[
     rows, patcher = corpus.plan.epoch_rows(0), model.build_patcher()
     number = 0
     while chunk := list(islice(rows, corpus.config.train.batch_rows)):
-        for raw in corpus.step(number, chunk, Position(), ranks.rank, ranks.world).micro:
+        for raw in corpus.step(number, chunk, Position(), Share(ranks.rank, ranks.world)).micro:
             batch = prepare(raw, patcher, model.device)
             yield batch, model(batch)
         number += 1

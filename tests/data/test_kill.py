@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 
 from mmgen.config import Config
 from mmgen.config_io import override
+from mmgen.data.documents import Share
 from mmgen.data.loader import ahead, steps
 from mmgen.data.order import Cursors, Position
 from mmgen.data.streams import training_corpus
@@ -41,7 +42,7 @@ def consume(config: Config, folder: Path, world: int, every: int, fault: str | N
     # All or nothing, or a kill in between would lose what was recorded.
     (folder / "record.part").write_text("".join(line + "\n" for line in kept))
     os.replace(folder / "record.part", record)
-    ranks = [steps(corpus, state["step"], LAST, stands(state["position"]), rank, world) for rank in range(world)]
+    ranks = [steps(corpus, state["step"], LAST, stands(state["position"]), Share(rank, world)) for rank in range(world)]
     with record.open("a") as file:
         for number, shares in enumerate(zip(*ranks, strict=True), state["step"] + 1):
             digests = [row_digests(share) for share in shares]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.data.documents import Step
+from mmgen.data.documents import Share, Step
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position, chances, epoch_order, keyed, pack
 from mmgen.data.shards.samples import BadRecord, BadSample, expand, read
@@ -59,8 +59,8 @@ def test_workers_and_resume_change_nothing(config: Config) -> None:
 def test_the_first_step_is_that_of_a_run(config: Config) -> None:
     corpus = corpus_of(override(config, {"data": {"workers": 1}}))
     for rank, world in ((0, 1), (1, 2)):
-        (expected,) = steps(corpus, 0, 1, Position(), rank, world)
-        first = corpus.first_step(rank, world)
+        (expected,) = steps(corpus, 0, 1, Position(), Share(rank, world))
+        first = corpus.first_step(Share(rank, world))
         assert same(first, expected)
         assert first.images > 0
 
@@ -74,7 +74,7 @@ def test_ranks_share_one_global_step(config: Config, world: int) -> None:
     rows, after = zip(*(next(source) for _ in range(5)), strict=True)
     whole = corpus.step(7, rows, after[-1]).micro[0]
     for rank in range(world):
-        mine = corpus.step(7, rows, after[-1], rank, world).micro[0]
+        mine = corpus.step(7, rows, after[-1], Share(rank, world)).micro[0]
         expected = list(range(rank, 5, world))
         assert torch.equal(mine.ids_BS[: len(expected)], whole.ids_BS[expected])
         for place, row in enumerate(expected):

@@ -15,7 +15,7 @@ from scipy import stats
 
 from mmgen.config import Config, SourceConfig
 from mmgen.config_io import override
-from mmgen.data.documents import Step
+from mmgen.data.documents import Share, Step
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import (
     Cursor,
@@ -105,7 +105,7 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
 def test_an_epoch_is_every_document_in_any_pieces(count: int, block: int) -> None:
     whole = epoch_order(count, 3, 2, block=block)
     assert sorted(whole.tolist()) == list(range(count))
-    cut = [epoch_order(count, 3, 2, a, min(a + 7, count), block) for a in range(0, count, 7)]
+    cut = [epoch_order(count, 3, 2, range(a, min(a + 7, count)), block) for a in range(0, count, 7)]
     assert np.concatenate(cut).tolist() == whole.tolist()
     if count == 1000:
         other = epoch_order(count, 3, 3, block=block)
@@ -254,7 +254,7 @@ def test_any_world_resumes_any_other(config: Config, world: int) -> None:
     corpus = Corpus(config.data.train, words(config), config)
     whole = list(steps(corpus, 0, 6, Position()))
     for at in (1, 3, 5):
-        shares = [list(steps(corpus, at, 6, whole[at - 1].after, rank, world)) for rank in range(world)]
+        shares = [list(steps(corpus, at, 6, whole[at - 1].after, Share(rank, world))) for rank in range(world)]
         for number, step in enumerate(whole[at:]):
             for rank in range(world):
                 part = shares[rank][number]

@@ -17,13 +17,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import yaml
+from fsspec.spec import AbstractFileSystem
 
 from mmgen.config import Config, LimitsConfig
 from mmgen.config_io import override
-from mmgen.data.documents import Step
+from mmgen.data.documents import Share, Step
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Cursor, Cursors, PlannedDocument, Position
 from mmgen.data.shards import store
@@ -84,7 +86,7 @@ def told(step: Step) -> tuple[Any, ...]:
 def global_steps(config: Config, first: int, start: Cursors, world: int) -> Iterator[list[str]]:
     """The rows of global steps, put together from what each of `world` processes holds."""
     corpus, rows = opened(config), config.train.batch_rows
-    ranks = [steps(corpus, first, STEPS, start, rank, world) for rank in range(world)]
+    ranks = [steps(corpus, first, STEPS, start, Share(rank, world)) for rank in range(world)]
     for shares in zip(*ranks, strict=True):
         digests = [row_digests(share) for share in shares]
         yield [digests[i % world][i // world] for i in range(rows)]
@@ -136,9 +138,9 @@ def test_worlds_workers_and_resumes_are_one_run(streamed: Config) -> None:
 
 def test_ranks_know_their_own_streams(streamed: Config) -> None:
     whole = next(steps(opened(streamed), 0, 1, Cursors()))
-    shares = [next(steps(opened(streamed), 0, 1, Cursors(), rank, 2)) for rank in range(2)]
+    shares = [next(steps(opened(streamed), 0, 1, Cursors(), Share(rank, 2))) for rank in range(2)]
     assert told(opened(streamed).first_step()) == told(whole)
-    assert [told(opened(streamed).first_step(rank, 2)) for rank in range(2)] == [told(share) for share in shares]
+    assert [told(opened(streamed).first_step(Share(rank, 2))) for rank in range(2)] == [told(share) for share in shares]
     assert [sorted(share.after.streams) for share in shares] == [[0, 2], [1, 3]]
     assert Cursors.union(share.after for share in shares) == whole.after
     assert len(whole.after.as_dict()["streams"]) == 4
@@ -290,23 +292,27 @@ def test_a_reading_that_breaks_off_goes_on(streamed: Config, monkeypatch: pytest
         next(steps(opened(streamed), 0, 4, Cursors()))
 
 
-def test_what_breaks_in_a_far_store_is_an_error_of_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsspec's stores raise errors of their own kinds."""
+class DyingFile(io.BytesIO):
+    """A remote file whose connection ends."""
 
-    class Dying:
-        def __enter__(self) -> Dying:
-            return self
+    def read(self, size: int | None = -1, /) -> bytes:
+        raise RuntimeError("the payload is not complete")
 
-        def __exit__(self, *error: object) -> None:
-            pass
 
-        def read(self, size: int, /) -> bytes:
-            raise RuntimeError("the payload is not complete")
+class DyingStore(AbstractFileSystem):
+    """A store whose errors are of its own kind, as those of fsspec's stores are."""
 
-    monkeypatch.setattr(store, "_opened", lambda shard: Dying())
+    protocol = "dying"
+
+    def open(self, path: str, mode: str = "rb", **options: object) -> DyingFile:
+        return DyingFile()
+
+
+def test_what_breaks_in_a_far_store_is_an_error_of_reading() -> None:
+    fsspec.register_implementation("dying", DyingStore, clobber=True)
     with (
-        store.stream("memory://far/a.tar", LimitsConfig()) as file,
-        pytest.raises(OSError, match="memory://far/a.tar cannot be reached: the payload"),
+        store.stream("dying://far/a.tar", LimitsConfig()) as file,
+        pytest.raises(OSError, match="dying://far/a.tar cannot be reached: the payload"),
     ):
         file.read(1)
 
@@ -333,7 +339,7 @@ def test_what_streams_cannot_do_is_refused(streamed: Config, monkeypatch: pytest
     ):
         streamed.check_processes(3)
     with pytest.raises(ValueError, match="3 processes"):
-        next(steps(opened(streamed), 0, 1, Cursors(), 0, 3))
+        next(steps(opened(streamed), 0, 1, Cursors(), Share(0, 3)))
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="3 processes"):
         plan(streamed)

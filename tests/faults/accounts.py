@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmgen.config import Config
+from mmgen.data.documents import Share
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position
 from mmgen.sequence.batch import prepare
@@ -71,7 +72,7 @@ def count(config: Config, out: Path, fault: str | None, rank: int) -> int:
     engine: Any = build_engine(config, len(tokenizer), ranks)
     stage = config.train.zero_stage
     corpus = Corpus(config.data.train, tokenizer, config)
-    stream = steps(corpus, 0, 2, Position(), ranks.rank, ranks.world)
+    stream = steps(corpus, 0, 2, Position(), Share(ranks.rank, ranks.world))
     grads = 0
     for number, step in enumerate(stream):
         sent[:] = [0.0, float(number == 1)]

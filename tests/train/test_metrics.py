@@ -9,6 +9,7 @@ import pytest
 
 from mmgen.config import Config
 from mmgen.config_io import override
+from mmgen.data.documents import Share
 from mmgen.data.loader import Corpus
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train import loop
@@ -72,7 +73,7 @@ def test_every_parameter_takes_part(config: Config, tmp_path: Path, objective: d
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
     rank, world = (7, 8) if held == "nothing" else (0, 1)
     corpus = Corpus(config.data.train, tokenizer, config)
-    (raw,) = corpus.first_step(rank, world).micro
+    (raw,) = corpus.first_step(Share(rank, world)).micro
     found = model(ready(corpus, raw))
     # Where only pictures stand, BOI and EOS are still to be predicted.
     assert (found.text_count > 0, found.image_count > 0) == (held != "nothing", held == "pictures")

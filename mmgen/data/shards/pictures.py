@@ -153,6 +153,8 @@ def open_stored(data: bytes) -> Stored:
     array = array.astype(STORED[kind].dtype)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise BadSample(f"{kind} holds values that are not finite")
+    if array.dtype.kind == "i" and array.min(initial=0) < 0:  # also what does not fit into 64 bits with a sign
+        raise BadSample(f"{kind} holds values that are negative or too large")
     return Stored(kind, array)
 
 
