@@ -61,9 +61,10 @@ def timed(config: Config, bare: bool, prepared: bool, out: Path, rank: int) -> i
         show(self, step)
         ours.append(time.perf_counter() - now[0])
         if bare:
+            patcher = self.engine.model.build_patcher()
             began = time.perf_counter()
             for i, raw in enumerate(held[0].micro):
-                found = self.engine.forward(prepare(raw, self.patcher, self.device))
+                found = self.engine.forward(prepare(raw, patcher, self.engine.device))
                 self.engine.backward((found.text + found.image) / 100, last=i + 1 == len(held[0].micro))
             self.engine.step(allow=True)
             theirs.append(time.perf_counter() - began)
