@@ -4,23 +4,32 @@ PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-all lint bench data
+.PHONY: setup pins demo test test-all lint bench data
 
 setup: $(VENV)/.ready
 
+# `--no-deps`: the list is complete but for torch, and azula, an oracle of the tests, does without the torchvision that it asks for.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	if $(PYTHON) -c "import torch" 2>/dev/null; then \
-	  $(PYTHON) -m venv --system-site-packages $(VENV); grep -v "^torch==" constraints.txt > $(VENV)/constraints.txt; \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else \
-	  $(PYTHON) -m venv $(VENV); cp constraints.txt $(VENV)/constraints.txt; \
-	  $(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"; \
+	  $(PYTHON) -m venv $(VENV); \
 	fi
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e ".[dev]"
-	# Its samplers, an oracle of the tests, do without the torchvision that it asks for.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^azula==' constraints.txt)"
+	grep -v "^torch==" constraints.txt > $(VENV)/constraints.txt
+	$(PIP) --require-hashes --no-deps -r $(VENV)/constraints.txt
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
+
+# Hashes of every file of the versions in constraints.txt.
+pins:
+	set -e; new=$$(mktemp -d); sed -n '/^#/p; /^torch==/p' constraints.txt > $$new/head; \
+	sed -n '/^torch==/d; s/^\([A-Za-z].*==[^ ]*\).*/\1/p' constraints.txt > $$new/pins.in; \
+	uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate $$new/pins.in > $$new/pins; \
+	cat $$new/head $$new/pins > constraints.txt; rm -r $$new
 
 data: data/scenes/.ready data/digits/.ready
 
@@ -40,7 +49,7 @@ demo: setup data
 	BIN=$(BIN) bash launch/show.sh configs/scenes.yaml "a red 7 top left and a blue 3 bottom right"
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --durations=10
 
 test-all: setup
 	$(BIN)/python -m pytest

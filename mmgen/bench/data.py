@@ -109,7 +109,7 @@ class DataTimes:
     """By percentile."""
     rounds: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The times in `mmgen bench data --json`."""
         rates, rest = self.rates, asdict(self)
         del rest["rates"]

@@ -106,7 +106,7 @@ def bench_generation(
     return result
 
 
-def as_json(times: dict[str, GenerationTimes]) -> dict[str, Any]:
+def as_json(times: dict[str, GenerationTimes]) -> dict[str, dict[str, float]]:
     """The times in `mmgen bench generation --json`."""
     return {name: asdict(cell) for name, cell in times.items()}
 

@@ -6,7 +6,6 @@ import statistics
 import time
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +25,9 @@ class SamplerTimes:
     threads: int
     rounds: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, float]:
         """The times in `mmgen bench samplers --json`."""
-        result: dict[str, Any] = {f"overhead_{name}": share for name, share in self.overhead.items()}
+        result: dict[str, float] = {f"overhead_{name}": share for name, share in self.overhead.items()}
         return result | {
             "network_call_seconds": self.network_call_seconds,
             "threads": self.threads,

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,9 +152,9 @@ class StepTimes:
         """What mmgen adds to the bare loop."""
         return self.step / self.floor
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, float]:
         """The times in `mmgen bench step --json`."""
-        result: dict[str, Any] = {"step_seconds": self.step, "floor_seconds": self.floor}
+        result: dict[str, float] = {"step_seconds": self.step, "floor_seconds": self.floor}
         if self.step_compiled is not None and self.floor_compiled is not None:
             result |= {"step_compiled_seconds": self.step_compiled, "floor_compiled_seconds": self.floor_compiled}
             result["ratio_to_floor_compiled"] = self.step_compiled / self.floor_compiled

@@ -17,6 +17,6 @@ def evaluate(*, config: EvalSettings = Config(), as_json: Json = False) -> int:
     from mmgen.evaluate.report import evaluate as score
 
     trained = load_run(config)
-    show(score(trained.model, trained.tokenizer, config, trained.trainer, tell), as_json)
+    show(score(trained.model, trained.tokenizer, config, trained.trainer, tell).flat(), as_json)
     tell(f"report: {config.run.dir / 'report.json'}   pictures: {config.run.dir / 'samples' / 'evaluation.png'}")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +38,7 @@ def run_experiments(
     as_json: Json = False,
 ) -> int:
     """Run experiments; ends with code 1 where a bound does not hold."""
-    from mmgen.lab.catalog import EXPERIMENTS, check, run_all
+    from mmgen.lab.catalog import EXPERIMENTS, Options, check, run_all
 
     everyone = [e.name for e in EXPERIMENTS.values() if inject is None or inject in e.faults]
     chosen = everyone if everything else list(names)
@@ -47,18 +46,16 @@ def run_experiments(
         check(name, inject)
     if not chosen:
         raise ValueError("name an experiment, or say --all (`mmgen lab list` shows them)")
-    results, began = [], time.perf_counter()
-    for result in run_all(chosen, jobs, fast=fast, seed=seed, out=out, inject=inject):
+    results = []
+    for result in run_all(chosen, jobs, Options(fast, seed, out, inject)):
         results.append(result)
-        verdict = "holds" if result["holds"] else "FAILS"
-        tell(f"{verdict}  {result['name']}  {result['seconds']} s  {result['picture']}")
-        for bound in result["bounds"]:
-            limits = " ".join(f"{k.replace('_', ' ')} {bound[k]:g}" for k in ("at_least", "at_most") if k in bound)
-            mark = "  " if bound["holds"] else "! "
-            value = "not finite" if bound["value"] is None else f"{bound['value']:.4g}"
-            tell(f"    {mark}{bound['figure']}: {value} ({limits})")
-    holds = all(result["holds"] for result in results)
+        tell(f"{'holds' if result.holds else 'FAILS'}  {result.name}  {result.seconds} s  {result.picture}")
+        for bound in result.bounds:
+            tell(f"    {'  ' if bound.holds else '! '}{bound.figure}: {bound.value:.4g} ({bound.wanted})")
+        for known in result.differences:
+            tell(
+                f"    ~ {known.figure}: {known.measured:.4g} (known difference, wanted {known.wanted}: {known.reason})"
+            )
     if as_json:
-        seconds = round(time.perf_counter() - began, 1)
-        print_json({"holds": holds, "seconds": seconds, "experiments": results})
-    return 0 if holds else 1
+        print_json([result.as_json() for result in results])
+    return 0 if all(result.holds for result in results) else 1

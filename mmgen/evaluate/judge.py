@@ -10,9 +10,7 @@ from sklearn.svm import SVC
 
 from mmgen.data.shards.pictures import open_image
 from mmgen.data.shards.samples import Sample, read
-from mmgen.evaluate.tasks import Mark, Object, Pixels, Task
-
-Truth = frozenset[Object]
+from mmgen.evaluate.tasks import Mark, Object, Pixels, Task, Truth
 
 
 def pixels(image: Image.Image) -> Pixels:

@@ -1,11 +1,10 @@
-"""Diffusion and flow matching: paths, time samplers, losses, samplers, guidance, exact fields and likelihood.
+"""Diffusion and flow matching: paths, times, losses, solvers, guidance, exact fields and likelihood.
 
 Convention: t = 0 is pure noise, t = 1 is data, z = alpha(t) x + sigma(t) eps. This package knows nothing
 of text, tokens or transformers.
-
-`mmgen.flow.solve` is the driver, a function; its module is reached by `from mmgen.flow.solve import ...`.
 """
 
+from mmgen.flow.adaptive import solve_adaptive
 from mmgen.flow.bridge import drive
 from mmgen.flow.field import Field, FiniteSet, GaussianMixture
 from mmgen.flow.guide import classifier, classifier_free
@@ -13,7 +12,8 @@ from mmgen.flow.likelihood import bits_per_dim, decode, encode, interpolate, log
 from mmgen.flow.loss import WEIGHTS, flow_loss, min_snr
 from mmgen.flow.path import KINDS, Path
 from mmgen.flow.schedule import PATHS, CosinePath, DDPMPath, LinearBetaPath, LinearPath, ScaledNoise, VEPath
-from mmgen.flow.solvers import LEVELS, SOLVERS, build_solver, normal, runge_kutta, solve, solve_adaptive
+from mmgen.flow.solvers import LEVELS, SOLVERS, build_solver, runge_kutta, solve
+from mmgen.flow.steps import normal
 from mmgen.flow.time import TIMES, cosine_grid, discrete, log_snr_grid, shifted, shifted_grid, stratified, uniform_grid
 
 __all__ = [

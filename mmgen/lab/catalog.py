@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 
 from mmgen.lab import exact, images, plane
-from mmgen.lab.core import EXPERIMENTS, Experiment, check, execute
+from mmgen.lab.core import EXPERIMENTS, Experiment, Options, Result, check, execute
 
-__all__ = ["EXPERIMENTS", "Experiment", "check", "exact", "execute", "images", "plane", "run_all"]
+__all__ = ["EXPERIMENTS", "Experiment", "Options", "Result", "check", "exact", "execute", "images", "plane", "run_all"]
 
 
-def run_all(names: Sequence[str], jobs: int, **options: Any) -> Iterator[dict[str, Any]]:
-    """The results of `execute(name, **options)` in the order of the names, `jobs` at a time.
+def run_all(names: Sequence[str], jobs: int, options: Options = Options()) -> Iterator[Result]:
+    """The results of `execute(name, options)` in the order of the names, `jobs` at a time.
 
     Each experiment has one thread: the networks are so small that two would wait for each other, and figures do not
     depend on the machine's cores.
@@ -29,7 +28,7 @@ def run_all(names: Sequence[str], jobs: int, **options: Any) -> Iterator[dict[st
     jobs = min(jobs, len(names))
     if jobs == 1:
         torch.set_num_threads(1)
-        yield from (execute(name, **options) for name in names)
+        yield from (execute(name, options) for name in names)
         return
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,))
     try:
@@ -38,6 +37,6 @@ def run_all(names: Sequence[str], jobs: int, **options: Any) -> Iterator[dict[st
         pool.shutdown(cancel_futures=True)
 
 
-def _one(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def _one(name: str, options: Options) -> Result:
     """`execute` by way of this module, which a new process imports with all experiments."""
-    return execute(name, **options)
+    return execute(name, options)

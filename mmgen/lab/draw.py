@@ -34,17 +34,16 @@ def lines(
     curves: Mapping[str, Sequence[float]],
     x_label: str,
     y_label: str,
-    log: bool = False,
-    log_y: bool = False,
+    log: Literal["", "y", "xy"] = "",
 ) -> Figure:
-    """Curves over one axis."""
+    """Curves over one axis; `log` names the logarithmic axes."""
     figure, axes = canvas(1, 1, 3.6, 1.6)
     (ax,) = axes[0]
     for k, (name, y) in enumerate(curves.items()):  # of curves that coincide, the later ones are dashed
         ax.plot(x, y, "-" if k % 2 == 0 else "--", marker="o" if len(x) < 15 else None, markersize=3, label=name)
-    if log:
+    if "x" in log:
         ax.set_xscale("log")
-    if log or log_y:
+    if "y" in log:
         ax.set_yscale("log")
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)

@@ -37,7 +37,7 @@ class TimeFeatures(nn.Module):
 
 
 class MLP(nn.Module):
-    """`depth` hidden layers of `width` over (z, time features); `bottleneck` narrows the way in."""
+    """`depth` hidden layers of `width` over z and features of t; `bottleneck` narrows the way in."""
 
     def __init__(
         self,
@@ -45,11 +45,10 @@ class MLP(nn.Module):
         width: int = 256,
         depth: int = 5,
         bottleneck: int | None = None,
-        blind: bool = False,
-        fastest: float = 16.0,
+        time: TimeFeatures | None = None,
     ) -> None:
         super().__init__()
-        self.time = TimeFeatures(blind=blind, fastest=fastest)
+        self.time = time or TimeFeatures()
         enter: list[nn.Module] = [nn.Linear(dimension, width)]
         if bottleneck is not None:
             enter = [nn.Linear(dimension, bottleneck, bias=False), nn.Linear(bottleneck, width)]
@@ -172,14 +171,23 @@ def sample_field(trained: Field, noise: Tensor, steps: int = 50, scheme: str = "
     return solve(solver, exact("v"))
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """The noise that samples begin with, and the steps of the solver."""
+
+    noise: Tensor
+    steps: int = 50
+
+
 def mistakes(
-    make: Callable[[bool], nn.Module], data: Draw, noise: Tensor, recipe: Recipe, seed: int, steps: int = 50
+    make: Callable[[bool], nn.Module], data: Draw, sampling: Sampling, recipe: Recipe, seed: int
 ) -> dict[str, Tensor]:
     """Samples as trained and after each of three mistakes; `make(blind)` builds the network, blind to the time or not.
 
-    The wrong schedule is that of a sampler that moves on the cosine path and asks a denoiser of the linear one. (The
-    velocity itself would not notice: whatever path a sampler of v is told, it solves dz/dt = v.)
+    The wrong schedule is that of a solver that moves on the cosine path and asks a denoiser of the linear one. (A
+    solver that asks for the velocity makes no such mistake: on any path it solves dz/dt = v.)
     """
+    noise, steps = sampling.noise, sampling.steps
     trained = []
     for blind in (False, True):
         torch.manual_seed(seed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +16,17 @@ from mmgen.flow.time import uniform_grid
 from mmgen.lab import draw
 from mmgen.lab.core import Run, experiment
 from mmgen.lab.data import MEANS, drawn_text, moons, near, plane, sliced_w2, spiral
-from mmgen.lab.nets import MLP, Draw, Preconditioned, Recipe, mistakes, sample_field, train_field
+from mmgen.lab.nets import (
+    MLP,
+    Draw,
+    Preconditioned,
+    Recipe,
+    Sampling,
+    TimeFeatures,
+    mistakes,
+    sample_field,
+    train_field,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +83,12 @@ def spiral_times(run: Run) -> Figure:
 
 @experiment("True and learned velocity on a spiral, red positive, blue negative, black where zero; samples green")
 def velocity_maps(run: Run) -> Figure:
-    """The exact field of 2,000 points beside a network's, at four times; and the exact field frozen at t = 0.88."""
+    """The exact field of 2,000 points beside a network's, at four times; and the exact field frozen at t = 0.88.
+
+    The frozen field ends on the mean of the points in a Gaussian window of deviation w = 0.12 / 0.88 around a point. On
+    an arc of radius r that mean lies r (1 - exp(-w^2 / 2 r^2)), about w^2 / 2 r = 0.0093 / r, inside the arc, and 1 / r
+    has mean 1 on this spiral.
+    """
     data = spiral(SAMPLES, run.generator)
     noise = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(run.seed + 1))
     exact = FiniteSet(data)
@@ -81,8 +97,7 @@ def velocity_maps(run: Run) -> Figure:
     held = Field(LinearPath(), lambda z, _: exact.velocity(z, at))
     made = {"exact": sample_field(Field(LinearPath(), exact.velocity), noise), "learned": sample_field(trained, noise)}
     stuck = sample_field(held, noise)
-    why = "a window of 0.12 / 0.88 over an arc of radius r averages to a point 0.0093 / r inside it; 1 / r has mean 1"
-    run.bound("distance to the curve, exact field frozen at t = 0.88", near(stuck, data), at_most=0.006, why=why)
+    run.bound("distance to the curve, exact field frozen at t = 0.88", near(stuck, data), at_most=0.012)
     run.note(frozen_sliced_w2=sliced_w2(stuck, data), near_of_data=near(spiral(SAMPLES), data))
     fields = {"exact": exact.velocity, "learned": trained("v")}
     return draw.velocity_maps(fields, (0.1, 0.5, 0.8, 0.95), data, made)
@@ -100,7 +115,7 @@ def small_spiral(count: int, generator: torch.Generator | None = None) -> Tensor
     return spiral(count, generator) / 2
 
 
-def hidden_spiral(dimension: int, seed: int) -> tuple[Tensor, Any]:
+def hidden_spiral(dimension: int, seed: int) -> tuple[Tensor, Draw]:
     """The directions [2, D] of a random plane, and a function that draws n points of the spiral in it, [n, D]."""
     axes = plane(dimension, seed) if dimension > 2 else torch.eye(2)
     return axes, lambda n: small_spiral(n) @ axes
@@ -112,44 +127,64 @@ def judge(made: Tensor, axes: Tensor, data: Tensor) -> tuple[float, float]:
     return sliced_w2(inside, data), float((made - inside @ axes).square().sum(1).mean().sqrt())
 
 
-def hidden(
-    run: Run,
-    dimension: int,
-    steps: int,
-    width: int = 256,
-    bottleneck: int | None = None,
-    std: float | None = None,
-    **recipe: Any,
-) -> tuple[float, float, Tensor]:
-    """Train on the hidden spiral and judge: (sliced W2, off-plane RMS, samples in the plane).
+@dataclass(frozen=True)
+class Learner:
+    """The network that learns the hidden spiral."""
 
-    `std` preconditions the network for data of that deviation.
-    """
+    dimension: int
+    width: int = 256
+    bottleneck: int | None = None
+    """Width of a linear layer in front of the network."""
+    std: float | None = None
+    """Precondition the network for data of this deviation."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Samples of a network that learned the hidden spiral."""
+
+    w2: float
+    """Sliced W2 to the spiral, inside the plane."""
+    off_plane: float
+    """RMS distance from the plane."""
+    made: Tensor
+    """The samples in the plane, [n, 2]."""
+
+
+def spiral_recipe(steps: int, batch: int) -> Recipe:
+    """The times that all experiments on the hidden spiral share."""
+    return Recipe(steps, batch, mu=-0.8, sigma=0.8)
+
+
+def hidden(run: Run, learner: Learner, recipe: Recipe) -> Judged:
+    """Train on the hidden spiral and judge."""
     torch.manual_seed(run.seed)
+    dimension = learner.dimension
     axes, data = hidden_spiral(dimension, run.seed)
-    settings = {"mu": -0.8, "sigma": 0.8, "batch": run.pick(512, 256), **recipe}
     # Times above 0.8 are hardly trained with these mu and sigma: what is learned below carries on to them only if the
     # features of t change slowly.
-    net: torch.nn.Module = MLP(dimension, width, bottleneck=bottleneck, fastest=1.0)
-    if std is not None:
-        net = Preconditioned(net, LinearPath(), std)
-    trained = train_field(net, data, Recipe(steps, **settings))
+    time = TimeFeatures(fastest=1.0)
+    net: torch.nn.Module = MLP(dimension, learner.width, bottleneck=learner.bottleneck, time=time)
+    if learner.std is not None:
+        net = Preconditioned(net, LinearPath(), learner.std)
+    trained = train_field(net, data, recipe)
     noise = torch.randn(SAMPLES, dimension, generator=torch.Generator().manual_seed(run.seed + 1))
     made = sample_field(trained, noise)
     w2, off = judge(made, axes, small_spiral(SAMPLES, run.generator))
-    return w2, off, made @ axes.T
+    return Judged(w2, off, made @ axes.T)
 
 
 @experiment("What to predict when data are a plane in 512 dimensions (JiT's toy)")
 def jit_toy(run: Run) -> Figure:
     """x, v and eps by a 5 x 256 ReLU network, loss in v, Heun with 50 steps."""
-    steps = run.pick(4000, 700)
+    recipe = spiral_recipe(run.pick(4000, 700), run.pick(512, 256))
     data = small_spiral(SAMPLES, run.generator)
     w2, panels = {}, {}
     for kind in ("x", "v", "eps"):
-        w2[kind], off, made = hidden(run, 512, steps, prediction=kind)
-        run.note(**{f"off_plane_rms_{kind}": off})
-        panels[f"{kind}: SW2 {w2[kind]:.3f}, off-plane {off:.2f}"] = (data, made)
+        found = hidden(run, Learner(512), replace(recipe, prediction=kind))
+        w2[kind] = found.w2
+        run.note(**{f"off_plane_rms_{kind}": found.off_plane})
+        panels[f"{kind}: SW2 {found.w2:.3f}, off-plane {found.off_plane:.2f}"] = (data, found.made)
     run.bound("SW2 of x-prediction", w2["x"], at_most=0.12)
     run.bound("SW2 of v over x", w2["v"] / w2["x"], at_least=4)
     run.bound("SW2 of eps over x", w2["eps"] / w2["x"], at_least=10)
@@ -165,24 +200,23 @@ def nine_pairs(run: Run) -> Figure:
     EDM is trained on the times of the others and on its own, ln(noise / data) ~ N(-1.2 + ln 2, 1.2^2) (Karras et al.
     2022, table 1): the deviation of a number of the data, not of a direction, is its unit.
     """
-    steps, width = run.pick(1000, 250), run.pick(256, 128)
+    recipe, width = spiral_recipe(run.pick(1000, 250), 256), run.pick(256, 128)
     w2: dict[str, dict[str, float]] = {}
     off: dict[str, dict[str, float]] = {}
     for dimension in (2, 16, 512):
         std = float((small_spiral(10000) @ hidden_spiral(dimension, run.seed)[0]).std())
-        own = {"mu": 1.2 - math.log(2) - math.log(std), "sigma": 1.2}
-        members: dict[str, dict[str, Any]] = {
-            f"{prediction} in {space}": {"prediction": prediction, "loss_space": space}
+        plain, edm = Learner(dimension, width), Learner(dimension, width, std=std)
+        found = {
+            f"{prediction} in {space}": hidden(run, plain, replace(recipe, prediction=prediction, loss_space=space))
             for prediction in PREDICTIONS
             for space in PREDICTIONS
         }
-        members |= {"EDM": {"std": std}, "EDM, own times": {"std": std, **own}}
-        found = {
-            name: hidden(run, dimension, steps, width=width, batch=256, **recipe) for name, recipe in members.items()
-        }
+        found["EDM"] = hidden(run, edm, recipe)
+        own = replace(recipe, mu=1.2 - math.log(2) - math.log(std), sigma=1.2)
+        found["EDM, own times"] = hidden(run, edm, own)
         case = f"D = {dimension}"
-        w2[case] = {name: inside for name, (inside, _, _) in found.items()}
-        off[case] = {name: outside for name, (_, outside, _) in found.items()} if dimension > 2 else {}
+        w2[case] = {name: judged.w2 for name, judged in found.items()}
+        off[case] = {name: judged.off_plane for name, judged in found.items()} if dimension > 2 else {}
     best = {kind: min(w2["D = 512"][f"{kind} in {space}"] for space in PREDICTIONS) for kind in PREDICTIONS}
     run.bound("best v over best x at D = 512", best["v"] / best["x"], at_least=1.5)
     run.bound("best eps over best x at D = 512", best["eps"] / best["x"], at_least=5)
@@ -193,11 +227,11 @@ def nine_pairs(run: Run) -> Figure:
 @experiment("Bottleneck on the way in: x-prediction in 512 dimensions")
 def bottleneck(run: Run) -> Figure:
     """Width of a linear bottleneck in front of the network, in patches of 512 numbers whose data are a plane."""
-    steps, found = run.pick(1500, 400), dict[str, float]()
+    recipe, found = replace(spiral_recipe(run.pick(1500, 400), 256), prediction="x"), dict[str, float]()
     for width in (2, 8, 32, 128, None):
-        settings: dict[str, Any] = {"width": run.pick(256, 128), "bottleneck": width, "prediction": "x", "batch": 256}
-        found[f"{width or 'none'}"], off, _ = hidden(run, 512, steps, **settings)
-        run.note(**{f"off_plane_rms_{width or 'none'}": off})
+        judged = hidden(run, Learner(512, run.pick(256, 128), width), recipe)
+        found[f"{width or 'none'}"] = judged.w2
+        run.note(**{f"off_plane_rms_{width or 'none'}": judged.off_plane})
     run.bound("SW2 with 32 channels over none", found["32"] / found["none"], at_most=1.5)
     run.note(sliced_w2=found)
     return draw.bars(found, "sliced W2", log=False)
@@ -206,13 +240,11 @@ def bottleneck(run: Run) -> Figure:
 @experiment("A shift of t does not rescue eps or v in 512 dimensions")
 def time_shift(run: Run) -> Figure:
     """mu of the logit-normal against prediction."""
-    steps, found = run.pick(1500, 350), dict[str, float]()
-    shifts = (-2.0, -0.8, 0.8)
+    recipe, found = spiral_recipe(run.pick(1500, 350), 256), dict[str, float]()
+    learner, shifts = Learner(512, run.pick(256, 128)), (-2.0, -0.8, 0.8)
     for kind in PREDICTIONS:
         for mu in shifts:
-            found[f"{kind}, mu {mu:g}"], _, _ = hidden(
-                run, 512, steps, width=run.pick(256, 128), batch=256, prediction=kind, mu=mu
-            )
+            found[f"{kind}, mu {mu:g}"] = hidden(run, learner, replace(recipe, prediction=kind, mu=mu)).w2
     best = {kind: min(found[f"{kind}, mu {mu:g}"] for mu in shifts) for kind in PREDICTIONS}
     run.bound("best v over best x", best["v"] / best["x"], at_least=2)
     run.bound("best eps over best x", best["eps"] / best["x"], at_least=5)
@@ -319,7 +351,6 @@ SOURCES: dict[str, Draw] = {"Gaussian": lambda n: torch.randn(n, 2), "eight": ei
 def couplings(run: Run) -> Figure:
     """Sliced W2 with 2 and 50 Euler steps: paired batches give straighter paths; any source with a density will do."""
     data, panels = moons(SAMPLES, run.generator), {}
-    why = "a circle has no density: a smooth flow keeps it a curve, and only the field's jump at t = 0 could spread it"
     for source, noise in SOURCES.items():
         two: dict[str, float] = {}
         for pairs, pair in (("independent", None), ("optimal", optimal_pairs)):
@@ -332,8 +363,12 @@ def couplings(run: Run) -> Figure:
             two[pairs], fine = (sliced_w2(x, data) for x in made.values())
             for n, x in made.items():
                 panels[f"{source}, {pairs}, {n} steps: SW2 {sliced_w2(x, data):.2f}"] = (data, x)
-            reason = why if (source, pairs) == ("ring", "independent") else ""
-            run.bound(f"SW2 with 50 steps, {source}, {pairs}", fine, at_most=0.12, why=reason)
+            figure = f"SW2 with 50 steps, {source}, {pairs}"
+            if (source, pairs) == ("ring", "independent"):
+                reason = "a circle has no density: a smooth flow keeps it a curve, which cannot cover the moons"
+                run.known_difference(figure, fine, wanted="at most 0.12", reason=reason)
+            else:
+                run.bound(figure, fine, at_most=0.12)
         ratio = two["optimal"] / two["independent"]
         run.bound(f"SW2 with 2 steps, optimal over independent, {source}", ratio, at_most=0.7)
     return draw.scatters(panels)
@@ -369,7 +404,8 @@ def break_it(run: Run) -> Figure:
     data = spiral(SAMPLES, run.generator)
     noise = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(run.seed + 1))
     recipe = Recipe(run.pick(3000, 1000), 512)
-    made = mistakes(lambda blind: MLP(2, 128, 5, blind=blind), spiral, noise, recipe, run.seed)
+    make = lambda blind: MLP(2, 128, 5, time=TimeFeatures(blind=blind))  # noqa: E731
+    made = mistakes(make, spiral, Sampling(noise), recipe, run.seed)
     w2 = {name: sliced_w2(x, data) for name, x in made.items()}
     for name in ("no time", "2 steps", "wrong schedule"):
         run.bound(f"SW2 of {name} over as trained", w2[name] / w2["as trained"], at_least=1.2)

@@ -13,7 +13,8 @@ from mmgen.flow.guide import classifier_free
 from mmgen.flow.loss import WEIGHT_SPACES, WEIGHTS, flow_loss
 from mmgen.flow.path import Path
 from mmgen.flow.schedule import PATHS, ScaledNoise
-from mmgen.flow.solvers import SOLVERS, Noise, build_solver
+from mmgen.flow.solvers import SOLVERS, build_solver
+from mmgen.flow.steps import Noise
 from mmgen.flow.time import shifted_grid
 from mmgen.objective.interface import Given
 

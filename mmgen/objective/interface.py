@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmgen.config import ObjectiveConfig, PatcherConfig, SampleConfig
-from mmgen.flow.solvers import Noise, normal
+from mmgen.flow.steps import Noise, normal
 from mmgen.image.patch import Grid
 from mmgen.sequence.batch import Batch
 from mmgen.sequence.document import Block

@@ -74,6 +74,7 @@ def test_the_order_never_changes() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.broad
 def test_a_permutation_looks_random() -> None:
     """Places and images are independent, and every image is equally likely (chi square, p above 1e-4)."""
     images = np.stack([permuted(np.arange(10), 10, seed) for seed in range(1000)])
@@ -119,6 +120,7 @@ def lengths_of(epochs: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.
     return length, np.ones_like(length), np.zeros_like(length)
 
 
+@pytest.mark.broad
 def test_resume_costs_the_same_anywhere() -> None:
     """An index of 10^8 samples, never listed: rows at any place come in the same time and little memory."""
     import tracemalloc
@@ -185,6 +187,7 @@ def test_positions_survive_a_checkpoint() -> None:
     assert both.of_stream(3) == Cursor(), "a stream that nobody has read stands at its beginning"
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("weights", [[1, 1], [3, 1], [5, 2, 1], [0.01, 1]])
 def test_mixtures_keep_their_proportions(weights: list[float]) -> None:
     counts = [40, 700, 90][: len(weights)]
@@ -223,6 +226,7 @@ def test_sources_are_dealt_evenly(weights: list[float], expected: list[int]) -> 
     assert dealt.dtype == np.int64
 
 
+@pytest.mark.broad
 def test_sources_with_weights_train(config: Config, tmp_path: Path) -> None:
     shards = [str(write_tar(tmp_path / f"{name}.tar", pairs(20, i))) for i, name in enumerate("ab")]
     sources = [SourceConfig(shards=[shards[0]], weight=3), SourceConfig(shards=[shards[1]])]
@@ -242,6 +246,7 @@ def tensors(step: Step) -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_any_world_resumes_any_other(config: Config, world: int) -> None:
     """Steps 0 to 2 on one process, the rest on `world`: together they are the run of one process."""
@@ -260,6 +265,7 @@ def test_any_world_resumes_any_other(config: Config, world: int) -> None:
             assert images == sorted(map(tuple, step.micro[0].draws["eps"].tolist()))
 
 
+@pytest.mark.broad
 def test_prefetch_depth_changes_nothing(config: Config) -> None:
     two = override(config, {"data": {"workers": 2}})
     corpus = Corpus(two.data.train, words(two), two)
@@ -272,6 +278,7 @@ def test_prefetch_depth_changes_nothing(config: Config) -> None:
     )
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_every_fault_of_the_order_is_seen(config: Config, fault: str | None) -> None:
     report = check(config.data.train, words(config), config, CheckOptions(inject=fault, world=2)).as_dict()
@@ -285,6 +292,7 @@ def test_every_fault_of_the_order_is_seen(config: Config, fault: str | None) -> 
     assert report["samples"] == (80 if fault == "duplicated_shard" else 40)
 
 
+@pytest.mark.broad
 def test_the_check_counts_what_is_bad(config: Config, tmp_path: Path) -> None:
     members = pairs(8)
     members["0003.png"] = members["0003.png"][:60]  # a sound header

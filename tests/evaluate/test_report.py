@@ -14,23 +14,16 @@ from scipy.linalg import sqrtm
 from data_prep import digits as digits_prep
 from data_prep import scenes as scenes_prep
 from mmgen.config import PatcherConfig
-from mmgen.evaluate.metrics import (
+from mmgen.evaluate.baselines import BASELINES, imitate, training_digit
+from mmgen.evaluate.distances import (
     frechet,
     frechet_unbiased,
     nearest_distance,
     two_sample_accuracy,
     within_class_variance,
 )
-from mmgen.evaluate.report import (
-    IMITATIONS,
-    Pictures,
-    Real,
-    agreement,
-    imitate,
-    score_pictures,
-    seventeen_levels,
-    training_digit,
-)
+from mmgen.evaluate.features import Pictures, Real, seventeen_levels
+from mmgen.evaluate.metrics import Drawn, agreement, score
 from mmgen.evaluate.tasks import COLOURS, PLACES, Digits, Object, Scenes
 from mmgen.image.patch import PixelPatcher
 from tests.conftest import write_tar
@@ -169,7 +162,7 @@ def test_cheats_are_seen_through(splits: digits_prep.Split, tmp_path: Path) -> N
     wanted = [truth for truth in real.test_truth for _ in range(2)][:500]
     genuine = imitate(training_digit, wanted, real)
     scores = {
-        name: score_pictures(imitate(cheat, wanted, real), wanted, real, Oracle()) for name, cheat in IMITATIONS.items()
+        name: score(Drawn(imitate(cheat, wanted, real), wanted, real, Oracle())) for name, cheat in BASELINES.items()
     }
     assert scores["class_mean_plus_noise"]["within_class_variance_ratio"] < 0.3
     assert scores["class_mean_plus_noise"]["two_sample_accuracy"] > 0.9
@@ -179,7 +172,7 @@ def test_cheats_are_seen_through(splits: digits_prep.Split, tmp_path: Path) -> N
     images, labels = splits["judge"]
     truths = [frozenset({Object(int(label))}) for label in labels]
     wanted = truths
-    honest = score_pictures(list(images), truths, real, Oracle())
+    honest = score(Drawn(list(images), truths, real, Oracle()))
     assert 0.85 < honest["within_class_variance_ratio"] < 1.15
     assert honest["two_sample_accuracy"] < 0.62
     assert honest["fd_pixel"] < 3 * real.frechet(genuine)

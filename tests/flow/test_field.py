@@ -133,6 +133,7 @@ def test_rescaled_and_renormed_guidance() -> None:
     assert torch.equal(classifier_free(c, 2 * c, t, 1.5, renorm=True), classifier_free(c, 2 * c, t, 1.5))
 
 
+@pytest.mark.broad
 def test_classifier_guidance_moves_mass_monotonically() -> None:
     """1-D mixture, exact scores: E p(y | x) at the samples rises with the weight, from its share of the data at 0."""
     means = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
@@ -231,6 +232,7 @@ def test_the_wrong_sign_is_noticed() -> None:
     assert 2 * base - found.value.item() == pytest.approx(-2.892, abs=1e-3)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("path", [LinearPath(), CosinePath()], ids=["linear", "cosine"])
 def test_likelihood_of_a_mixture(path: Path) -> None:
     data = GaussianMixture(MEANS, STDS, WEIGHTS, path)
@@ -241,6 +243,7 @@ def test_likelihood_of_a_mixture(path: Path) -> None:
     torch.testing.assert_close(found.value, data.log_prob(x, one), rtol=0, atol=5e-3)
 
 
+@pytest.mark.broad
 def test_likelihood_on_a_variance_preserving_path() -> None:
     """Up to t = 1 itself: the velocity of a smooth density is finite there although sigma' is not."""
     data = GaussianMixture(MEANS, STDS, WEIGHTS, LinearBetaPath())
@@ -257,6 +260,7 @@ def test_likelihood_of_a_constant_field() -> None:
     assert found.item() == pytest.approx(float(stats.norm(1, 1).logpdf(x.numpy()).sum()))
 
 
+@pytest.mark.broad
 def test_hutchinson_is_within_its_error() -> None:
     covariance = torch.tensor([[1.0, 0.6, 0.0], [0.6, 0.8, 0.2], [0.0, 0.2, 0.5]], dtype=torch.float64)
     eye = torch.eye(3, dtype=torch.float64)

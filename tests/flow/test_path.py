@@ -61,6 +61,7 @@ def slope(function: object, t: Tensor) -> Tensor:
 @each_path
 def test_slopes_are_derivatives(path: Path) -> None:
     t = times()
+    torch.testing.assert_close(path.half_variance_slope(t), slope(lambda t: path.sigma(t).square() / 2, t))
     tight = {"rtol": 1e-10, "atol": 1e-10}
     constant = isinstance(path, VEPath)
     expected = t * 0 if constant else slope(path.alpha, t)
@@ -96,6 +97,8 @@ def test_closed_forms() -> None:
     ends = cosine.log_snr(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
     assert ends.tolist() == pytest.approx([-15 + cosine.shift, cosine.shift, 15 + cosine.shift])
     assert (cosine.alpha(t).square() + cosine.sigma(t).square()).tolist() == pytest.approx([1.0] * 3)
+    low, high = (math.atan(math.exp(-end / 2)) for end in (15, -15))  # Hoogeboom et al. 2023: -2 log tan, linear inside
+    assert CosinePath().log_snr(t[1]).item() == pytest.approx(-2 * math.log(math.tan(low + 0.75 * (high - low))))
     vp = LinearBetaPath(0.1, 20.0)
     assert vp.alpha(t[:1]).item() == pytest.approx(math.exp(-(0.1 + 20) / 4))
     assert vp.beta(t).tolist() == pytest.approx([20.0, 0.1 + 0.75 * 19.9, 0.1])
@@ -122,6 +125,17 @@ def test_a_step_of_the_table_has_its_own_rate() -> None:
     for dtype in (torch.float32, torch.float64):
         rate = path.beta(1 - k.to(dtype) / 100)
         torch.testing.assert_close(rate.double(), -torch.log1p(-table) * 100, rtol=1e-6, atol=0)
+
+
+def test_a_table_is_constant_in_rate_between_its_steps() -> None:
+    """Half of a step keeps the square root of its share; the first and last rates reach to the ends."""
+    path = DDPMPath([0.1, 0.3, 0.2, 0.5, 0.4])
+    middle = path.alpha(torch.tensor(0.7, dtype=torch.float64)).item()
+    assert middle == pytest.approx((0.9 * 0.7**0.5) ** 0.5, rel=1e-12)
+    ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    assert path.beta(ends).tolist() == pytest.approx([-5 * math.log(0.9), -5 * math.log(0.6)], rel=1e-12)
+    assert path.drift(ends).tolist() == pytest.approx([2.5 * math.log(0.9), 2.5 * math.log(0.6)], rel=1e-12)
+    assert DDPMPath().steps == 1000
 
 
 def test_paths_are_azulas() -> None:
@@ -291,6 +305,7 @@ def test_copies_are_the_same_path(path: Path, copied: Callable[[Path], Path]) ->
     torch.testing.assert_close((again.alpha(t), again.drift(t)), wanted, rtol=0, atol=0)
 
 
+@pytest.mark.broad
 def test_a_copied_table_outlives_the_original() -> None:
     """A new tensor may stand where an old one stood: tables must be known by name, not by place."""
     t = torch.linspace(0.05, 0.95, 19)
@@ -316,6 +331,7 @@ def test_mixtures_and_conversions_keep_the_type(path: Path) -> None:
     assert torch.isfinite(path.alpha(torch.zeros(1, dtype=torch.bfloat16))).all()
 
 
+@pytest.mark.broad
 def test_conversions_and_losses_compile_whole() -> None:
     """No value is looked at while compiling, so the graph does not break."""
     path, x, t = LinearPath(), torch.randn(4, 3), torch.full((4,), 0.5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from importlib import import_module
 from typing import Any
 
 import azula.denoise
@@ -25,6 +24,7 @@ from diffusers import (
 from scipy import integrate
 from torch import Tensor
 
+from mmgen.flow.adaptive import solve_adaptive
 from mmgen.flow.bridge import drive
 from mmgen.flow.field import Field, FiniteSet, GaussianMixture
 from mmgen.flow.guide import classifier_free
@@ -36,16 +36,15 @@ from mmgen.flow.solvers import (
     TABLEAUX,
     build_solver,
     langevin,
-    normal,
     runge_kutta,
     solve,
-    solve_adaptive,
 )
+from mmgen.flow.steps import normal
 from mmgen.flow.time import cosine_grid, uniform_grid
 from mmgen.lab.data import MEANS
+from mmgen.lab.faults import injected
 from mmgen.lab.moments import Moments, slopes
 
-module = import_module("mmgen.flow.solvers")
 PATHS: dict[str, Path] = {
     "linear": LinearPath(),
     "linear to sigma 0.02": LinearPath(0.02),
@@ -106,6 +105,7 @@ STRETCH = {
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ddim": 1, "dpmpp_2m": 2}
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize("path_name", STRETCH)
 def test_order_of_convergence(name: str, path_name: str) -> None:
@@ -124,6 +124,7 @@ def test_order_of_convergence(name: str, path_name: str) -> None:
     assert max(abs(order - ORDERS[name]) for order in found) < 0.15, found
 
 
+@pytest.mark.broad
 def test_a_shifted_time_is_noticed() -> None:
     """The convergence test can fail: a velocity asked at the wrong end of each step has order 1, not 2."""
     path = LinearPath()
@@ -253,15 +254,19 @@ class _Denoiser(azula.denoise.Denoiser):  # type: ignore[misc]
         return azula.denoise.DiracPosterior(self.data.denoised(x_t, 1 - t))
 
 
+@pytest.mark.parametrize("path_name", ["linear", "vp"])
 @pytest.mark.parametrize("name", ["heun", "rk4", "ddim", "dpmpp_2m", "ancestral", "euler_maruyama"])
-def test_a_time_that_is_repeated_changes_nothing(name: str) -> None:
+def test_a_time_that_is_repeated_changes_nothing(name: str, path_name: str) -> None:
     """Also at the data, where the exact field of points has no value and is not asked."""
-    points = FiniteSet(MEANS)
+    if (name, path_name) == ("dpmpp_2m", "vp"):
+        pytest.skip("its step after a repeated time is of first order")
+    path = PATHS[path_name]
+    points = FiniteSet(MEANS, path)
     ask = points.velocity if SOLVERS[name].asks == "v" else points.denoised
     ends = []
     for grid in ([0.0, 0.5, 0.8, 1.0], [0.0, 0.0, 0.5, 0.5, 0.8, 1.0, 1.0]):
         times, noise = torch.tensor(grid, dtype=torch.float64), normal(torch.Generator().manual_seed(4))
-        ends.append(solve(build_solver(name, start(LinearPath()), times, LinearPath(), noise), ask))
+        ends.append(solve(build_solver(name, start(path), times, path, noise), ask))
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
 
 
@@ -338,6 +343,7 @@ BRIDGED = {
 }  # fmt: skip
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", BRIDGED)
 @pytest.mark.parametrize("path_name", PATHS)
 def test_schedulers_of_diffusers_drive_our_field(name: str, path_name: str) -> None:
@@ -365,6 +371,7 @@ def test_a_scheduler_takes_options_for_its_times_and_half_precision() -> None:
     assert drive(FlowMatchEulerDiscreteScheduler(), field, z.bfloat16(), 50).dtype == torch.bfloat16
 
 
+@pytest.mark.broad
 def test_ddpm_scheduler_drives_our_field() -> None:
     """The same noise gives the sample of our own ancestral sampler on the same table."""
     scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
@@ -389,6 +396,7 @@ FAMILY: dict[str, Any] = {
 }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("level", FAMILY)
 @pytest.mark.parametrize("path_name", ["linear", "cosine"])
 def test_every_member_of_the_family_has_the_marginals(level: str, path_name: str) -> None:
@@ -402,6 +410,7 @@ def test_every_member_of_the_family_has_the_marginals(level: str, path_name: str
     assert all(0.9 < slope < 1.1 for slope in slopes(errors)), errors
 
 
+@pytest.mark.broad
 def test_the_reverse_sde_has_the_marginals() -> None:
     """w = g: on the variance-preserving path, from nearly pure noise."""
     moments = Moments(LinearBetaPath())
@@ -412,6 +421,7 @@ def test_the_reverse_sde_has_the_marginals() -> None:
     assert 0.9 < slopes(errors)[0] < 1.1
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("name", "options"),
     [("ancestral", {}), ("ddim", {"eta": 0.0}), ("ddim", {"eta": 0.6}), ("ddim", {"eta": 1.0})],
@@ -425,6 +435,7 @@ def test_stochastic_samplers_converge_to_the_data(name: str, options: dict[str, 
     assert all(0.75 < slope < 2.2 for slope in slopes(errors)), errors
 
 
+@pytest.mark.broad
 @each_path
 def test_corrections_bring_a_sampler_closer(path: Path) -> None:
     """A predictor without corrections is ancestral sampling; each Langevin step pulls toward the marginal."""
@@ -456,6 +467,7 @@ def test_ancestral_is_ddim_with_eta_one() -> None:
     torch.testing.assert_close(seen[0][-1], seen[1][-1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.broad
 def test_langevin_keeps_the_marginal() -> None:
     """Corrections at one time leave its variance, up to the square of their size."""
     path, time = LinearPath(), 0.6
@@ -489,41 +501,30 @@ def family_error(level: Any) -> float:
     return Moments(LinearPath()).error("euler_maruyama", 0.96 * uniform_grid(800), level=level, end="full")
 
 
-def test_a_dropped_half_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.broad
+def test_a_dropped_half_is_noticed() -> None:
     assert family_error("constant") < 5e-3
-    score = LinearPath.coefficients
-
-    def doubled(self: LinearPath, source: str, target: str, t: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-        p, q = score(self, source, target, t, clip)
-        return (2 * p, 2 * q) if (source, target) == ("v", "score") else (p, q)
-
-    monkeypatch.setattr(LinearPath, "coefficients", doubled)
-    assert family_error("constant") > 5e-3
+    with injected("half"):
+        assert family_error("constant") > 5e-3
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("fault", ["no minus s^2", "sign of the score", "shifted t"])
 def test_faults_of_stochastic_samplers_are_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moments, times = Moments(CosinePath()), uniform_grid(400)
     healthy = moments.error("ddim", times, eta=1.0)
-    if fault == "no minus s^2":
-        step = module._ddim_step
+    field = moments.field
 
-        def broken(grid: Any, eta: float) -> tuple[Tensor, Tensor, Tensor]:
-            by_x, by_z, _ = step(grid, 0.0)
-            return by_x, by_z, step(grid, eta)[2]
+    def wrong(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+        inner = field(kind)
+        if fault == "shifted t":
+            return lambda z, t: inner(z, (t - 0.01).clamp(min=0))
+        return lambda z, t: 2 * z / moments.path.alpha(t) - inner(z, t)
 
-        monkeypatch.setattr(module, "_ddim_step", broken)
-    else:
-        field = moments.field
-
-        def wrong(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-            inner = field(kind)
-            if fault == "shifted t":
-                return lambda z, t: inner(z, (t - 0.01).clamp(min=0))
-            return lambda z, t: 2 * z / moments.path.alpha(t) - inner(z, t)
-
-        monkeypatch.setattr(moments, "field", wrong)
-    assert moments.error("ddim", times, eta=1.0) > 3 * healthy
+    with injected("minus_s2" if fault == "no minus s^2" else None):
+        if fault != "no minus s^2":
+            monkeypatch.setattr(moments, "field", wrong)
+        assert moments.error("ddim", times, eta=1.0) > 3 * healthy
 
 
 # --- the protocol ------------------------------------------------------------------------------------------
@@ -572,6 +573,7 @@ def test_a_field_that_answers_in_another_shape_is_refused() -> None:
         solve(runge_kutta(start(LinearPath()), uniform_grid(3)), lambda z, t: z[:1])
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("path", [LinearPath(), CosinePath(), DDPMPath()], ids=["linear", "cosine", "ddpm"])
 @pytest.mark.parametrize("name", [n for n in SOLVERS if n not in ("annealed_langevin", "langevin")])
 def test_a_step_never_waits_for_the_device(name: str, path: Path) -> None:

@@ -22,7 +22,8 @@ from mmgen.data.latents import find_facts
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
 from mmgen.data.shards.samples import BadSample
-from mmgen.evaluate.report import Pictures, held_out_losses
+from mmgen.evaluate.features import Pictures
+from mmgen.evaluate.report import held_out_losses
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.image import latent
 from mmgen.image.latent import AutoencoderFacts, LatentPatcher
@@ -376,4 +377,4 @@ def test_latents_in_the_evaluation(tmp_path: Path, vae: Path) -> None:
         assert np.abs(np.asarray(again).astype(int) - np.asarray(shown)).max() <= 1
     model, tokenizer = awake(config, torch.float32)
     one, two = (held_out_losses(model, Corpus(c.data.val, tokenizer, c)) for c in (config, stored))
-    assert one["val_loss_image"] == pytest.approx(two["val_loss_image"], rel=1e-5)
+    assert one.val_loss_image == pytest.approx(two.val_loss_image, rel=1e-5)

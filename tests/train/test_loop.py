@@ -20,6 +20,7 @@ from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Position
+from mmgen.data.shards.samples import BadRecord
 from mmgen.model import build_model
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train import loop
@@ -268,7 +269,7 @@ def test_names_of_samples_are_no_markup(config: Config, capsys: pytest.CaptureFi
     """A closing tag in a key, which terminal markup would refuse, must not end a run."""
     config.run.dir.mkdir(parents=True, exist_ok=True)
     log = Log(config, 0)
-    assert log.quarantine([{"shard": "a.tar", "key": "cat[/b]", "reason": "[bold] is no image"}]) == 1
+    assert log.quarantine([BadRecord("a.tar", "cat[/b]", "[bold] is no image")]) == 1
     log.close()
     assert "a.tar/cat[/b]: [bold] is no image" in capsys.readouterr().err
 

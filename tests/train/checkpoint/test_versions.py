@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from mmgen.data.order import Cursors, Position
+from mmgen.image.latent import AutoencoderFacts
 from mmgen.model import MMGenModel
 from mmgen.train.checkpoint.fragments import Store
-from mmgen.train.checkpoint.read import read_trainer
+from mmgen.train.checkpoint.read import load_model, read_trainer
 from mmgen.train.state import TrainerState
 from tests.conftest import run
 from tests.golden.record import FOLDER as GOLDEN
@@ -59,12 +60,15 @@ def test_a_run_draws_the_same_image(version1: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_export_has_the_averaged_weights(version1: Path, name: str) -> None:
-    model = MMGenModel.from_pretrained(f"{name}_export")
-    store = Store(version1 / name / "checkpoints" / "latest")
-    found = {parameter: weight.detach().flatten() for parameter, weight in model.named_parameters()}
-    assert found.keys() == set(store.names("ema"))
-    assert all(torch.equal(weight, store.whole("ema", parameter)) for parameter, weight in found.items())
+def test_run_and_export_have_the_averaged_weights(version1: Path, name: str) -> None:
+    latest = version1 / name / "checkpoints" / "latest"
+    store = Store(latest)
+    averaged = {parameter: store.whole("ema", parameter) for parameter in store.names("ema")}
+    assert any(not torch.equal(weight, store.whole("weight", parameter)) for parameter, weight in averaged.items())
+    for model in (MMGenModel.from_pretrained(f"{name}_export"), load_model(latest)[0]):
+        found = {parameter: weight.detach().flatten() for parameter, weight in model.named_parameters()}
+        assert found.keys() == averaged.keys()
+        assert all(torch.equal(weight, averaged[parameter]) for parameter, weight in found.items())
 
 
 def test_a_state_comes_back_from_its_json() -> None:
@@ -74,8 +78,15 @@ def test_a_state_comes_back_from_its_json() -> None:
     assert (state.step, state.position, state.world) == (2, Position(**json.loads(text)["position"]), 1)
     streams = state.model_copy(update={"position": Cursors.of({"streams": [[0, 1, 2, 3, 4, 5, 6]]})})
     assert TrainerState.from_json(streams.to_json()) == streams
-    measured = state.model_copy(update={"autoencoder": {"fingerprint": "abc"}})
+    measured = state.model_copy(update={"autoencoder": AutoencoderFacts("abc", [0.5], [2.0])})
     assert TrainerState.from_json(measured.to_json()) == measured
+
+
+def test_facts_of_an_autoencoder_are_found_among_old_settings() -> None:
+    state = TrainerState.from_json((FIXTURES / "latent" / "checkpoints" / "step-2" / "trainer.json").read_text())
+    old = state.config["model"]["patcher"]["vae"]
+    assert state.autoencoder == AutoencoderFacts(old["fingerprint"], old["mean"], old["std"])
+    assert old["mean"] != [0.0, 0.0]
 
 
 def test_missing_keys_have_defaults_and_unknown_ones_are_ignored() -> None:

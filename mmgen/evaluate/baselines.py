@@ -1,0 +1,61 @@
+"""Cheap generators that draw the same captions as a model; its scores are read against theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmgen.evaluate.features import Real, rows
+from mmgen.evaluate.tasks import Object, Pixels, Truth
+
+Grey = NDArray[np.generic]
+Baseline = Callable[[list[Pixels], np.random.Generator], Grey]
+
+
+def training_digit(digits: list[Pixels], rng: np.random.Generator) -> Grey:
+    """A training digit as it is: what the scores of real pictures are, at the same captions."""
+    return digits[int(rng.integers(len(digits)))]
+
+
+def class_mean(digits: list[Pixels], rng: np.random.Generator) -> Grey:
+    """The class mean plus noise."""
+    return np.asarray(np.mean(digits, 0)) + rng.normal(0, 16, digits[0].shape)
+
+
+def noised_copy(digits: list[Pixels], rng: np.random.Generator) -> Grey:
+    """A training digit plus noise."""
+    return digits[int(rng.integers(len(digits)))] + rng.normal(0, 16, digits[0].shape)
+
+
+def mean_of_two(digits: list[Pixels], rng: np.random.Generator) -> Grey:
+    """The mean of two training digits of the class."""
+    one, two = rng.integers(len(digits), size=2)
+    return (digits[int(one)].astype(float) + digits[int(two)]) / 2
+
+
+def class_gaussian(digits: list[Pixels], rng: np.random.Generator) -> Grey:
+    """A draw from the Gaussian fitted to the class."""
+    flat = rows(digits) * 255
+    draw = rng.multivariate_normal(flat.mean(0), np.cov(flat, rowvar=False), method="eigh")
+    return np.asarray(draw.reshape(digits[0].shape))
+
+
+BASELINES: dict[str, Baseline] = {
+    "class_mean_plus_noise": class_mean,
+    "noised_training_image": noised_copy,
+    "mean_of_two_training_images": mean_of_two,
+    "class_gaussian": class_gaussian,
+}
+
+
+def imitate(baseline: Baseline, wanted: Sequence[Truth], real: Real) -> list[Pixels]:
+    """The pictures that a baseline draws for captions."""
+    rng = np.random.default_rng(0)
+
+    def grey(thing: Object) -> Pixels:
+        return np.clip(np.rint(baseline(real.digits[thing.digit], rng)), 0, 255).astype(np.uint8)
+
+    ordered = [sorted(things, key=lambda thing: (thing.place or "", thing.digit)) for things in wanted]
+    return [real.task.compose([(grey(thing), thing) for thing in things]) for things in ordered]

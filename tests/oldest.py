@@ -1,0 +1,32 @@
+"""The oldest versions that pyproject.toml allows, one requirement a line: `python -m tests.oldest > oldest.txt`.
+
+Continuous integration installs them and runs the tests; so a lower bound in pyproject.toml is a version that was tried.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+PROJECT = Path(__file__).parent.parent / "pyproject.toml"
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """What pyproject.toml asks for on this machine, with these optional groups; a later group may narrow an earlier one."""
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    found = [Requirement(line) for line in lines]
+    return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()]
+
+
+def oldest(requirement: Requirement) -> str:
+    """The requirement at its lower bound; a name alone where it has none."""
+    (lower,) = [part.version for part in requirement.specifier if part.operator == ">="] or [""]
+    return f"{requirement.name}=={lower}" if lower else requirement.name
+
+
+if __name__ == "__main__":
+    print("\n".join(oldest(requirement) for requirement in requirements(*sys.argv[1:])))

@@ -1,0 +1,104 @@
+"""What becomes of checkpoints: exports, starts of other runs, averages of any width; which ones are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from mmgen.cli.export import export as export_command
+from mmgen.config import Config
+from mmgen.config_io import override
+from mmgen.model import MMGenModel
+from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train.checkpoint import posthoc
+from mmgen.train.checkpoint import read as checkpoint
+from mmgen.train.checkpoint.export import export
+from mmgen.train.loop import train
+from mmgen.train.optimizer import AveragingAdamW, power, power_exponent
+
+
+@pytest.mark.parametrize("average", ["ema", "weight", "ema_0.5", "power_0.1", "power:0.12"])
+def test_export_is_read_by_transformers(config: Config, tmp_path: Path, average: str) -> None:
+    config = override(config, {"train": {"ema_more": [0.5], "ema_power": [0.1, 0.2], "keep_every": 3}})
+    train(config)
+    found = checkpoint.latest(config.run.dir)
+    out = tmp_path / "out"
+    export(config.run.dir, found, out, average)
+    model = MMGenModel.from_pretrained(out)
+    if ":" not in average:
+        expected = checkpoint.load_model(found, average)[0]
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ours = Tokenizer.of(config)
+    assert tokenizer("picture 1", add_special_tokens=False)["input_ids"] == ours.encode("picture 1")
+    assert tokenizer.eos_token_id == ours.eos
+
+
+def test_export_from_the_command_line(config: Config, tmp_path: Path) -> None:
+    train(config)
+    assert export_command(config=config, out=tmp_path / "out") == 0
+    with pytest.raises(ValueError, match="no weights 'ema_0.3'.*it has ema, weight"):
+        export_command(config=override(config, {"sample": {"weights": "ema_0.3"}}), out=tmp_path / "no")
+
+
+def test_a_new_run_starts_from_weights(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train(config)
+    found = checkpoint.latest(config.run.dir)
+    other = {"run": {"dir": str(tmp_path / "next")}, "train": {"init_from": str(found), "lr": 1e-12, "steps": 1}}
+    assert train(override(config, other)) == 0
+    weights = checkpoint.load_model(tmp_path / "next" / "checkpoints" / "latest", "weight")[0]
+    expected = checkpoint.load_model(found)[0]
+    for p, q in zip(weights.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    larger = {"model": {"patcher": {"patch_size": 1, "channels": 3}}, "run": {"dir": str(tmp_path / "larger")}}
+    assert train(override(config, {**other, **larger})) == 0
+    assert "these start fresh: objective." in capsys.readouterr().out
+
+
+def test_kept_checkpoints_stay(config: Config) -> None:
+    train(override(config, {"train": {"steps": 8, "save_every": 1, "keep_last": 1, "keep_every": 3}}))
+    names = {path.name for path in checkpoint.candidates(config.run.dir)}
+    assert names == {"step-3", "step-6", "step-8"}
+
+
+def test_power_averages_and_any_width_after_training() -> None:
+    """Against the integral of the profile, and a width that was not tracked from two that were."""
+    for width in (0.05, 0.1, 0.25):
+        gamma = power_exponent(width)
+        tau = np.linspace(0, 1, 200_001)[1:]
+        profile = tau**gamma / (tau**gamma).sum()
+        mean = (profile * tau).sum()
+        assert ((profile * tau**2).sum() - mean**2) ** 0.5 == pytest.approx(width, rel=1e-3)
+    path = np.cumsum(np.random.default_rng(0).standard_normal((2000, 8)), axis=0)
+    tracked, snapshots = {}, []
+    for n, value in enumerate(path, 1):
+        for width in (0.05, 0.1, 0.08):
+            keep = power(width)(n)
+            tracked[width] = value if n == 1 else keep * tracked[width] + (1 - keep) * value
+        if n % 250 == 0:
+            snapshots += [(n, width, tracked[width]) for width in (0.05, 0.1)]
+    weights = posthoc.solve(np.array([s for s, _, _ in snapshots]), np.array([w for _, w, _ in snapshots]), 2000, 0.08)
+    made = sum(weight * value for weight, (_, _, value) in zip(weights, snapshots, strict=True))
+    assert np.abs(made - tracked[0.08]).max() < 0.02 * np.abs(tracked[0.08]).max()
+    assert weights.sum() == pytest.approx(1, abs=0.01)
+
+
+def test_several_averages_follow_their_recursions() -> None:
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(5))
+    decays = {"ema": lambda n: 0.9, "power_0.1": power(0.1)}
+    optimizer = AveragingAdamW([p], decays, lr=0.1)
+    expected: dict[str, torch.Tensor] = {}
+    for n in range(1, 20):
+        (p * torch.randn(5)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, decay in decays.items():
+            now = p.detach().double()
+            expected[name] = now if n == 1 else decay(n) * expected[name] + (1 - decay(n)) * now
+    for name, value in expected.items():
+        torch.testing.assert_close(optimizer.state[p][name].double(), value, rtol=1e-5, atol=1e-6)
