@@ -14,6 +14,7 @@ from scipy.linalg import sqrtm
 from data_prep import digits as digits_prep
 from data_prep import scenes as scenes_prep
 from mmgen.config import PatcherConfig
+from mmgen.data.shards.samples import BadRecord
 from mmgen.evaluate.baselines import BASELINES, imitate, training_digit
 from mmgen.evaluate.distances import (
     frechet,
@@ -142,10 +143,10 @@ def real_of(splits: digits_prep.Split, tmp_path: Path) -> Real:
         members["9999.png"] = b"no image"
         members["9999.json"] = members["0000.json"]
         shard = write_tar(tmp_path / f"{name}.tar", members)
-        bad: list[dict[str, str]] = []
+        bad: list[BadRecord] = []
         patcher = PixelPatcher(PatcherConfig(channels=1, patch_size=2, image_sizes=[(8, 8)]))
         sides.append(Pictures([str(shard)], patcher, bad))
-        assert [item["key"] for item in bad] == ["9999"], "a broken picture is counted and left out"
+        assert [item.key for item in bad] == ["9999"], "a broken picture is counted and left out"
     return Real(Digits(), *sides, n=500)
 
 
