@@ -218,7 +218,7 @@ def velocity_growth(run: Run) -> Figure:
     run.bound(
         "time of the smallest RMS on the path, minus 1 / (1 + s^2)", slowest - gaussian, at_least=-0.1, at_most=0.1
     )
-    run.note(coefficient=scaled[-1], times=times, rms=rms, smallest_rms_on_the_path=min(on_path))
+    run.note(**{"smallest RMS on the path": min(on_path)}, coefficient=scaled[-1], times=times, rms=rms)
     return draw.lines([1 - t for t in times], rms, "1 - t", "RMS of v*", log="xy")
 
 
