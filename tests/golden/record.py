@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -79,11 +80,11 @@ def python(*words: str) -> None:
     subprocess.run([sys.executable, "-m", *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def prepare(data: Path, latent: bool) -> None:
-    """Shards and tokenizers of digits and scenes, and an autoencoder with random weights."""
-    python("data_prep.digits", "--out", str(data / "digits"))
-    python("data_prep.scenes", "--out", str(data / "scenes"), "--train", "300")
-    for name in ("digits", "scenes"):
+def prepare(data: Path, sources: Sequence[str], latent: bool) -> None:
+    """Shards and tokenizers of digits or scenes, and an autoencoder with random weights."""
+    for name in sources:
+        words = ["--train", "300"] if name == "scenes" else []
+        python(f"data_prep.{name}", "--out", str(data / name), *words)
         shard = str(data / name / "train-000000.tar")
         python("data_prep.tokenizer", "--out", str(data / name / "tokenizer.json"), shard)
     if not latent:
@@ -104,10 +105,14 @@ def prepare(data: Path, latent: bool) -> None:
     (data / "vae" / "config.json").write_text(json.dumps(written))
 
 
+def source_of(case: str) -> str:
+    """The data that a case trains on."""
+    return "digits" if CASES[case].startswith("digits") else "scenes"
+
+
 def overrides(case: str, data: Path, run: Path) -> list[str]:
     """Command-line words that reduce the config of a case."""
-    source = "digits" if CASES[case].startswith("digits") else "scenes"
-    folder = data / source
+    folder = data / source_of(case)
     words = [
         f"--run.dir={run}", f"--data.train={folder}/train-000000.tar", f"--data.val={folder}/test-000000.tar",
         f"--data.tokenizer={folder}/tokenizer.json", "--data.window=256", "--data.workers=0",
@@ -169,7 +174,7 @@ def record(case: str, configs: Path = Path("configs")) -> dict[str, object]:
     """Everything that a case computes; `configs` is the folder of the version that is recorded."""
     with tempfile.TemporaryDirectory() as name:
         data, run = Path(name) / "data", Path(name) / "run"
-        prepare(data, case == "scenes_latent")
+        prepare(data, ["digits", "scenes"] if case == "shards" else [source_of(case)], case == "scenes_latent")
         if case == "shards":
             shards = [data / "digits" / "judge-000000.tar", data / "digits" / "test-000000.tar"]
             shards += [data / "scenes" / f"{part}-000000.tar" for part in ("test", "heldout")]
@@ -179,7 +184,7 @@ def record(case: str, configs: Path = Path("configs")) -> dict[str, object]:
             report = json.loads(mmgen("check", "parity", "--config", config, *words, "--json"))
             return {"environment": environment(), "parity": report}
         result = {"environment": environment(), "steps": trained(case, config, words, run)}
-        test = data / ("digits" if CASES[case].startswith("digits") else "scenes") / "test-000000.tar"
+        test = data / source_of(case) / "test-000000.tar"
         return {**result, **sampled(config, words, test, Path(name))}
 
 
