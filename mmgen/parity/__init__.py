@@ -141,7 +141,8 @@ def _requests(config: Config) -> list[Request]:
 
 
 def _piece(decoder: Decoder, piece: str | Image.Image) -> TextSegment | Picture:
+    """A piece of a prompt as training writes it: a segment that is given, without loss."""
     segment = decoder.segment(piece)
     if isinstance(segment, TextSegment):
-        return segment
-    return Picture(segment.x_NP, segment.grid, np.arange(len(segment.x_NP)))
+        return replace(segment, learn=False)
+    return Picture(segment.x_NP, segment.grid, np.arange(len(segment.x_NP)), learn=False)

@@ -32,6 +32,8 @@ class Picture:
     x_NP: NDArray[Any]
     grid: Grid
     order_N: NDArray[np.int64]
+    learn: bool = True
+    """False for an image of the prompt: training writes it as a segment that is given."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,14 @@ class Reference:
             blocks = self._blocks(segment, learning, rng)
             last = len(blocks) - 1
             roles += ["patch" if b == (0 if learning else last) else f"copy {b}" for b in range(len(blocks))]
-            written.append(ImageSegment(segment.x_NP, segment.grid, blocks))
+            written.append(ImageSegment(segment.x_NP, segment.grid, blocks, segment.learn))
             images += 1
         strip = Writer(self.tokenizer).document(written)
         return strip, names_of(strip, roles.__getitem__)
 
     def _blocks(self, picture: Picture, learning: bool, rng: np.random.Generator) -> list[Block]:
+        if not picture.learn:
+            return [self.layout.context(picture.grid)]
         site = ImageSite(picture.grid, text_before=True, text_after=True, quantile=0.4)
         blocks = self.layout.blocks(site, rng)
         if self.layout.copies == 1 and not learning:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.parity import check_parity
 from mmgen.parity.faults import FAULTS
+from mmgen.parity.reference import Document, Picture, Reference
+from tests.conftest import awake
 
 
 @pytest.mark.parametrize("grids", ["two sizes", "one size"])
@@ -30,3 +33,12 @@ def test_the_parity_check_turns_red(config: Config, fault: str) -> None:
 def test_an_unknown_fault_is_named(config: Config) -> None:
     with pytest.raises(ValueError, match="did you mean 'shifted-t'"):
         check_parity(config, "shift-t")
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_an_image_of_the_prompt_is_written_as_given(config: Config, learn: bool) -> None:
+    """Under MAR's masked order a learned image has two copies, one of a prompt its clean copy alone."""
+    model, tokenizer = awake(override(config, {"objective": {"kind": "mar"}}))
+    picture = Picture(np.zeros((4, 12), np.float32), (2, 2), np.arange(4), learn)
+    fed = Reference(model, tokenizer).read(Document([picture])).fed
+    assert {identity.kind for identity in fed} == ({"token", "patch", "copy 0"} if learn else {"token", "patch"})
