@@ -7,9 +7,9 @@ of text, tokens or transformers.
 from mmgen.flow.adaptive import solve_adaptive
 from mmgen.flow.bridge import drive
 from mmgen.flow.field import Field, FiniteSet, GaussianMixture
-from mmgen.flow.guide import classifier, classifier_free
-from mmgen.flow.likelihood import bits_per_dim, decode, encode, interpolate, log_likelihood, slerp
-from mmgen.flow.loss import WEIGHTS, flow_loss, min_snr
+from mmgen.flow.guide import Guidance, classifier, classifier_free
+from mmgen.flow.likelihood import Ode, bits_per_dim, slerp
+from mmgen.flow.loss import WEIGHTS, FlowLoss, min_snr
 from mmgen.flow.path import KINDS, Path
 from mmgen.flow.schedule import PATHS, CosinePath, DDPMPath, LinearBetaPath, LinearPath, ScaledNoise, VEPath
 from mmgen.flow.solvers import LEVELS, SOLVERS, build_solver, runge_kutta, solve
@@ -27,9 +27,12 @@ __all__ = [
     "DDPMPath",
     "Field",
     "FiniteSet",
+    "FlowLoss",
     "GaussianMixture",
+    "Guidance",
     "LinearBetaPath",
     "LinearPath",
+    "Ode",
     "Path",
     "ScaledNoise",
     "VEPath",
@@ -38,13 +41,8 @@ __all__ = [
     "classifier",
     "classifier_free",
     "cosine_grid",
-    "decode",
     "discrete",
     "drive",
-    "encode",
-    "flow_loss",
-    "interpolate",
-    "log_likelihood",
     "log_snr_grid",
     "min_snr",
     "normal",

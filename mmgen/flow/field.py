@@ -17,6 +17,23 @@ Function = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """The conversion of estimates on `path`, by way of clean data inside `clean_range` where one is given."""
+
+    path: Path
+    clip: float
+    """Smallest denominator."""
+    clean_range: tuple[float, float] | None = None
+
+    def __call__(self, source: str, target: str, value: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """An estimate of `source` at (z, t) as one of `target`."""
+        if self.clean_range is None:
+            return self.path.convert(source, target, value, z, t, self.clip)
+        x = self.path.convert(source, "x", value, z, t, self.clip).clamp(*self.clean_range)
+        return self.path.convert("x", target, x, z, t, self.clip)
+
+
+@dataclass(frozen=True)
 class Field:
     """A network that outputs `prediction` on `path`, and what it implies."""
 
@@ -40,29 +57,8 @@ class Field:
 
     def __call__(self, kind: str) -> Function:
         """The function (z, t) -> `kind`, one of `mmgen.flow.path.KINDS`."""
-
-        def estimate(z: Tensor, t: Tensor) -> Tensor:
-            output = self.network(z, t)
-            return clipped(self.path, output, z, t, kind, self.clip, self.clean_range, self.prediction)
-
-        return estimate
-
-
-def clipped(
-    path: Path,
-    value: Tensor,
-    z: Tensor,
-    t: Tensor,
-    kind: str,
-    clip: float,
-    clean_range: tuple[float, float] | None = None,
-    source: str = "v",
-) -> Tensor:
-    """An estimate of `source` as one of `kind`, by way of clean data inside `clean_range` where one is given."""
-    if clean_range is None:
-        return path.convert(source, kind, value, z, t, clip)
-    x = path.convert(source, "x", value, z, t, clip).clamp(*clean_range)
-    return path.convert("x", kind, x, z, t, clip)
+        convert = Conversion(self.path, self.clip, self.clean_range)
+        return lambda z, t: convert(self.prediction, kind, self.network(z, t), z, t)
 
 
 class GaussianMixture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,30 @@ from mmgen.flow.path import Path, check_shapes, check_times
 
 GuidanceScale = float | Tensor | Callable[[Tensor], Tensor]
 """A weight, one that depends on t, or a weight per row with as many axes as z."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How far and where a conditional velocity is extrapolated from an unconditional one.
+
+    Raises:
+        ValueError: an interval that does not rise inside [0, 1], or a rescale outside [0, 1].
+    """
+
+    scale: GuidanceScale
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Times at which the scale applies; elsewhere it is 1 (Kynkäänniemi et al. 2024)."""
+    rescale: float = 0.0
+    """Share in which the result takes the standard deviation of the conditional velocity (Lin et al. 2023, 3.4)."""
+    renorm: bool = False
+    """Shorten the result to the norm of the conditional one where it is longer (Deng et al. 2025, BAGEL)."""
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"the interval of guidance must rise inside [0, 1], got {self.interval}")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale is a share between 0 and 1, got {self.rescale}")
 
 
 def _weight(scale: GuidanceScale, t: Tensor, like: Tensor) -> Tensor:
@@ -27,37 +52,19 @@ def _weight(scale: GuidanceScale, t: Tensor, like: Tensor) -> Tensor:
     return weight
 
 
-def classifier_free(
-    conditional: Tensor,
-    unconditional: Tensor,
-    t: Tensor,
-    scale: GuidanceScale,
-    interval: tuple[float, float] = (0.0, 1.0),
-    rescale: float = 0.0,
-    renorm: bool = False,
-) -> Tensor:
-    """v_u + w (v_c - v_u) with w = `scale` for t inside `interval` and w = 1 outside.
+def classifier_free(conditional: Tensor, unconditional: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
+    """v_u + w (v_c - v_u) with w = `guidance.scale` for t inside its interval and w = 1 outside.
 
-    w = 0 is unconditional, w = 1 conditional (Ho and Salimans 2022, with w one larger than theirs);
-    the interval is that of Kynkäänniemi et al. 2024. `t` broadcasts against the velocities, whose first axis
-    is the batch.
-
-    Args:
-        rescale: share in which the result takes the standard deviation of the conditional one (Lin et al. 2023, 3.4).
-        renorm: shorten the result to the norm of the conditional one where it is longer (Deng et al. 2025, BAGEL).
+    w = 0 is unconditional, w = 1 conditional (Ho and Salimans 2022, with w one larger than theirs). `t` broadcasts
+    against the velocities, whose first axis is the batch.
 
     Raises:
-        ValueError: shapes that do not fit, times outside [0, 1], an interval that does not rise inside [0, 1], or a
-            rescale outside [0, 1].
+        ValueError: shapes that do not fit, or times outside [0, 1].
     """
     check_shapes(t, conditional, unconditional)
     check_times(t)
-    low, high = interval
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"the interval of guidance must rise inside [0, 1], got {interval}")
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"rescale is a share between 0 and 1, got {rescale}")
-    weight = torch.where((t >= low) & (t <= high), _weight(scale, t, conditional), 1.0)
+    (low, high), rescale = guidance.interval, guidance.rescale
+    weight = torch.where((t >= low) & (t <= high), _weight(guidance.scale, t, conditional), 1.0)
     guided = unconditional + weight * (conditional - unconditional)
     axes = tuple(range(1, conditional.ndim))
     if rescale:
@@ -65,7 +72,7 @@ def classifier_free(
             dim=axes, keepdim=True, correction=0
         ).clamp(min=1e-12)
         guided = guided * (1 + rescale * (ratio - 1))
-    if renorm:
+    if guidance.renorm:
         norms = [torch.linalg.vector_norm(v, dim=axes, keepdim=True) for v in (conditional, guided)]
         guided = guided * (norms[0] / norms[1].clamp(min=1e-12)).clamp(max=1.0)
     return guided

@@ -13,28 +13,6 @@ from mmgen.flow.path import Path, check_shapes
 from mmgen.flow.solvers import runge_kutta, solve
 
 
-def encode(velocity: Function, x: Tensor, times: Tensor, scheme: str = "heun", path: Path | None = None) -> Tensor:
-    """Data to the noise that the ODE turns into it; `times` rise, as for sampling, and are run backwards.
-
-    Raises:
-        ValueError: times that do not rise, or `path` (by default the linear one) has no velocity at one that is asked.
-    """
-    return solve(runge_kutta(x, _rising(times).flip(0), scheme=scheme, path=path, end="full"), velocity)
-
-
-def decode(velocity: Function, z: Tensor, times: Tensor, scheme: str = "heun", path: Path | None = None) -> Tensor:
-    """Noise to data: the inverse of `encode` up to the scheme's error."""
-    return solve(runge_kutta(z, _rising(times), scheme=scheme, path=path, end="full"), velocity)
-
-
-def _rising(times: Tensor) -> Tensor:
-    """Times from noise to data, which both directions are given in."""
-    times = torch.as_tensor(times)
-    if bool((times.diff(dim=0) < 0).any()):
-        raise ValueError("times must rise from noise (0) to data (1) for encoding too: it runs them backwards itself")
-    return times
-
-
 def slerp(a: Tensor, b: Tensor, share: float | Tensor) -> Tensor:
     """Spherical interpolation between rows of noise, which keeps their norm (Shoemake 1985).
 
@@ -50,23 +28,6 @@ def slerp(a: Tensor, b: Tensor, share: float | Tensor) -> Tensor:
     return torch.where(sine < 1e-6, straight, turned)
 
 
-def interpolate(
-    velocity: Function,
-    a: Tensor,
-    b: Tensor,
-    shares: Tensor,
-    times: Tensor,
-    scheme: str = "heun",
-    path: Path | None = None,
-) -> Tensor:
-    """Data between rows of `a` and `b`, [len(shares), R, ...]: encode both, slerp, decode."""
-    if not len(shares):
-        raise ValueError("give one share or more between 0 (the first) and 1 (the second)")
-    ends = encode(velocity, torch.cat([a, b]), times, scheme, path).chunk(2)
-    between = torch.cat([slerp(ends[0], ends[1], float(share)) for share in shares])
-    return decode(velocity, between, times, scheme, path).view(len(shares), *a.shape)
-
-
 @dataclass(frozen=True)
 class LogLikelihood:
     """log p(x) of each row at the last time, nats; carries no gradients."""
@@ -78,75 +39,111 @@ class LogLikelihood:
     """The noise that x was encoded to."""
 
 
-def log_likelihood(
-    velocity: Function,
-    x: Tensor,
-    times: Tensor,
-    *,
-    trace: str = "exact",
-    probes: int = 16,
-    scheme: str = "rk4",
-    path: Path | None = None,
-    noise_std: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> LogLikelihood:
-    """log p_1(x) = log N(z_0; 0, noise_std^2) - integral of div v from t = 0 to 1 (Chen et al. 2018, eq. 8).
-
-    z_0 is found by running the ODE back from x, which is [R, D]. Times that end before 1, as on a path whose velocity
-    diverges there, give the density of z at their last one.
-
-    Args:
-        trace: `exact` differentiates every coordinate (D backward passes); `hutchinson` averages n^T (dv/dz) n over
-            `probes` vectors of random signs, fixed along the path (Grathwohl et al. 2019), and estimates its error.
-        path: where given, times at which its velocity diverges are refused.
-        noise_std: standard deviation of z at t = 0, for paths that do not end in a standard normal.
+@dataclass(frozen=True)
+class Ode:
+    """dz/dt = velocity between noise and data, and how it is solved.
 
     Raises:
-        ValueError: an unknown trace, fewer than two probes, x that is not [R, D], times that do not rise from 0, or a
-            velocity that autograd cannot differentiate.
+        ValueError: times that do not rise.
     """
-    times = _rising(times)
-    if bool((times[0] != 0).any()):
-        raise ValueError("the times of a likelihood begin at 0, where z is the noise whose density is known")
-    if not noise_std > 0:
-        raise ValueError(f"noise_std must be positive, got {noise_std}")
-    if trace not in ("exact", "hutchinson"):
-        raise ValueError(f"unknown trace '{trace}' (one of: exact, hutchinson)")
-    if x.ndim != 2:
-        raise ValueError(f"x must be [R, D], got {tuple(x.shape)}: flatten each sample")
-    rows, dimension = x.shape
-    if trace == "hutchinson" and (probes < 2 or probes != int(probes)):
-        raise ValueError(f"hutchinson needs two probes or more to know its error, got {probes}")
-    with torch.inference_mode(False):  # autograd takes no tensor that was made in inference mode
+
+    velocity: Function
+    times: Tensor
+    """From noise to data, as for sampling; `encode` runs them backwards."""
+    scheme: str = "rk4"
+    path: Path | None = None
+    """Times at which its velocity diverges are refused; the linear path where absent."""
+
+    def __post_init__(self) -> None:
+        if bool((self.times.diff(dim=0) < 0).any()):
+            raise ValueError(
+                "times must rise from noise (0) to data (1) for encoding too: it runs them backwards itself"
+            )
+
+    def _solve(self, velocity: Function, z: Tensor, times: Tensor) -> Tensor:
+        return solve(runge_kutta(z, times, scheme=self.scheme, path=self.path, end="full"), velocity)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Data to the noise that the ODE turns into it."""
+        return self._solve(self.velocity, x, self.times.flip(0))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Noise to data: the inverse of `encode` up to the scheme's error."""
+        return self._solve(self.velocity, z, self.times)
+
+    def interpolate(self, a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
+        """Data between rows of `a` and `b`, [len(shares), R, ...]: encode both, slerp, decode."""
+        if not len(shares):
+            raise ValueError("give one share or more between 0 (the first) and 1 (the second)")
+        ends = self.encode(torch.cat([a, b])).chunk(2)
+        between = torch.cat([slerp(ends[0], ends[1], float(share)) for share in shares])
+        return self.decode(between).view(len(shares), *a.shape)
+
+    def log_likelihood(
+        self,
+        x: Tensor,
+        *,
+        trace: str = "exact",
+        probes: int = 16,
+        noise_std: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> LogLikelihood:
+        """log p_1(x) = log N(z_0; 0, noise_std^2) - integral of div v from t = 0 to 1 (Chen et al. 2018, eq. 8).
+
+        z_0 is found by running the ODE back from x, which is [R, D]. Times that end before 1, as on a path whose
+        velocity diverges there, give the density of z at their last one.
+
+        Args:
+            trace: `exact` differentiates every coordinate (D backward passes); `hutchinson` averages n^T (dv/dz) n
+                over `probes` vectors of random signs, fixed along the path (Grathwohl et al. 2019), and estimates
+                its error.
+            noise_std: standard deviation of z at t = 0, for paths that do not end in a standard normal.
+
+        Raises:
+            ValueError: an unknown trace, fewer than two probes, x that is not [R, D], times that do not begin at 0,
+                or a velocity that autograd cannot differentiate.
+        """
+        if bool((self.times[0] != 0).any()):
+            raise ValueError("the times of a likelihood begin at 0, where z is the noise whose density is known")
+        if not noise_std > 0:
+            raise ValueError(f"noise_std must be positive, got {noise_std}")
+        if trace not in ("exact", "hutchinson"):
+            raise ValueError(f"unknown trace '{trace}' (one of: exact, hutchinson)")
+        if x.ndim != 2:
+            raise ValueError(f"x must be [R, D], got {tuple(x.shape)}: flatten each sample")
+        rows, dimension = x.shape
+        if trace == "hutchinson" and (probes < 2 or probes != int(probes)):
+            raise ValueError(f"hutchinson needs two probes or more to know its error, got {probes}")
+        with torch.inference_mode(False):  # autograd takes no tensor that was made in inference mode
+            if trace == "exact":
+                vectors = torch.eye(dimension).to(x).unsqueeze(1).expand(-1, rows, -1)
+            else:
+                vectors = torch.randint(0, 2, (probes, rows, dimension), generator=generator).to(x) * 2 - 1
+
+        def augmented(state: Tensor, t: Tensor) -> Tensor:
+            """d/dt of (z, one divergence per vector): [R, D + V]."""
+            with torch.inference_mode(False), torch.enable_grad():
+                z = state[:, :dimension].detach().clone().requires_grad_()
+                v = self.velocity(z, t.clone())
+                if not v.requires_grad:
+                    raise ValueError(
+                        "the velocity does not depend on z for autograd, so it has no divergence: take torch.no_grad "
+                        "or detach out of it (a field that is constant on purpose: add 0 * z)"
+                    )
+                products = []
+                for vector in vectors:
+                    (row,) = torch.autograd.grad(v, z, vector, retain_graph=True, allow_unused=True)
+                    products.append(torch.zeros(rows).to(x) if row is None else (row * vector).sum(1))
+            return torch.cat([v.detach(), torch.stack(products, 1)], 1)
+
+        start = torch.cat([x.detach(), x.new_zeros(rows, len(vectors))], 1)
+        end = self._solve(augmented, start, self.times.flip(0))
+        z, minus_integrals = end[:, :dimension], end[:, dimension:]
+        base = -(z / noise_std).square().sum(1) / 2 - dimension * math.log(noise_std * math.sqrt(2 * math.pi))
         if trace == "exact":
-            vectors = torch.eye(dimension).to(x).unsqueeze(1).expand(-1, rows, -1)
-        else:
-            vectors = torch.randint(0, 2, (probes, rows, dimension), generator=generator).to(x) * 2 - 1
-
-    def augmented(state: Tensor, t: Tensor) -> Tensor:
-        """d/dt of (z, one divergence per vector): [R, D + V]."""
-        with torch.inference_mode(False), torch.enable_grad():
-            z = state[:, :dimension].detach().clone().requires_grad_()
-            v = velocity(z, t.clone())
-            if not v.requires_grad:
-                raise ValueError(
-                    "the velocity does not depend on z for autograd, so it has no divergence: take torch.no_grad or "
-                    "detach out of it (a field that is constant on purpose: add 0 * z)"
-                )
-            products = []
-            for vector in vectors:
-                (row,) = torch.autograd.grad(v, z, vector, retain_graph=True, allow_unused=True)
-                products.append(torch.zeros(rows).to(x) if row is None else (row * vector).sum(1))
-        return torch.cat([v.detach(), torch.stack(products, 1)], 1)
-
-    start = torch.cat([x.detach(), x.new_zeros(rows, len(vectors))], 1)
-    end = solve(runge_kutta(start, times.flip(0), scheme=scheme, path=path, end="full"), augmented)
-    z, minus_integrals = end[:, :dimension], end[:, dimension:]
-    base = -(z / noise_std).square().sum(1) / 2 - dimension * math.log(noise_std * math.sqrt(2 * math.pi))
-    if trace == "exact":
-        return LogLikelihood(base + minus_integrals.sum(1), torch.zeros_like(base), z)
-    error = minus_integrals.std(1) / math.sqrt(len(vectors))
-    return LogLikelihood(base + minus_integrals.mean(1), error, z)
+            return LogLikelihood(base + minus_integrals.sum(1), torch.zeros_like(base), z)
+        error = minus_integrals.std(1) / math.sqrt(len(vectors))
+        return LogLikelihood(base + minus_integrals.mean(1), error, z)
 
 
 def bits_per_dim(log_prob: Tensor, dimension: int, bin_width: float = 2 / 255) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,38 +14,42 @@ Weight = Callable[[Path, Tensor], Tensor]
 """Factor of the squared error at time t of a path."""
 
 
-def flow_loss(
-    path: Path,
-    output: Tensor,
-    x: Tensor,
-    eps: Tensor,
-    t: Tensor,
-    prediction: str,
-    loss_space: str,
-    clip: float,
-    weight: Weight | None = None,
-) -> Tensor:
-    """Squared error of a network's output, measured in `loss_space`, averaged over the last axis.
+@dataclass(frozen=True)
+class FlowLoss:
+    """Squared error of a network that outputs `prediction`, measured in `loss_space`.
 
-    `output`, `x` and `eps` are [..., P]; `t` is [...]; the result is [...]. Prediction and target pass
-    through the same conversion with the same clipped denominator (Li and He 2025, JiT, eq. 6), so clipping
-    changes the weight of an entry and never its minimiser. `weight` multiplies the error in that space.
-
-    Raises:
-        ValueError: an unknown kind, shapes that do not fit, t outside [0, 1] or where the path is singular.
+    Prediction and target pass through the same conversion with the same clipped denominator (Li and He 2025,
+    JiT, eq. 6), so clipping changes the weight of an entry and never its minimiser.
     """
-    if t.shape != output.shape[:-1]:
-        raise ValueError(f"times {tuple(t.shape)} do not belong to an output {tuple(output.shape)}: one t per row")
-    t = t.unsqueeze(-1)
-    check_shapes(t, output, x, eps)
-    gain = path.gain(prediction, loss_space, t, clip)
-    error = (gain * (output - path.target(prediction, x, eps, t, clip))).square().mean(-1)
-    if weight is None:
-        return error
-    factor = weight(path, t.squeeze(-1))
-    if factor.shape not in (error.shape, ()):
-        raise ValueError(f"the weight answered {tuple(factor.shape)} for times {tuple(error.shape)}: one factor per t")
-    return factor * error
+
+    path: Path
+    prediction: str
+    loss_space: str
+    clip: float
+    """Smallest denominator of the conversion."""
+    weight: Weight | None = None
+    """Multiplies the error in `loss_space`."""
+
+    def __call__(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The error averaged over the last axis, [...], of `output`, `x` and `eps` [..., P] at times `t` [...].
+
+        Raises:
+            ValueError: an unknown kind, shapes that do not fit, t outside [0, 1] or where the path is singular.
+        """
+        if t.shape != output.shape[:-1]:
+            raise ValueError(f"times {tuple(t.shape)} do not belong to an output {tuple(output.shape)}: one t per row")
+        t = t.unsqueeze(-1)
+        check_shapes(t, output, x, eps)
+        gain = self.path.gain(self.prediction, self.loss_space, t, self.clip)
+        error = (gain * (output - self.path.target(self.prediction, x, eps, t, self.clip))).square().mean(-1)
+        if self.weight is None:
+            return error
+        factor = self.weight(self.path, t.squeeze(-1))
+        if factor.shape not in (error.shape, ()):
+            raise ValueError(
+                f"the weight answered {tuple(factor.shape)} for times {tuple(error.shape)}: one factor per t"
+            )
+        return factor * error
 
 
 def snr(path: Path, t: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmgen.flow import likelihood
 from mmgen.flow.field import FiniteSet, GaussianMixture
 from mmgen.flow.guide import classifier
+from mmgen.flow.likelihood import Ode
 from mmgen.flow.path import Path
 from mmgen.flow.schedule import CosinePath, DDPMPath, LinearBetaPath, LinearPath, VEPath
 from mmgen.flow.solvers import SOLVERS, Level, ancestral, build_solver, ddim, runge_kutta, solve
@@ -60,10 +60,11 @@ def gaussian_likelihood(run: Run) -> Figure:
     """N(0, 0.25): error against the closed form."""
     data = GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), 0.5)
     x = torch.linspace(-1.6, 1.6, 65, dtype=torch.float64).unsqueeze(1)
-    found = likelihood.log_likelihood(data.velocity, x, uniform_grid(100)).value
+    ode = Ode(data.velocity, uniform_grid(100), "rk4")
+    found = ode.log_likelihood(x).value
     exact = -x.squeeze(1).square() / (2 * 0.25) - 0.5 * math.log(2 * math.pi * 0.25)
     run.bound("largest error, nats", float((found - exact).abs().max()), at_most=1e-6)
-    run.note(at_0_8=float(likelihood.log_likelihood(data.velocity, x[:1] * 0 + 0.8, uniform_grid(100)).value))
+    run.note(at_0_8=float(ode.log_likelihood(x[:1] * 0 + 0.8).value))
     curves = {f"ODE, at most {float((found - exact).abs().max()):.1e} off": found.tolist(), "exact": exact.tolist()}
     return draw.lines(x.squeeze(1).tolist(), curves, "x", "log p(x), nats")
 

@@ -1,7 +1,7 @@
 """Deliberate mistakes of the kind that write-ups contain, to see the exact experiments turn red.
 
-A fault wraps public functions of the toolbox. `HOOKS` lists those that one may wrap; `injected` puts the wrapped
-functions in their places inside a block and restores the originals after it.
+A fault wraps public methods of the toolbox. `HOOKS` lists those that one may wrap; `injected` puts the wrapped
+methods in their places inside a block and restores the originals after it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmgen.flow import likelihood
 from mmgen.flow.field import GaussianMixture
 from mmgen.flow.grid import AffineSteps, Grid
+from mmgen.flow.likelihood import LogLikelihood, Ode
 from mmgen.flow.path import Path
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -24,9 +24,9 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Hook:
-    """A public function that callers look up on its owner, a class or a module, at every call."""
+    """A public method that callers look up on its owner, a class, at every call."""
 
-    owner: object
+    owner: type
     name: str
 
     @contextmanager
@@ -43,7 +43,7 @@ class Hook:
 COEFFICIENTS = Hook(Path, "coefficients")
 SCORE = Hook(GaussianMixture, "score")
 LOG_JOINT = Hook(GaussianMixture, "log_joint")
-LOG_LIKELIHOOD = Hook(likelihood, "log_likelihood")
+LOG_LIKELIHOOD = Hook(Ode, "log_likelihood")
 DDIM = Hook(Grid, "ddim")
 ASK = Hook(Grid, "ask")
 HOOKS = (COEFFICIENTS, SCORE, LOG_JOINT, LOG_LIKELIHOOD, DDIM, ASK)
@@ -74,8 +74,8 @@ def _scaled_score(factor: float) -> Wrap:
 def _flipped_divergence(log_likelihood: Callable[..., Any]) -> Callable[..., Any]:
     """The integral of the divergence with the wrong sign."""
 
-    def flipped(*args: Any, **kwargs: Any) -> likelihood.LogLikelihood:
-        found: likelihood.LogLikelihood = log_likelihood(*args, **kwargs)
+    def flipped(*args: Any, **kwargs: Any) -> LogLikelihood:
+        found: LogLikelihood = log_likelihood(*args, **kwargs)
         base = -found.z.square().sum(1) / 2 - found.z.shape[1] * 0.9189385332046727
         return replace(found, value=2 * base - found.value)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgen.evaluate.distances import frechet, within_class_variance
-from mmgen.flow.loss import flow_loss
+from mmgen.flow.loss import FlowLoss
 from mmgen.flow.schedule import LinearPath
 from mmgen.flow.solvers import runge_kutta, solve
 from mmgen.flow.time import uniform_grid
@@ -182,7 +182,7 @@ def mar_head(run: Run) -> Figure:
             target, h = target.repeat(4, 1), h.repeat(4, 1)  # four draws of t per patch
             t, eps = torch.rand(len(target), 1), torch.randn_like(target)
             v = head(PATH.mix(target, eps, t), h, t)
-            return flow_loss(PATH, v, target, eps, t.squeeze(1), "v", "v", 0.05).mean()
+            return FlowLoss(PATH, "v", "v", 0.05)(v, target, eps, t.squeeze(1)).mean()
 
         fit([*net.parameters(), *head.parameters()], run.pick(3000, 600), 2e-3, loss_of)
         heads[kind] = (net, head)

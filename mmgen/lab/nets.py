@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgen.flow.field import Field
-from mmgen.flow.loss import flow_loss
+from mmgen.flow.loss import FlowLoss
 from mmgen.flow.path import Path
 from mmgen.flow.schedule import CosinePath, LinearPath
 from mmgen.flow.solvers import build_solver, runge_kutta, solve
@@ -145,6 +145,7 @@ def fit(parameters: Iterable[nn.Parameter], steps: int, lr: float, loss_of: Call
 def train_field(net: nn.Module, data: Draw, recipe: Recipe) -> Field:
     """Train `net`, which outputs x if it is `Preconditioned` and `recipe.prediction` else."""
     path = recipe.path
+    loss = FlowLoss(path, recipe.prediction, recipe.loss_space, recipe.clip)
 
     def loss_of() -> Tensor:
         x = data(recipe.batch)
@@ -156,7 +157,7 @@ def train_field(net: nn.Module, data: Draw, recipe: Recipe) -> Field:
             scale = net.out_scale(t.unsqueeze(1)).clamp(min=1e-3)
             plain: Tensor = ((output - x) / scale).square().mean()
             return plain
-        return flow_loss(path, output, x, eps, t, recipe.prediction, recipe.loss_space, recipe.clip).mean()
+        return loss(output, x, eps, t).mean()
 
     fit(net.parameters(), recipe.steps, recipe.lr, loss_of)
     net.requires_grad_(False)

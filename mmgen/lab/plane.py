@@ -289,13 +289,13 @@ def loss_floor(run: Run) -> Figure:
 @torch.no_grad()
 def _fresh_loss(trained: Field, std: Tensor, clip: float, run: Run) -> tuple[float, float]:
     """(mean, standard error) of the loss in v over fresh draws, t stratified."""
-    from mmgen.flow.loss import flow_loss
+    from mmgen.flow.loss import FlowLoss
 
     n, g = 200_000, torch.Generator().manual_seed(run.seed + 7)
     t = (torch.arange(n) + torch.rand(n, generator=g)) / n
     x, eps = torch.randn(n, 3, generator=g) * std, torch.randn(n, 3, generator=g)
     output = trained.network(trained.path.mix(x, eps, t[:, None]), t[:, None])
-    losses = flow_loss(trained.path, output, x, eps, t, trained.prediction, "v", clip)
+    losses = FlowLoss(trained.path, trained.prediction, "v", clip)(output, x, eps, t)
     return float(losses.mean()), float(losses.std() / n**0.5)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mmgen.config import ObjectiveConfig, SampleConfig, choose
-from mmgen.flow.field import clipped
-from mmgen.flow.guide import classifier_free
-from mmgen.flow.loss import WEIGHT_SPACES, WEIGHTS, flow_loss
+from mmgen.flow.field import Conversion
+from mmgen.flow.guide import Guidance, classifier_free
+from mmgen.flow.loss import WEIGHT_SPACES, WEIGHTS, FlowLoss
 from mmgen.flow.path import Path
 from mmgen.flow.schedule import PATHS, ScaledNoise
 from mmgen.flow.solvers import SOLVERS, build_solver
@@ -20,6 +21,23 @@ from mmgen.objective.interface import Given
 
 Question = tuple[Tensor, Tensor, Tensor | None]
 """z, t, and the clean estimate that the previous answer implied."""
+
+
+@dataclass(frozen=True)
+class FlowSpec:
+    """A request to draw n patches in each of R rows."""
+
+    sample: SampleConfig
+    eps_RnP: Tensor
+    """The noise that the sampler starts from."""
+    noise: Noise
+    """More noise, for samplers that add it."""
+    scale: float
+    """Of guidance."""
+    given: Given | None = None
+    """Patches that are known."""
+    previews: bool = False
+    """Whether questions carry the clean estimate so far."""
 
 
 class ImageFlow:
@@ -32,41 +50,33 @@ class ImageFlow:
     def __init__(self, settings: ObjectiveConfig) -> None:
         self.settings = settings
         self.path = build_path(settings)
-        self.weight = None
+        weight = None
         if settings.weight is not None:
-            self.weight = choose(WEIGHTS, settings.weight, "objective.weight")
+            weight = choose(WEIGHTS, settings.weight, "objective.weight")
             space = WEIGHT_SPACES.get(settings.weight, settings.loss_space)
             if space != settings.loss_space:
                 raise ValueError(
                     f"objective.weight '{settings.weight}' is made for an error measured in {space}, but "
                     f"objective.loss_space is {settings.loss_space}: set it to {space}"
                 )
+        self._error = FlowLoss(self.path, settings.prediction, settings.loss_space, settings.clip, weight)
 
     def loss(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Loss of each patch [...] from outputs, clean patches and noise [..., P] and times [...]."""
-        kinds = (self.settings.prediction, self.settings.loss_space)
         with torch.autocast(output.device.type, enabled=False):
-            return flow_loss(self.path, output.to(x.dtype), x, eps, t, *kinds, self.settings.clip, self.weight)
+            return self._error(output.to(x.dtype), x, eps, t)
 
-    def draw(
-        self,
-        sample: SampleConfig,
-        eps: Tensor,
-        noise: Noise,
-        scale: float,
-        given: Given | None = None,
-        previews: bool = False,
-    ) -> Generator[Question, Sequence[Tensor], Tensor]:
+    def draw(self, spec: FlowSpec) -> Generator[Question, Sequence[Tensor], Tensor]:
         """A generator that yields (z, t, preview), is sent the network's outputs, and returns clean patches.
 
-        `eps` [R, n, P] is the noise that it starts from. Outputs are one tensor per guidance lane, conditional
-        first; `scale` is the guidance scale. Patches in `given` keep their clean estimate throughout, so the
-        others are drawn beside them (the conditional flow of in-painting, Song et al. 2020, appendix I.2, with the
-        estimate replaced where theirs replaces z).
+        Outputs are one tensor per guidance lane, conditional first. Patches in `given` keep their clean estimate
+        throughout, so the others are drawn beside them (the conditional flow of in-painting, Song et al. 2020,
+        appendix I.2, with the estimate replaced where theirs replaces z).
 
         Raises:
             ValueError: the sampler is unknown, draws nothing, or adds no noise that a temperature could scale.
         """
+        sample, given = spec.sample, spec.given
         times = shifted_grid(sample.steps, sample.time_shift)
         clip = self.path.smallest_level(times)
         kind = choose(SOLVERS, sample.solver, "sample.solver")
@@ -80,23 +90,25 @@ class ImageFlow:
             )
 
         def heated(like: Tensor) -> Tensor:
-            return heat * noise(like)
+            return heat * spec.noise(like)
 
-        start = eps * self.path.sigma(times[0]).to(eps.dtype)
+        start = spec.eps_RnP * self.path.sigma(times[0]).to(spec.eps_RnP.dtype)
         solver = build_solver(sample.solver, start, times, self.path, heated, **sample.solver_options)
-        guidance = (sample.guidance_interval, sample.guidance_rescale, sample.guidance_renorm)
+        interval, rescale = sample.guidance_interval, sample.guidance_rescale
+        guidance = Guidance(spec.scale, interval, rescale, sample.guidance_renorm)
+        convert = Conversion(self.path, clip, sample.clean_range)
         preview = None
         try:
             z, t = next(solver)
             while True:
                 outputs = yield z, t, preview
                 v = [self.path.convert(self.settings.prediction, "v", out.to(z.dtype), z, t, clip) for out in outputs]
-                guided = classifier_free(v[0], v[1], t, scale, *guidance) if v[1:] else v[0]
-                answer = clipped(self.path, guided, z, t, kind.asks, clip, sample.clean_range)
+                guided = classifier_free(v[0], v[1], t, guidance) if v[1:] else v[0]
+                answer = convert("v", kind.asks, guided, z, t)
                 if given is not None:
                     known = self.path.convert("x", kind.asks, given.x_RNP, z, t, clip)
                     answer = torch.where(given.mask_RN.unsqueeze(-1), known, answer)
-                preview = self.path.convert(kind.asks, "x", answer, z, t, clip) if previews else None
+                preview = self.path.convert(kind.asks, "x", answer, z, t, clip) if spec.previews else None
                 z, t = solver.send(answer)
         except StopIteration as stop:
             clean: Tensor = stop.value

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmgen.config import HeadConfig, MaskRatioConfig, ObjectiveConfig, PatcherConfig, SampleConfig, choose
 from mmgen.flow.time import TIMES
 from mmgen.image.patch import Floats, Grid, raster
-from mmgen.objective.image_flow import ImageFlow
+from mmgen.objective.image_flow import FlowSpec, ImageFlow
 from mmgen.objective.interface import (
     BackboneCall,
     Drawing,
@@ -253,7 +253,7 @@ class MARObjective(ImageObjective):
             x = self._regress(state_GRnW, eps_RnP.expand(len(state_GRnW), -1, -1, -1))
             mean = x[1] + scale * (x[0] - x[1]) if len(x) > 1 else x[0]
             return mean if given is None else torch.where(given.mask_RN.unsqueeze(-1), given.x_RNP, mean)
-        flow = self.flow.draw(spec.sample, eps_RnP, spec.noise, scale, given)
+        flow = self.flow.draw(FlowSpec(spec.sample, eps_RnP, spec.noise, scale, given))
         try:
             z, t, _ = next(flow)
             while True:

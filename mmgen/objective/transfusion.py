@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmgen.config import ObjectiveConfig, PatcherConfig, choose
 from mmgen.flow.time import TIMES
 from mmgen.image.patch import Grid, raster
-from mmgen.objective.image_flow import ImageFlow
+from mmgen.objective.image_flow import FlowSpec, ImageFlow
 from mmgen.objective.interface import (
     BackboneCall,
     Drawing,
@@ -117,7 +117,7 @@ class TransfusionObjective(ImageObjective):
         place = torch.from_numpy(raster(spec.grid)).to(device).repeat(rows, 1)
         places = Places(torch.arange(rows, device=device).repeat_interleave(n), place)
         scale = spec.sample.guidance_scale
-        flow = self.flow.draw(spec.sample, spec.noise_RNP, spec.noise, scale, spec.given, spec.previews)
+        flow = self.flow.draw(FlowSpec(spec.sample, spec.noise_RNP, spec.noise, scale, spec.given, spec.previews))
         try:
             z_RNP, t, preview = next(flow)
             while True:

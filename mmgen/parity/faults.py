@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmgen.backbone import RowCache
-from mmgen.config import SampleConfig
 from mmgen.generate.parts import Parts
 from mmgen.image.patch import Grid
 from mmgen.objective import Drawing, ImageObjective, ImageSpec
-from mmgen.objective.image_flow import ImageFlow, Question
+from mmgen.objective.image_flow import FlowSpec, ImageFlow, Question
 from mmgen.sequence.attention import Sites, dense_visible
 from mmgen.sequence.document import Block, Writer
 
@@ -43,12 +42,12 @@ class LateFlow(ImageFlow):
     def __init__(self, flow: ImageFlow) -> None:
         vars(self).update(vars(flow))
 
-    def draw(self, sample: SampleConfig, *args: Any, **kwargs: Any) -> Generator[Question, Sequence[Tensor], Tensor]:
-        flow = super().draw(sample, *args, **kwargs)
+    def draw(self, spec: FlowSpec) -> Generator[Question, Sequence[Tensor], Tensor]:
+        flow = super().draw(spec)
         try:
             z, t, preview = next(flow)
             while True:
-                z, t, preview = flow.send((yield z, t + 1 / sample.steps, preview))
+                z, t, preview = flow.send((yield z, t + 1 / spec.sample.steps, preview))
         except StopIteration as stop:
             clean: Tensor = stop.value
             return clean

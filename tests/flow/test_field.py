@@ -12,8 +12,8 @@ from scipy import stats
 from torch import Tensor
 
 from mmgen.flow.field import Field, FiniteSet, GaussianMixture
-from mmgen.flow.guide import classifier, classifier_free
-from mmgen.flow.likelihood import bits_per_dim, decode, encode, interpolate, log_likelihood, slerp
+from mmgen.flow.guide import Guidance, classifier, classifier_free
+from mmgen.flow.likelihood import Ode, bits_per_dim, slerp
 from mmgen.flow.path import KINDS, Path
 from mmgen.flow.schedule import PATHS, CosinePath, LinearBetaPath, LinearPath
 from mmgen.flow.solvers import runge_kutta, solve
@@ -111,11 +111,11 @@ def test_clipping_the_clean_estimate() -> None:
 def test_guidance_scales_and_interval() -> None:
     c, u = torch.tensor([[2.0]]), torch.tensor([[1.0]])
     for weight, expected in ((0.0, 1.0), (1.0, 2.0), (3.0, 4.0)):
-        assert classifier_free(c, u, torch.tensor(0.5), weight).item() == expected
-    assert classifier_free(c, u, torch.tensor(0.05), 3.0, (0.1, 1.0)).item() == 2.0
-    rows = classifier_free(c.expand(2, 1), u.expand(2, 1), torch.tensor([[0.05], [0.5]]), 3.0, (0.1, 1.0))
+        assert classifier_free(c, u, torch.tensor(0.5), Guidance(weight)).item() == expected
+    assert classifier_free(c, u, torch.tensor(0.05), Guidance(3.0, (0.1, 1.0))).item() == 2.0
+    rows = classifier_free(c.expand(2, 1), u.expand(2, 1), torch.tensor([[0.05], [0.5]]), Guidance(3.0, (0.1, 1.0)))
     assert rows.tolist() == [[2.0], [4.0]]
-    falling = classifier_free(c, u, torch.tensor(0.25), lambda t: 1 + 4 * (1 - t))
+    falling = classifier_free(c, u, torch.tensor(0.25), Guidance(lambda t: 1 + 4 * (1 - t)))
     assert falling.item() == 5.0
 
 
@@ -123,14 +123,16 @@ def test_rescaled_and_renormed_guidance() -> None:
     g = torch.Generator().manual_seed(0)
     c, u = torch.randn(2, 4, 5, 6, generator=g)
     t = torch.tensor(0.5)
-    plain = classifier_free(c, u, t, 3.0)
-    full = classifier_free(c, u, t, 3.0, rescale=1.0)
+    plain = classifier_free(c, u, t, Guidance(3.0))
+    full = classifier_free(c, u, t, Guidance(3.0, rescale=1.0))
     torch.testing.assert_close(full.std((1, 2)), c.std((1, 2)))
-    half = classifier_free(c, u, t, 3.0, rescale=0.5)
+    half = classifier_free(c, u, t, Guidance(3.0, rescale=0.5))
     torch.testing.assert_close(half, (plain + full) / 2)
-    short = classifier_free(c, u, t, 3.0, renorm=True)
+    short = classifier_free(c, u, t, Guidance(3.0, renorm=True))
     assert torch.all(short.flatten(1).norm(dim=1) <= c.flatten(1).norm(dim=1) * 1.0001)
-    assert torch.equal(classifier_free(c, 2 * c, t, 1.5, renorm=True), classifier_free(c, 2 * c, t, 1.5))
+    assert torch.equal(
+        classifier_free(c, 2 * c, t, Guidance(1.5, renorm=True)), classifier_free(c, 2 * c, t, Guidance(1.5))
+    )
 
 
 @pytest.mark.broad
@@ -182,13 +184,13 @@ def test_classifier_guidance_starts_at_pure_noise_and_in_inference_mode() -> Non
 def test_encode_is_the_inverse_of_decode() -> None:
     data = GaussianMixture(MEANS, STDS, WEIGHTS)
     x = data.sample(30, torch.Generator().manual_seed(1))
-    z = encode(data.velocity, x, uniform_grid(200), "rk4")
-    torch.testing.assert_close(decode(data.velocity, z, uniform_grid(200), "rk4"), x, rtol=1e-5, atol=1e-5)
+    ode = Ode(data.velocity, uniform_grid(200))
+    torch.testing.assert_close(ode.decode(ode.encode(x)), x, rtol=1e-5, atol=1e-5)
     # In one dimension the map is the monotone one between the two distributions.
     one = GaussianMixture(torch.tensor([[0.3]], dtype=torch.float64), 0.5)
     x = torch.tensor([[0.3], [0.8], [-0.7]], dtype=torch.float64)
     expected = (x - 0.3) / 0.5
-    torch.testing.assert_close(encode(one.velocity, x, uniform_grid(200), "rk4"), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(Ode(one.velocity, uniform_grid(200)).encode(x), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_slerp_keeps_the_norm_and_the_ends() -> None:
@@ -204,7 +206,7 @@ def test_slerp_keeps_the_norm_and_the_ends() -> None:
 def test_interpolation_starts_and_ends_on_the_data() -> None:
     data = GaussianMixture(MEANS, STDS, WEIGHTS)
     a, b = data.sample(8, torch.Generator().manual_seed(1)).chunk(2)
-    between = interpolate(data.velocity, a, b, torch.linspace(0, 1, 5), uniform_grid(100), "rk4")
+    between = Ode(data.velocity, uniform_grid(100)).interpolate(a, b, torch.linspace(0, 1, 5))
     assert between.shape == (5, 4, 2)
     torch.testing.assert_close(between[0], a, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(between[-1], b, rtol=1e-4, atol=1e-4)
@@ -217,7 +219,7 @@ def gaussian(std: float = 0.5) -> GaussianMixture:
 def test_likelihood_of_a_gaussian() -> None:
     """log N(0.8; 0, 0.25) = -1.50579; the opposite sign of the integral gives -2.892."""
     x = torch.tensor([[0.8], [0.0], [-1.3]], dtype=torch.float64)
-    found = log_likelihood(gaussian().velocity, x, uniform_grid(100))
+    found = Ode(gaussian().velocity, uniform_grid(100)).log_likelihood(x)
     expected = torch.from_numpy(stats.norm(0, 0.5).logpdf(x.squeeze(1).numpy()))
     torch.testing.assert_close(found.value, expected, rtol=0, atol=1e-6)
     assert found.value[0].item() == pytest.approx(-1.50579, abs=1e-5)
@@ -227,7 +229,7 @@ def test_likelihood_of_a_gaussian() -> None:
 def test_the_wrong_sign_is_noticed() -> None:
     """A field run the other way has the opposite divergence: the value that the check would then see."""
     x = torch.tensor([[0.8]], dtype=torch.float64)
-    found = log_likelihood(gaussian().velocity, x, uniform_grid(100))
+    found = Ode(gaussian().velocity, uniform_grid(100)).log_likelihood(x)
     base = stats.norm(0, 1).logpdf(found.z.item())
     assert 2 * base - found.value.item() == pytest.approx(-2.892, abs=1e-3)
 
@@ -238,7 +240,7 @@ def test_likelihood_of_a_mixture(path: Path) -> None:
     data = GaussianMixture(MEANS, STDS, WEIGHTS, path)
     x = data.sample(12, torch.Generator().manual_seed(1))
     one = torch.ones((), dtype=torch.float64)
-    found = log_likelihood(data.velocity, x, uniform_grid(400))
+    found = Ode(data.velocity, uniform_grid(400)).log_likelihood(x)
     # The path starts from (almost) pure noise and ends at (almost) pure data.
     torch.testing.assert_close(found.value, data.log_prob(x, one), rtol=0, atol=5e-3)
 
@@ -248,15 +250,15 @@ def test_likelihood_on_a_variance_preserving_path() -> None:
     """Up to t = 1 itself: the velocity of a smooth density is finite there although sigma' is not."""
     data = GaussianMixture(MEANS, STDS, WEIGHTS, LinearBetaPath())
     x = data.sample(6, torch.Generator().manual_seed(1))
-    found = log_likelihood(data.velocity, x, uniform_grid(400)).value
+    found = Ode(data.velocity, uniform_grid(400)).log_likelihood(x).value
     torch.testing.assert_close(found, data.log_prob(x, torch.ones((), dtype=torch.float64)), rtol=0, atol=2e-2)
     with pytest.raises(ValueError, match="v of LinearBetaPath diverges"):
-        log_likelihood(data.velocity, x, uniform_grid(10), path=data.path)
+        Ode(data.velocity, uniform_grid(10), path=data.path).log_likelihood(x)
 
 
 def test_likelihood_of_a_constant_field() -> None:
     x = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
-    found = log_likelihood(lambda z, t: 1 + 0 * z, x, uniform_grid(4)).value
+    found = Ode(lambda z, t: 1 + 0 * z, uniform_grid(4)).log_likelihood(x).value
     assert found.item() == pytest.approx(float(stats.norm(1, 1).logpdf(x.numpy()).sum()))
 
 
@@ -272,10 +274,10 @@ def test_hutchinson_is_within_its_error() -> None:
 
     x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     expected = torch.from_numpy(stats.multivariate_normal(None, covariance.numpy()).logpdf(x.numpy()))
-    exact = log_likelihood(velocity, x, uniform_grid(100))
+    exact = Ode(velocity, uniform_grid(100)).log_likelihood(x)
     torch.testing.assert_close(exact.value, expected, rtol=0, atol=1e-6)
     g = torch.Generator().manual_seed(3)
-    guess = log_likelihood(velocity, x, uniform_grid(100), trace="hutchinson", probes=64, generator=g)
+    guess = Ode(velocity, uniform_grid(100)).log_likelihood(x, trace="hutchinson", probes=64, generator=g)
     assert torch.all((guess.value - expected).abs() < 3 * guess.standard_error)
     assert torch.all(guess.standard_error > 0)
     assert torch.all(guess.standard_error < 0.2)
@@ -286,19 +288,21 @@ def test_likelihood_in_inference_mode() -> None:
     x = torch.tensor([[0.8]], dtype=torch.float64)
     data = GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), 0.5)
     with torch.inference_mode():
-        found = log_likelihood(data.velocity, x, uniform_grid(100)).value
+        found = Ode(data.velocity, uniform_grid(100)).log_likelihood(x).value
     assert found.item() == pytest.approx(-1.50579, abs=1e-5)
-    assert not log_likelihood(data.velocity, x.requires_grad_(), uniform_grid(10)).value.requires_grad
+    assert not Ode(data.velocity, uniform_grid(10)).log_likelihood(x.requires_grad_()).value.requires_grad
 
 
 def test_a_weight_of_guidance_per_row() -> None:
     conditional, unconditional = torch.randn(3, 2), torch.randn(3, 2)
     scale, t = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor(0.5)
-    rows = classifier_free(conditional, unconditional, t, scale)
+    rows = classifier_free(conditional, unconditional, t, Guidance(scale))
     for row, weight in enumerate((0.0, 1.0, 2.0)):
         one = slice(row, row + 1)
-        torch.testing.assert_close(rows[one], classifier_free(conditional[one], unconditional[one], t, weight))
-    torch.testing.assert_close(rows, classifier_free(conditional, unconditional, t, lambda t: scale))
+        torch.testing.assert_close(
+            rows[one], classifier_free(conditional[one], unconditional[one], t, Guidance(weight))
+        )
+    torch.testing.assert_close(rows, classifier_free(conditional, unconditional, t, Guidance(lambda t: scale)))
 
 
 def test_bits_per_dim() -> None:
@@ -313,31 +317,29 @@ X = torch.zeros(2, 3)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: log_likelihood(lambda z, t: z, X, uniform_grid(2), trace="guess"), "unknown trace 'guess'"),
-        (lambda: log_likelihood(lambda z, t: z, X, uniform_grid(2), trace="hutchinson", probes=1), "two probes"),
-        (lambda: log_likelihood(lambda z, t: z, X[0], uniform_grid(2)), r"must be \[R, D\]"),
+        (lambda: Ode(lambda z, t: z, uniform_grid(2)).log_likelihood(X, trace="guess"), "unknown trace 'guess'"),
+        (lambda: Ode(lambda z, t: z, uniform_grid(2)).log_likelihood(X, trace="hutchinson", probes=1), "two probes"),
+        (lambda: Ode(lambda z, t: z, uniform_grid(2)).log_likelihood(X[0]), r"must be \[R, D\]"),
         (lambda: GaussianMixture(X, 0.1, torch.ones(3)), "K weights and stds"),
         (lambda: GaussianMixture(X, -0.1), "none negative"),
         (lambda: GaussianMixture(X, math.nan), "none negative"),
         (lambda: GaussianMixture(X[:0], 0.1), "above zero"),
         (lambda: GaussianMixture(X, 0.1, torch.zeros(2)), "above zero"),
         (lambda: FiniteSet(X).velocity(X, torch.tensor(1.0)), "no density where sigma is zero"),
-        (lambda: encode(FiniteSet(X).velocity, X, uniform_grid(3)), "no density where sigma is zero"),
+        (lambda: Ode(FiniteSet(X).velocity, uniform_grid(3)).encode(X), "no density where sigma is zero"),
         (lambda: slerp(X, X[:1], 0.5), "shapes differ"),
         (lambda: slerp(torch.ones(2, 2), torch.ones(2, 2), torch.tensor([0.1, 0.9])), "one axis per axis"),
-        (lambda: encode(lambda z, t: z, X, uniform_grid(3).flip(0)), "must rise"),
-        (lambda: decode(lambda z, t: z, X, uniform_grid(3).flip(0)), "must rise"),
-        (lambda: log_likelihood(lambda z, t: z, X, uniform_grid(3).flip(0)), "must rise"),
-        (lambda: log_likelihood(lambda z, t: z, X, 0.1 + 0.9 * uniform_grid(3)), "begin at 0"),
-        (lambda: log_likelihood(lambda z, t: z, X, uniform_grid(3), noise_std=0.0), "must be positive"),
-        (lambda: log_likelihood(torch.no_grad()(lambda z, t: -z), X, uniform_grid(3)), "no divergence"),
-        (lambda: interpolate(lambda z, t: z, X, X, torch.zeros(0), uniform_grid(3)), "one share or more"),
+        (lambda: Ode(lambda z, t: z, uniform_grid(3).flip(0)), "must rise"),
+        (lambda: Ode(lambda z, t: z, 0.1 + 0.9 * uniform_grid(3)).log_likelihood(X), "begin at 0"),
+        (lambda: Ode(lambda z, t: z, uniform_grid(3)).log_likelihood(X, noise_std=0.0), "must be positive"),
+        (lambda: Ode(torch.no_grad()(lambda z, t: -z), uniform_grid(3)).log_likelihood(X), "no divergence"),
+        (lambda: Ode(lambda z, t: z, uniform_grid(3)).interpolate(X, X, torch.zeros(0)), "one share or more"),
         (lambda: bits_per_dim(X, 3, 0.0), "must be positive"),
         (lambda: Field(LinearPath(), lambda z, t: z, "speed"), "unknown prediction 'speed'"),
-        (lambda: classifier_free(X, X, torch.tensor(0.5), 2.0, (0.9, 0.1)), "must rise inside"),
-        (lambda: classifier_free(X, X, torch.tensor(1.5), 2.0), r"\[0, 1\]"),
-        (lambda: classifier_free(X, X, torch.tensor(0.5), 2.0, rescale=5.0), "share between 0 and 1"),
-        (lambda: classifier_free(X, X, torch.tensor(0.5), lambda t: torch.ones(3)), "given as times are"),
+        (lambda: classifier_free(X, X, torch.tensor(0.5), Guidance(2.0, (0.9, 0.1))), "must rise inside"),
+        (lambda: classifier_free(X, X, torch.tensor(1.5), Guidance(2.0)), r"\[0, 1\]"),
+        (lambda: classifier_free(X, X, torch.tensor(0.5), Guidance(2.0, rescale=5.0)), "share between 0 and 1"),
+        (lambda: classifier_free(X, X, torch.tensor(0.5), Guidance(lambda t: torch.ones(3))), "given as times are"),
     ],
 )
 def test_bad_input_is_named(call: Callable[[], Any], message: str) -> None:

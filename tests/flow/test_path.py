@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 from mmgen.flow import loss as losses
-from mmgen.flow.loss import WEIGHTS, flow_loss
+from mmgen.flow.loss import WEIGHTS, FlowLoss
 from mmgen.flow.path import KINDS, Path
 from mmgen.flow.schedule import PATHS, CosinePath, DDPMPath, LinearBetaPath, LinearPath, ScaledNoise, VEPath
 from mmgen.flow.time import TIMES, cosine_grid, discrete, log_snr_grid, shifted, shifted_grid, stratified, uniform_grid
@@ -173,14 +173,14 @@ def test_conversions_stay_finite_at_the_ends(path: Path, kind: str, t: float) ->
 
 @pytest.mark.parametrize(("prediction", "space"), itertools.product(KINDS, KINDS))
 def test_loss_is_the_error_after_conversion(prediction: str, space: str) -> None:
-    """Every pair: converting output and target, then comparing, is what `flow_loss` computes."""
+    """Every pair: converting output and target, then comparing, is what `FlowLoss` computes."""
     x, eps, t = draws()
     output = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
     for path in (LinearPath(), CosinePath()):
         z = path.mix(x, eps, t)
         a = path.convert(prediction, space, output, z, t, 0.05)
         b = path.convert(prediction, space, path.target(prediction, x, eps, t, 0.05), z, t, 0.05)
-        loss = flow_loss(path, output, x, eps, t.squeeze(1), prediction, space, 0.05)
+        loss = FlowLoss(path, prediction, space, 0.05)(output, x, eps, t.squeeze(1))
         torch.testing.assert_close(loss, (a - b).square().mean(-1), rtol=1e-9, atol=1e-12)
 
 
@@ -191,7 +191,7 @@ def test_x_prediction_with_v_loss_is_jits() -> None:
     z = 0.99 * x + 0.01 * eps
     output = x + 0.3
     expected = ((output - z) / 0.05 - (x - z) / 0.05).square().mean(-1)
-    torch.testing.assert_close(flow_loss(LinearPath(), output, x, eps, t, "x", "v", 0.05), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(FlowLoss(LinearPath(), "x", "v", 0.05)(output, x, eps, t), expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("clip", [0.05, 0.2])
@@ -206,10 +206,9 @@ def test_clipping_keeps_the_minimiser(path: Path, prediction: str, space: str, c
         # A score next to the data is taught with the floor under sigma that converts it back.
         scale = path.scale if isinstance(path, ScaledNoise) else 1.0
         exact["score"] = -eps / (scale * max(1 - t, clip))
-        loss = flow_loss(path, exact[prediction], x, eps, time.squeeze(1), prediction, space, clip)
-        assert loss.abs().max() < 1e-20
-        off = flow_loss(path, exact[prediction] + 1, x, eps, time.squeeze(1), prediction, space, clip)
-        assert off.isfinite().all()
+        loss = FlowLoss(path, prediction, space, clip)
+        assert loss(exact[prediction], x, eps, time.squeeze(1)).abs().max() < 1e-20
+        assert loss(exact[prediction] + 1, x, eps, time.squeeze(1)).isfinite().all()
 
 
 def test_a_taught_score_says_what_the_noise_was() -> None:
@@ -224,7 +223,7 @@ def test_a_clip_means_the_same_at_every_noise_scale() -> None:
     x, eps, _ = draws()
     t = torch.full((len(x),), 0.99, dtype=x.dtype)
     for path in (LinearPath(), ScaledNoise(LinearPath(), 2.0), ScaledNoise(LinearPath(), 0.125)):
-        loss = flow_loss(path, x + 0.3, x, eps, t, "x", "v", 0.05)
+        loss = FlowLoss(path, "x", "v", 0.05)(x + 0.3, x, eps, t)
         torch.testing.assert_close(loss, torch.full_like(loss, 36.0))
 
 
@@ -235,7 +234,7 @@ def test_weights_by_their_definitions() -> None:
     ratio = (path.alpha(flat) / path.sigma(flat)).square()
 
     def loss(space: str, weight: losses.Weight | None = None) -> Tensor:
-        return flow_loss(path, output, x, eps, flat, "x", space, 1e-9, weight)
+        return FlowLoss(path, "x", space, 1e-9, weight)(output, x, eps, flat)
 
     # The SNR-weighted x loss is the eps loss; sigma^2 turns score matching into it, too.
     torch.testing.assert_close(loss("x", losses.snr), loss("eps"), rtol=1e-8, atol=0)
@@ -261,7 +260,7 @@ def test_loss_floor_of_gaussian_data() -> None:
     eps = torch.randn(n, 3, dtype=torch.float64, generator=g)
     z = t * x + (1 - t) * eps
     best = z * (t * variance - (1 - t)) / (t**2 * variance + (1 - t) ** 2)
-    loss = flow_loss(LinearPath(), best, x, eps, t.squeeze(1), "v", "v", 0.0).mean().item()
+    loss = FlowLoss(LinearPath(), "v", "v", 0.0)(best, x, eps, t.squeeze(1)).mean().item()
     assert loss == pytest.approx(math.pi / 2 * variance.sqrt().mean().item(), rel=0.01)
 
 
@@ -338,7 +337,7 @@ def test_conversions_and_losses_compile_whole() -> None:
 
     def step(output: Tensor) -> Tensor:
         z = path.mix(x, output, t.view(4, 1))
-        return flow_loss(path, output, x, z, t, "x", "v", 0.05)
+        return FlowLoss(path, "x", "v", 0.05)(output, x, z, t)
 
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), step(x))
@@ -357,7 +356,7 @@ x_1 = torch.zeros(4, 3)
         (lambda: LinearPath().mix(x_1, x_1, torch.full((5, 1), 0.5)), "one axis per axis"),
         (lambda: LinearPath().convert("x", "v", x_1[:2], x_1, torch.tensor(0.5), 0.1), "shapes differ"),
         (lambda: LinearPath().mix(x_1, x_1[:1], torch.tensor(0.5)), "shapes differ"),
-        (lambda: flow_loss(LinearPath(), x_1, x_1, x_1, torch.zeros(3), "v", "v", 0.1), "one t per row"),
+        (lambda: FlowLoss(LinearPath(), "v", "v", 0.1)(x_1, x_1, x_1, torch.zeros(3)), "one t per row"),
         (lambda: LinearBetaPath().convert("v", "x", x_1, x_1, torch.tensor(1.0), 0.1), "diverges at t = 1"),
         (lambda: losses.snr(LinearPath(), torch.tensor([1.0])), "score of LinearPath diverges"),
         (lambda: LinearPath().convert("eps", "score", x_1, x_1, torch.tensor(1.0), 0.0), "zero at t = 1"),
@@ -396,7 +395,7 @@ x_1 = torch.zeros(4, 3)
         (lambda: losses.min_snr(-5), "must be positive"),
         (lambda: losses.logit_normal(0, 0), "must be positive"),
         (
-            lambda: flow_loss(LinearPath(), x_1, x_1, x_1, x_1[:, 0], "x", "x", 0.1, lambda p, t: t.view(-1, 1)),
+            lambda: FlowLoss(LinearPath(), "x", "x", 0.1, lambda p, t: t.view(-1, 1))(x_1, x_1, x_1, x_1[:, 0]),
             "one factor per t",
         ),
     ],

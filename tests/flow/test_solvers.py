@@ -27,7 +27,7 @@ from torch import Tensor
 from mmgen.flow.adaptive import solve_adaptive
 from mmgen.flow.bridge import drive
 from mmgen.flow.field import Field, FiniteSet, GaussianMixture
-from mmgen.flow.guide import classifier_free
+from mmgen.flow.guide import Guidance, classifier_free
 from mmgen.flow.path import Path
 from mmgen.flow.schedule import CosinePath, DDPMPath, LinearBetaPath, LinearPath, ScaledNoise, VEPath
 from mmgen.flow.solvers import (
@@ -582,8 +582,10 @@ def test_a_step_never_waits_for_the_device(name: str, path: Path) -> None:
     network = Field(path, lambda z, t: z * t, "eps", clean_range=(-1.0, 1.0))
     field = network(SOLVERS[name].asks)
 
+    guidance = Guidance(2.0, (0.1, 0.9), rescale=0.5, renorm=True)
+
     def guided(z: Tensor, t: Tensor) -> Tensor:
-        return classifier_free(field(z, t), field(z, t), t, 2.0, (0.1, 0.9), rescale=0.5, renorm=True)
+        return classifier_free(field(z, t), field(z, t), t, guidance)
 
     end = solve(build_solver(name, z, uniform_grid(5), path), guided)
     assert end.device.type == "meta"
