@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from mmgen.config import ObjectiveConfig, PatcherConfig, choose
+from mmgen.objective.image_flow import Given
 from mmgen.objective.interface import (
     BackboneCall,
     Drawing,
     Embedded,
-    Given,
     ImageLayout,
     ImageObjective,
     ImageSite,

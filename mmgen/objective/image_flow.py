@@ -17,10 +17,19 @@ from mmgen.flow.schedule import PATHS, ScaledNoise
 from mmgen.flow.solvers import SOLVERS, build_solver
 from mmgen.flow.steps import Noise
 from mmgen.flow.time import shifted_grid
-from mmgen.objective.interface import Given
 
 Question = tuple[Tensor, Tensor, Tensor | None]
 """z, t, and the clean estimate that the previous answer implied."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Patches that generation keeps, for in-painting; every row keeps equally many."""
+
+    mask_RN: Tensor
+    """True where the patch is known."""
+    x_RNP: Tensor
+    """Clean patches; anything where unknown."""
 
 
 @dataclass(frozen=True)

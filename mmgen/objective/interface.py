@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mmgen.config import ObjectiveConfig, PatcherConfig, SampleConfig
 from mmgen.flow.steps import Noise, normal
 from mmgen.image.patch import Grid
+from mmgen.objective.image_flow import Given
 from mmgen.sequence.batch import Batch
 from mmgen.sequence.document import Block
 
@@ -52,16 +53,6 @@ class Embedded:
     """For each learned patch, the flat position whose hidden state predicts it."""
     state: Any
     """What `loss` needs later."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """Patches that generation keeps, for in-painting; every row keeps equally many."""
-
-    mask_RN: Tensor
-    """True where the patch is known."""
-    x_RNP: Tensor
-    """Clean patches; anything where unknown."""
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from mmgen.config import HeadConfig, MaskRatioConfig, ObjectiveConfig, PatcherConfig, SampleConfig, choose
 from mmgen.flow.time import TIMES
 from mmgen.image.patch import Floats, Grid, raster
-from mmgen.objective.image_flow import FlowSpec, ImageFlow
+from mmgen.objective.image_flow import FlowSpec, Given, ImageFlow
 from mmgen.objective.interface import (
     BackboneCall,
     Drawing,
     Embedded,
-    Given,
     ImageLayout,
     ImageObjective,
     ImageSite,
