@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Prediction = Literal["x", "eps", "v", "score", "v_sh"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -367,7 +367,8 @@ class ObjectiveConfig(Settings):
             return raw
         raw = in_sections(raw)
         added = {name: raw.pop(name) for name in [*raw] if name in OBJECTIVE_SETTINGS and name not in cls.model_fields}
-        return {**raw, "others": {**raw.get("others", {}), **added}} if added else raw
+        others = raw.get("others", {})
+        return {**raw, "others": {**others, **added}} if added and isinstance(others, dict) else raw
 
     @property
     def section(self) -> Settings:
@@ -382,7 +383,12 @@ class ObjectiveConfig(Settings):
         for name, values in self.others.items():
             if name not in OBJECTIVE_SETTINGS:
                 raise ValueError(f"objective.others.{name}: no such objective ({', '.join(OBJECTIVE_SETTINGS)})")
-            OBJECTIVE_SETTINGS[name].model_validate(values)
+            try:
+                OBJECTIVE_SETTINGS[name].model_validate(values)
+            except ValidationError as error:
+                wrong = ("objective." + ".".join([name, *map(str, item["loc"])]) for item in error.errors())
+                told = (f"{key}: {item['msg']}" for key, item in zip(wrong, error.errors(), strict=True))
+                raise ValueError("; ".join(told)) from None
         if self.kind == "mar" and self.mar.causal and self.bidirectional:
             raise ValueError(
                 f"objective.bidirectional is true, but in the order '{self.mar.order}' a patch would see itself before "
@@ -414,6 +420,8 @@ def in_sections(raw: dict[str, Any]) -> dict[str, Any]:
             continue  # absent means the default; MAR has no choice of context
         own = moved.get(section, {})
         own = own.model_dump() if isinstance(own, Settings) else own
+        if not isinstance(own, dict):
+            continue  # the section itself is refused later
         value = raw[name]
         if isinstance(value, dict) and isinstance(own.get(name), dict):
             value = {**own[name], **value}

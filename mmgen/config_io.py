@@ -109,15 +109,28 @@ def load(path: str | Path) -> Config:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections such as 'train:'")
-    for note in old_keys(raw):
+    try:
+        notes = [*old_keys(raw)]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for note in notes:
         print(f"{path}: {note}", file=sys.stderr, flush=True)
     return _validated(raw, f"{path}: ")
 
 
 def old_keys(raw: Mapping[str, object]) -> Iterator[str]:
-    """A note for each kind of key that earlier versions used and that is still read."""
+    """A note for each kind of key that earlier versions used and that is still read.
+
+    Raises:
+        ValueError: a setting is given under its old and its new key.
+    """
     objective = raw.get("objective")
     flat = [name for name in FLAT if isinstance(objective, Mapping) and name in objective]
+    for name in flat:
+        section = objective.get(FLAT[name]) if isinstance(objective, Mapping) else None
+        if isinstance(section, Mapping) and name in section:
+            new = f"objective.{FLAT[name]}.{name}"
+            raise ValueError(f"objective.{name} and {new} are the same setting: keep {new}")
     if flat:
         moved = ", ".join(f"objective.{name} is now objective.{FLAT[name]}.{name}" for name in flat)
         yield f"keys of an earlier version were read: {moved}"

@@ -30,6 +30,7 @@ from mmgen.data.tools.check import greedy_fill
 from mmgen.image.resize import draft, fit
 from mmgen.model import build_model
 from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train.checkpoint.read import known_facts
 from mmgen.train.optimizer import build_optimizer
 
 SIMULATED = 10**8
@@ -131,8 +132,8 @@ def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], 
     torch.set_num_threads(1)
     config = override(config, {"data": {"workers": 0, "crop": "center"}})
     tokenizer = Tokenizer.of(config)
-    warm = Corpus(config.data.train, tokenizer, config)
-    cold = Corpus(config.data.train, tokenizer, override(config, {"data": {"cache_bytes": 0}}))
+    warm = Corpus(config.data.train, tokenizer, config, known_facts(config))
+    cold = Corpus(config.data.train, tokenizer, override(config, {"data": {"cache_bytes": 0}}), known_facts(config))
     shards, count = warm.dataset.shards, min(samples, len(warm.samples))
     order = [int(i) for i in cold.plan.mixture.documents(0, count)[1]]
     if store.is_url(shards[0]):
@@ -240,6 +241,6 @@ def resume_seconds(at: int) -> float:
 def reopened(config: Config, tokenizer: Tokenizer) -> float:
     """From the files of the run's own shards to its first row."""
     began = time.process_time()
-    corpus = Corpus(config.data.train, tokenizer, config)
+    corpus = Corpus(config.data.train, tokenizer, config, known_facts(config))
     next(corpus.plan.rows(Position()))
     return time.process_time() - began

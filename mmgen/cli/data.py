@@ -58,9 +58,11 @@ def check(
     """Say what shards hold and lose, and whether the order keeps its promises; code 1 where anything is bad."""
     from mmgen.data.tools import check as whole
     from mmgen.data.tools.check_streams import check_streams
+    from mmgen.train.checkpoint.read import known_facts
 
     patterns, tokenizer = _chosen(shards, config)
-    options = whole.CheckOptions(tell, decode, inject, workers or os.cpu_count() or 1, world)
+    facts = known_facts(config)
+    options = whole.CheckOptions(tell, decode, inject, workers or os.cpu_count() or 1, world, facts)
     report: whole.Report
     if config.data.streams and not shards:
         report = check_streams(tokenizer, config, options)
@@ -82,8 +84,10 @@ def show_rows(
     """Draw packed rows as the model sees them: mask, text, images."""
     from mmgen.data.loader import Corpus
     from mmgen.data.tools.show import show as draw_rows
+    from mmgen.train.checkpoint.read import known_facts
 
-    rows = draw_rows(Corpus(*_chosen(shards, config), config), count, out)
+    patterns, tokenizer = _chosen(shards, config)
+    rows = draw_rows(Corpus(patterns, tokenizer, config, known_facts(config)), count, out)
     if as_json:
         print_json([row.as_dict() for row in rows])
     for row in [] if as_json else rows:

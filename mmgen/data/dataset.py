@@ -121,7 +121,7 @@ class Measured(ABC):
             here = epochs == epoch
             flip[here] = uniform(facts.hashes[here], seed, "flip", epoch)
             drop[here] = uniform(facts.hashes[here], seed, "drop", epoch)
-        dropped = (facts.images > 0) & ((drop < data.caption_drop) | (facts.text == 0))
+        dropped = (facts.learned_images > 0) & ((drop < data.caption_drop) | (facts.text == 0))
         forms = np.where(dropped, DROPPED, np.where(facts.paired, CAPTION_FIRST, AS_TOLD))
         return np.where(facts.paired & (flip < data.image_first), IMAGE_FIRST, forms).astype(np.int64)
 

@@ -23,12 +23,14 @@ from mmgen.generate import Decoder, Event, Request
 from mmgen.generate.grammar import Grammar
 from mmgen.generate.parts import REAL, Parts
 from mmgen.model import MMGenConfig, MMGenModel
+from mmgen.objective import OBJECTIVES, ImageObjective
 from mmgen.parity.faults import FAULTS
 from mmgen.parity.record import DrawnImage, Recorder
 from mmgen.parity.reference import Document, ImageReplay, Picture, Reference
 from mmgen.parity.report import Report
 from mmgen.sequence.document import TextSegment
 from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train.checkpoint.read import known_facts
 
 STEPS = 3
 WEIGHT = 1.7
@@ -73,7 +75,17 @@ def check_parity(config: Config, inject: str | None = None) -> list[Report]:
         ValueError: an unknown fault.
     """
     parts = REAL if inject is None else choose(FAULTS, inject, "fault")
-    return [_check_variant(name, config, change, parts) for name, change in VARIANTS.items()]
+    kind = config.objective.kind
+    known = any(change["kind"] == kind for change in VARIANTS.values())
+    variants = VARIANTS if known else {kind: {"kind": kind}}
+    if not known and not can_replay(config):
+        raise ValueError(f"objective.kind '{kind}' has no `replay`, so its sampling cannot be compared with training")
+    return [_check_variant(name, config, change, parts) for name, change in variants.items()]
+
+
+def can_replay(config: Config) -> bool:
+    """Whether the objective of a configuration says how an image is drawn again."""
+    return OBJECTIVES[config.objective.kind].replay is not ImageObjective.replay
 
 
 def _check_variant(name: str, config: Config, change: dict[str, Any], parts: Parts) -> Report:
@@ -116,7 +128,7 @@ def _generated(events: Sequence[Event], drawn: Sequence[DrawnImage]) -> list[Tex
 def _awake(config: Config, tokenizer: Tokenizer) -> MMGenModel:
     """A model in float64 whose zero-initialised parts are random, so that nothing hides behind a zero."""
     torch.manual_seed(0)
-    model = MMGenModel(MMGenConfig.of(config, len(tokenizer)))
+    model = MMGenModel(MMGenConfig.of(config, len(tokenizer), known_facts(config)))
     model.double().eval()
     with torch.no_grad():
         for p in model.parameters():

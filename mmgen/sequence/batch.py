@@ -139,6 +139,9 @@ def prepare(
 
 def _encoded(levels_UL: Tensor, grids: Sequence[Grid], patcher: Patcher) -> Tensor:
     """Patches [U, P] of the pixels of whole images; images of one grid are encoded together."""
+    if len(set(grids)) == 1:
+        whole_MNL = levels_UL.view(len(grids), -1, levels_UL.shape[1])
+        return patcher.encode_rows(whole_MNL, grids[0]).flatten(0, 1)
     counts = [rows * columns for rows, columns in grids]
     images = levels_UL.split(counts)
     found: list[Tensor | None] = [None] * len(grids)

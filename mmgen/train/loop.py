@@ -44,7 +44,7 @@ def train(config: Config) -> int:
     torch.manual_seed(config.run.seed)
     tokenizer = Tokenizer.of(config)
     found = checkpoint.newest_good(config.run.dir, ranks=ranks)
-    facts = ranks.gather_objects(found.state.autoencoder if found else find_facts(config, tokenizer))[0]
+    facts = ranks.gather_objects(found.state.autoencoder if found else first_facts(config, tokenizer))[0]
     if found:
         checkpoint.check_same_run(found, config, tokenizer)
         if found.state.step >= config.train.steps:
@@ -59,6 +59,13 @@ def train(config: Config) -> int:
         run.engine.close()
     finish()
     return code
+
+
+def first_facts(config: Config, tokenizer: Tokenizer) -> AutoencoderFacts | None:
+    """What a new run takes for granted of its autoencoder: those of the weights that it starts from, else found now."""
+    start = config.train.init_from
+    stored = checkpoint.stored_facts(start) if start is not None and config.model.patcher.kind == "vae" else None
+    return stored or find_facts(config, tokenizer)
 
 
 def loop(run: Run, resumed: Path | None) -> int:

@@ -408,3 +408,14 @@ def walked_given(corpus: Corpus, row: PlannedRow) -> list[bool]:
             found += [not learn] * size
         found.append(False)
     return found
+
+
+def test_the_only_learned_text_is_not_dropped(tmp_path: Path) -> None:
+    """Captions are dropped for guidance, where an image is learned; beside a given image, text is all there is."""
+    listed = [{"text": "words"}, {"image": "png", "learn": False}]
+    members = {"a.png": png(picture(np.random.default_rng(0))), "a.json": json.dumps(listed).encode()}
+    shard = str(write_tar(tmp_path / "given.tar", members))
+    config = tiny(tmp_path, data={"train": [shard], "caption_drop": 1.0})
+    corpus = Corpus(config.data.train, Tokenizer.of(config), config)
+    (raw,) = corpus.first_step().micro
+    assert len(raw.label_at_L) > int((raw.document_BS >= 0).any(1).sum())

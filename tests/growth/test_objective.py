@@ -25,6 +25,7 @@ from mmgen.image import latent
 from mmgen.image.patch import Patcher, Patches
 from mmgen.objective import BackboneCall, Drawing, Embedded, ImageLayout, ImageObjective, ImageSpec
 from mmgen.objective.layers import PlaceEmbedding
+from mmgen.parity import check_parity
 from mmgen.sequence.batch import Batch
 from mmgen.sequence.document import Block
 from mmgen.train.checkpoint.read import load_model
@@ -164,8 +165,10 @@ def test_what_is_drawn_is_what_one_forward_pass_predicts(discrete: Config) -> No
 
 
 def test_its_settings_are_checked_and_stored(discrete: Config, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="codes"):
+    with pytest.raises(ValueError, match=r"objective\.discrete\.codes: "):
         override(discrete, {"objective": {"discrete": {"codes": "many"}}})
+    with pytest.raises(ValueError, match="'discrete' has no `replay`"):
+        check_parity(discrete)
     file = tmp_path / "own.yaml"
     file.write_text("objective: {kind: discrete, discrete: {codes: 5}, transfusion: {cap: 0.1}}")
     assert load(file).objective.section == DiscreteSettings(codes=5)

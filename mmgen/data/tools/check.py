@@ -24,6 +24,7 @@ from mmgen.data.shards import store
 from mmgen.data.shards.index import ensure, ensure_all
 from mmgen.data.shards.samples import BadRecord, BadSample
 from mmgen.data.shards.store import Patterns, expand
+from mmgen.image.latent import AutoencoderFacts
 from mmgen.sequence.tokenizer import Tokenizer
 
 FAULTS = ("per_rank_seed", "dropped_carry", "off_by_one", "duplicated_shard")
@@ -62,6 +63,8 @@ class CheckOptions:
     workers: int = 1
     world: int = 8
     """Ranks whose shares are balanced."""
+    autoencoder: AutoencoderFacts | None = None
+    """What is known of the autoencoder of stored latents."""
 
     def __post_init__(self) -> None:
         if self.inject is not None and self.inject not in FAULTS:
@@ -185,7 +188,7 @@ def check(patterns: Patterns, tokenizer: Tokenizer, config: Config, options: Che
         patterns = [*patterns, shards[0]]
     config = config.model_copy(update={"data": config.data.model_copy(update={"cache_bytes": 0})})
     ensure_all(shards, tokenizer, config.data, options.workers, _indexing(tell))
-    corpus = Corpus(patterns, tokenizer, config)
+    corpus = Corpus(patterns, tokenizer, config, options.autoencoder)
     bad = list(corpus.bad)
     if options.decode:
         bad += undecodable(corpus, options.workers, tell)

@@ -48,7 +48,7 @@ def check_streams(tokenizer: Tokenizer, config: Config, options: CheckOptions) -
         ValueError, FileNotFoundError: a missing shard, or no usable sample at all.
     """
     inject, tell = options.inject, options.tell
-    corpus = StreamCorpus(config.data.train, tokenizer, config)
+    corpus = StreamCorpus(config.data.train, tokenizer, config, options.autoencoder)
     shards = corpus.dataset.shards
     if inject == "duplicated_shard":
         shards = [*shards, shards[0]]

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from mmgen.config import Config
+from mmgen.config import OBJECTIVE_SETTINGS, Config
+from mmgen.image.latent import AutoencoderFacts
 from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.checkpoint.fragments import Store
@@ -109,12 +110,12 @@ def check_same_run(found: Checkpoint, config: Config, tokenizer: Tokenizer) -> N
         return {
             "run": {"seed": settings.run.seed},
             "data": settings.data.model_dump(mode="json", exclude={"workers", "max_bad_fraction", "val"}),
-            "model": settings.model.model_dump(mode="json"),
-            "objective": settings.objective.model_dump(mode="json"),
+            **_model_shape(settings),
             "train": {"batch_rows": settings.train.batch_rows},
         }
 
     _refuse(differences(shape(config), shape(_settings(found))), found.folder)
+    check_same_model(found, config)
     path = found.folder / "tokenizer.json"
     if Tokenizer.load(path, config.model.patcher.grids) != tokenizer:
         raise ValueError(
@@ -134,8 +135,40 @@ def check_same_data(found: Checkpoint, fingerprint: str) -> None:
 
 def check_same_model(found: Checkpoint, config: Config) -> None:
     """Raise ValueError where the model or the objective that is asked for is not the checkpoint's."""
-    one, other = (c.model_dump(mode="json", include={"model", "objective"}) for c in (config, _settings(found)))
-    _refuse(differences(one, other), found.folder)
+    _refuse(differences(_model_shape(config), _model_shape(_settings(found))), found.folder)
+    facts, vae = found.state.autoencoder, config.model.patcher.vae
+    for name in ("mean", "std"):
+        wanted = getattr(vae, name)
+        if facts is not None and wanted is not None and wanted != getattr(facts, name):
+            changed = f"model.patcher.vae.{name} ({wanted} here, {getattr(facts, name)} there)"
+            _refuse([changed], found.folder)
+
+
+def _model_shape(settings: Config) -> dict[str, object]:
+    """Settings that shape the model. The sections of objectives that are not chosen do not.
+
+    Statistics of latents are facts of the run: what settings say of them is compared with those.
+    """
+    model = settings.model.model_dump(mode="json")
+    for name in ("mean", "std"):
+        del model["patcher"]["vae"][name]
+    objective = settings.objective
+    shared = objective.model_dump(mode="json", exclude={*OBJECTIVE_SETTINGS, "others"})
+    return {"model": model, "objective": {**shared, objective.kind: objective.section.model_dump(mode="json")}}
+
+
+def known_facts(config: Config) -> AutoencoderFacts | None:
+    """What the run's newest checkpoint knows of its autoencoder; None for a run that has none yet, and for pixels."""
+    folder = latest(config.run.dir)
+    return stored_facts(folder) if folder else None
+
+
+def stored_facts(folder: Path) -> AutoencoderFacts | None:
+    """What a checkpoint knows of its autoencoder, without a look at its other files; raises ValueError."""
+    try:
+        return TrainerState.from_json((folder / "trainer.json").read_text()).autoencoder
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'trainer.json'} cannot be read ({error})") from None
 
 
 def _settings(found: Checkpoint) -> Config:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from mmgen.data.order import Cursors, Position
@@ -17,7 +18,7 @@ from mmgen.model import MMGenModel
 from mmgen.train.checkpoint.fragments import Store
 from mmgen.train.checkpoint.read import load_model, read_trainer
 from mmgen.train.state import TrainerState
-from tests.conftest import run
+from tests.conftest import pairs, run, write_tar
 from tests.golden.record import FOLDER as GOLDEN
 from tests.golden.record import environment
 
@@ -96,3 +97,52 @@ def test_missing_keys_have_defaults_and_unknown_ones_are_ignored() -> None:
     assert (state.left_out, state.train_seconds, state.born, state.data) == ((), 0.0, None, "")
     with pytest.raises(ValueError, match="optimizer_steps"):
         TrainerState.from_json(json.dumps({name: oldest[name] for name in ("step", "config", "position")}))
+
+
+def settings_of(file: str, patcher: dict) -> str:
+    """A copy of a configuration with other settings of its patcher."""
+    written = yaml.safe_load(Path(file).read_text())
+    written["model"]["patcher"]["vae"] |= patcher
+    Path("changed.yaml").write_text(yaml.safe_dump(written))
+    return "changed.yaml"
+
+
+def test_statistics_that_a_user_sets_are_compared_with_those_of_the_run(
+    version1: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Earlier versions stored them filled in; a run whose user set them explicitly goes on."""
+    facts = read_trainer(version1 / "latent" / "checkpoints" / "step-2").autoencoder
+    assert facts is not None
+    same = settings_of("latent.yaml", {"mean": facts.mean, "std": facts.std})
+    code, _, err = run(capsys, "train", "--config", same, "--train.steps", "3")
+    assert code == 0, err
+    other = settings_of("latent.yaml", {"mean": facts.mean, "std": [1.0, 1.0]})
+    code, _, err = run(capsys, "sample", "a", "--config", other)
+    assert code == 2
+    assert "belongs to another configuration: model.patcher.vae.std" in err
+
+
+@pytest.mark.parametrize("words", [["data", "show", "1"], ["data", "check"], ["check", "parity"]])
+def test_tools_know_the_autoencoder_of_a_run(version1: Path, capsys: pytest.CaptureFixture, words: list[str]) -> None:
+    """The statistics were measured when the run started, and neither settings nor the autoencoder's files hold them."""
+    code, _, err = run(capsys, *words, "--config", "latent.yaml", "--json")
+    assert code == 0, err
+
+
+def test_weights_of_a_run_come_with_its_statistics(version1: Path, capsys: pytest.CaptureFixture) -> None:
+    """A run that starts from weights normalises latents as those weights know them, whatever its own images are."""
+    shard = write_tar(version1 / "other.tar", pairs(6, seed=5))
+    start = ["--train.init_from", "latent/checkpoints/step-2", "--data.train", shard, "--run.dir", "next"]
+    code, _, err = run(capsys, "train", "--config", "latent.yaml", *start)
+    assert code == 0, err
+    old, new = (read_trainer(version1 / name / "checkpoints" / "step-2").autoencoder for name in ("latent", "next"))
+    assert old == new
+
+
+def test_the_section_that_is_not_chosen_changes_nothing(version1: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["sample", "a picture", "--config", "mar.yaml", "--json"]
+    code, _, err = run(capsys, *words, "--objective.transfusion.cap", 0.3)
+    assert code == 0, err
+    code, _, err = run(capsys, *words, "--objective.mar.draws_per_patch", 7)
+    assert code == 2
+    assert "objective.mar.draws_per_patch" in err
