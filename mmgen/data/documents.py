@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -31,26 +31,52 @@ class Share:
     world: int = 1
 
 
-@dataclass
+@dataclass(frozen=True)
+class WrittenRow:
+    """A planned row, decoded and written, before it is collated."""
+
+    strips: Sequence[Strip | int]
+    """Its documents; the length in place of one that could not be decoded."""
+    positions: int
+    """Positions of its documents, padding not counted."""
+    images: int
+    """Images that are learned."""
+    bad: Sequence[BadRecord]
+    """Samples that could not be used."""
+
+
+@dataclass(frozen=True)
 class Step:
     """This process's share of one global step."""
 
     number: int
-    micro: list[RawBatch]
+    micro: Sequence[RawBatch]
     after: Position | Cursors
     """Where the run stands once this step is done."""
-    documents: int = 0
-    positions: int = 0
+    documents: int
+    positions: int
     """Positions of real documents, padding not counted."""
-    images: int = 0
+    images: int
     """Images that are learned."""
-    bad: list[BadRecord] = field(default_factory=list)
+    bad: Sequence[BadRecord]
     """Samples that could not be decoded."""
 
+    @staticmethod
+    def of_rows(number: int, micro: Sequence[RawBatch], after: Position | Cursors, rows: Sequence[WrittenRow]) -> Step:
+        """The step whose micro-batches hold these rows."""
+        return Step(
+            number,
+            micro,
+            after,
+            documents=sum(len(row.strips) for row in rows),
+            positions=sum(row.positions for row in rows),
+            images=sum(row.images for row in rows),
+            bad=[record for row in rows for record in row.bad],
+        )
+
     def pin_memory(self) -> Step:
-        """Move the batches to page-locked memory, from where a GPU copies while it computes."""
-        self.micro = [batch.pin_memory() for batch in self.micro]
-        return self
+        """A copy with its batches in page-locked memory, from where a GPU copies while it computes."""
+        return replace(self, micro=[batch.pin_memory() for batch in self.micro])
 
 
 @dataclass(frozen=True)
@@ -217,36 +243,29 @@ class Documents(ABC):
             rows, RowFormat(self.config.data.row_length, self.tokenizer, self.layout.context((0, 0)), patches)
         )
 
-    def written(self, row: PlannedRow, ordinal: int, quantile: Callable[[int], float], step: Step) -> list[Strip | int]:
-        """Write the documents of a row and count them in `step`.
+    def written(self, row: PlannedRow, ordinal: int, quantile: Callable[[int], float]) -> WrittenRow:
+        """Decode and write the documents of a row.
 
         `ordinal` is the number of the row's first learned image; `quantile` gives each number its draw for t.
         """
         strips: list[Strip | int] = []
+        bad: list[BadRecord] = []
+        following = ordinal
         for document in row:
-            even = None
-            if self.config.objective.time.stratified:
-                even = [quantile(i) for i in range(ordinal, ordinal + document.images)]
-            strips.append(self._write_or_leave(document, even, step))
-            ordinal += document.images
-            step.images += document.images
-            step.positions += document.length
-        step.documents += len(row)
-        return strips
+            first, following = following, following + document.images
+            even = [quantile(i) for i in range(first, following)] if self.config.objective.time.stratified else None
+            try:
+                strips.append(self.write(document, even))
+            except BadSample as error:
+                strips.append(document.length)
+                bad.append(BadRecord(*self.name(document), str(error)))
+        return WrittenRow(strips, sum(document.length for document in row), following - ordinal, bad)
 
-    def micro_batches(self, written: list[list[Strip | int]], world: int) -> list[RawBatch]:
+    def micro_batches(self, rows: Sequence[WrittenRow], world: int) -> list[RawBatch]:
         """The written rows of a rank as its micro-batches, filled up with empty rows."""
         settings = self.config.train
         share = -(-settings.batch_rows // world)
         micro = min(settings.micro_rows or share, share)
         steps = -(-settings.batch_rows // (world * micro))
-        written = [*written, *([] for _ in range(steps * micro - len(written)))]
-        return [self.batch(written[i * micro : (i + 1) * micro]) for i in range(steps)]
-
-    def _write_or_leave(self, document: PlannedDocument, quantiles: Sequence[float] | None, step: Step) -> Strip | int:
-        try:
-            return self.write(document, quantiles)
-        except BadSample as error:
-            shard, key = self.name(document)
-            step.bad.append(BadRecord(shard, key, str(error)))
-            return document.length
+        strips = [*(row.strips for row in rows), *([] for _ in range(steps * micro - len(rows)))]
+        return [self.batch(strips[i * micro : (i + 1) * micro]) for i in range(steps)]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmgen.config import Config
 from mmgen.data.dataset import Dataset, Samples
-from mmgen.data.documents import Decoded, Documents, Share, Step
+from mmgen.data.documents import Decoded, Documents, Share, Step, WrittenRow
 from mmgen.data.order import Cursors, Mixture, Plan, PlannedDocument, PlannedRow, Position, chances
 from mmgen.data.shards import store
 from mmgen.data.shards.pictures import STORED
@@ -26,7 +26,6 @@ from mmgen.data.shards.samples import BadSample, Sample
 from mmgen.data.shards.store import Patterns
 from mmgen.flow.time import stratified
 from mmgen.image.latent import AutoencoderFacts, LatentPatcher
-from mmgen.sequence.document import Strip
 from mmgen.sequence.tokenizer import Tokenizer
 
 Form = Literal["as told", "caption first", "image first", "caption dropped"]
@@ -129,18 +128,16 @@ class Corpus(Documents):
 
     def step(self, number: int, rows: Sequence[PlannedRow], after: Position, share: Share = Share()) -> Step:
         """Decode a share of a global step."""
-        step = Step(number, [], after)
         total = sum(document.images for row in rows for document in row)
         shared, _ = chances(self.config.run.seed, "t", number)
         self._prefetch([document.index for row in rows[share.rank :: share.world] for document in row])
         ordinal = 0
-        written: list[list[Strip | int]] = []
+        written: list[WrittenRow] = []
         for r, row in enumerate(rows):
             if r % share.world == share.rank:
-                written.append(self.written(row, ordinal, lambda i: stratified(shared, i, total), step))
+                written.append(self.written(row, ordinal, lambda i: stratified(shared, i, total)))
             ordinal += sum(document.images for document in row)
-        step.micro = self.micro_batches(written, share.world)
-        return step
+        return Step.of_rows(number, self.micro_batches(written, share.world), after, written)
 
     def steps(self, first: int, last: int, start: Position, share: Share) -> Iterator[Step]:
         stream = _Stream(self, first, last, start, share)

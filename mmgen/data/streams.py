@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mmgen.config import Config
 from mmgen.data.dataset import Facts, Measured, facts_of, patch_grids
-from mmgen.data.documents import Decoded, Documents, Share, Step
+from mmgen.data.documents import Decoded, Documents, Share, Step, WrittenRow
 from mmgen.data.loader import Corpus, ahead
 from mmgen.data.order import (
     Cursor,
@@ -45,7 +45,6 @@ from mmgen.data.shards.tar import Damaged
 from mmgen.flow.time import stratified
 from mmgen.image.latent import AutoencoderFacts
 from mmgen.image.patch import Grid
-from mmgen.sequence.document import Strip
 from mmgen.sequence.tokenizer import Tokenizer
 
 BARREN = 16
@@ -248,15 +247,16 @@ class Streams:
             return BadRecord(name, group.key, str(error))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
     """What one loader process has of a global step: some of the streams."""
 
-    step: Step
-    """Its counts; no batches yet."""
-    after: Cursors = field(default_factory=Cursors)
-    rows: dict[int, list[list[Strip | int]]] = field(default_factory=dict)
-    """Written rows of each stream."""
+    number: int
+    """Of the step."""
+    after: Cursors
+    """Where its streams stand once the step is done."""
+    rows: dict[int, list[WrittenRow]]
+    """Rows of each stream."""
 
 
 class StreamCorpus(Documents):
@@ -297,35 +297,28 @@ class StreamCorpus(Documents):
 
     def part(self, number: int, sources: dict[int, Iterator[StreamRow]]) -> Part:
         """The share of some streams in a global step."""
-        part = Part(Step(number, [], self.start))
         shared, _ = chances(self.config.run.seed, "t", number)
+        cursors: dict[int, Cursor] = {}
+        rows: dict[int, list[WrittenRow]] = {}
         for stream, source in sources.items():
             drawn = [next(source) for _ in range(self.config.train.batch_rows // self.dataset.count)]
             quantile = _spread(shared, stream / self.dataset.count, [row.documents for row in drawn])
-            ordinal, rows = 0, list[list[Strip | int]]()
+            ordinal, rows[stream] = 0, []
             for row in drawn:
-                rows.append(self.written(row.documents, ordinal, quantile, part.step))
-                ordinal += sum(document.images for document in row.documents)
-                part.step.bad += row.bad
-                part.after.streams[stream] = row.after
-            part.rows[stream] = rows
-        return part
+                written = self.written(row.documents, ordinal, quantile)
+                ordinal += written.images
+                rows[stream].append(replace(written, bad=[*written.bad, *row.bad]))
+            cursors[stream] = drawn[-1].after
+        return Part(number, Cursors(cursors), rows)
 
     def joined(self, parts: Sequence[Part], share: Share) -> Step:
         """A share of a global step, whose row i is of stream i mod V."""
-        rows, cursors = dict[int, list[list[Strip | int]]](), list[Cursors]()
-        step = Step(parts[0].step.number, [], self.start)
-        for part in parts:
-            rows |= part.rows
-            cursors.append(part.after)
-            step.documents += part.step.documents
-            step.positions += part.step.positions
-            step.images += part.step.images
-            step.bad += part.step.bad
+        rows = {stream: own for part in parts for stream, own in part.rows.items()}
         count = self.dataset.count
         mine = [rows[i % count][i // count] for i in range(share.rank, self.config.train.batch_rows, share.world)]
-        step.micro, step.after = self.micro_batches(mine, share.world), Cursors.union(cursors)
-        return step
+        after = Cursors.union(part.after for part in parts)
+        by_stream = [row for own in rows.values() for row in own]
+        return Step.of_rows(parts[0].number, self.micro_batches(mine, share.world), after, by_stream)
 
     def steps(self, first: int, last: int, start: Cursors, share: Share) -> Iterator[Step]:
         """Global steps [first, last); raises ValueError for a world that does not divide the number of streams."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,20 @@ def test_a_shard_of_webdatasets_own_writer(config: Config, tmp_path: Path) -> No
     assert [sample.caption for sample in corpus.samples] == ["a jpeg", "a png", "only text"]
     assert [corpus.has_image(i) for i in range(3)] == [True, True, False]
     assert next(steps(corpus, 0, 1, Position())).images > 0
+
+
+def test_pinning_makes_a_new_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is not changed once it is built; torch's loader takes what `pin_memory` returns."""
+    step = corpus_of(config).first_step()
+    kept = list(step.micro)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # this works without a GPU
+    pinned = step.pin_memory()
+    assert list(map(id, step.micro)) == list(map(id, kept))
+    assert not {id(batch) for batch in pinned.micro} & {id(batch) for batch in kept}
+    assert same(step, pinned)
+    assert replace(pinned, micro=step.micro) == step
+    with pytest.raises(FrozenInstanceError):
+        step.images = 0  # type: ignore[misc]
 
 
 def test_a_corrupt_image_leaves_its_slot_empty(config: Config, tmp_path: Path) -> None:

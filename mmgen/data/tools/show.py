@@ -37,7 +37,7 @@ class ShownRow:
     images: int
     """Copies of images."""
     positions: int
-    bad: list[BadRecord]
+    bad: Sequence[BadRecord]
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
