@@ -51,10 +51,7 @@ def launch(words: Sequence[str]) -> int:
     @app.meta.default
     def with_settings(
         *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-        config: Annotated[
-            Path | None,
-            Parameter(help="YAML file of settings, each of which is a flag too: `mmgen settings` lists them."),
-        ] = None,
+        config: Annotated[Path | None, Parameter(help=CONFIG_HELP)] = None,
     ) -> int:
         base = Config() if config is None else load(config)
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)

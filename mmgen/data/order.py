@@ -182,12 +182,12 @@ class PlannedDocument:
     """Positions in its row."""
     images: int = 0
     form: int = 0
-    """How it is told, as `Lengths` says."""
+    """Its form, as `Lengths` gives it."""
 
 
 PlannedRow = list[PlannedDocument]
 Lengths = Callable[[Ints, Ints], tuple[Ints, Ints, Ints]]
-"""(epochs, indices) to each document's length in positions, number of images, and the form in which it is told."""
+"""(epochs, indices) to each document's length in positions, number of images, and form (see `mmgen.data.dataset`)."""
 
 
 class Mixture:

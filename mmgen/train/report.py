@@ -24,7 +24,7 @@ from mmgen.train.state import Progress
 
 
 class Totals(NamedTuple):
-    """What a step holds over all ranks, and what they have to say: sums, in one message of fixed size."""
+    """What a step holds over all ranks, and the signals they raise: sums, in one message of fixed size."""
 
     texts: float
     """Text targets."""

@@ -147,7 +147,7 @@ class Save:
 
     @contextlib.contextmanager
     def noting_errors(self) -> Iterator[None]:
-        """Keep an error until all ranks can hear of it; a thread that died silently would hang them."""
+        """Keep an error until it can be shared with all ranks; a thread that died silently would hang them."""
         try:
             yield
         except Exception as error:
