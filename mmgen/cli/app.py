@@ -21,7 +21,7 @@ from mmgen.config import Config
 from mmgen.config_io import REGISTRIES, explain, load, override, registered
 
 USAGE = 2
-"""Exit code of an error of the user's making."""
+"""Exit code of an error in what the user gave."""
 HELP = ("--help", "-h")
 CONFIG_HELP = "YAML file of settings, each of which is a flag too: `mmgen settings` lists them."
 

@@ -90,7 +90,7 @@ class Opening:
 
 @dataclass
 class Strip:
-    """A stretch of one written document: per position lists, and the patches that stand in it."""
+    """A stretch of one written document: per position lists, and its patches."""
 
     ids: list[int] = field(default_factory=list)
     position: list[int] = field(default_factory=list)

@@ -87,7 +87,7 @@ class Outcome:
 
 
 class Reporter:
-    """Reports the steps of a run; every rank calls it alike."""
+    """Reports the steps of a run; every rank must call it in the same way."""
 
     def __init__(self, engine: Engine, corpus: Corpus | StreamCorpus, log: Log) -> None:
         self.engine, self.corpus, self.log = engine, corpus, log

@@ -81,7 +81,7 @@ class Saver:
         """Wait for the save in flight, on all ranks.
 
         Raises:
-            OSError: it could not be written, and `must` is set; else this is only said.
+            OSError: it could not be written, and `must` is set; else this is only reported.
         """
         if self._save is None:
             return
