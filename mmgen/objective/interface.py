@@ -1,8 +1,8 @@
 """How images are learned and generated: the interface between a language model and diffusion.
 
 An objective has two parts. Its layout, which holds no network, defines how an image is laid out in a row; loader
-workers and the decoder need no more. Its networks define what enters the backbone there, what is learned from the hidden
-states, and how an image is generated from them. Everything else is shared by all objectives.
+workers and the decoder need no more. Its networks define what enters the backbone there, what is learned from the
+hidden states, and how an image is generated from them. Everything else is shared by all objectives.
 
 Suffixes: I patches of a batch, J patches that are learned, R rows being generated, N patches of one image,
 G guidance lanes (conditional, then unconditional), P patch length, D width.
