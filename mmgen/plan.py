@@ -55,7 +55,7 @@ def plan(config: Config) -> Plan:
     the averages, for as many processes as WORLD_SIZE says.
 
     Raises:
-        ValueError: so many processes cannot share the run.
+        ValueError: this number of processes cannot share the run.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config.check_processes(world)

@@ -206,7 +206,7 @@ def wait_fraction(config: Config, corpus: Corpus, rounds: int) -> float:
 
 
 def _simulated(epochs: Any, indices: Any) -> Any:
-    """Lengths of an index that nobody holds: a log-normal caption and an image of 64 patches."""
+    """Lengths of a made-up index: a log-normal caption and an image of 64 patches."""
     bits = (mix(indices.astype(np.uint64)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     text = np.exp(3 + 0.7 * np.sqrt(2) * _inverse_erf(2 * bits - 1)).astype(np.int64)
     return 69 + np.minimum(text, 400), np.ones_like(indices), np.zeros_like(indices)

@@ -21,7 +21,7 @@ from mmgen.config import Config
 from mmgen.config_io import REGISTRIES, explain, load, override, registered
 
 USAGE = 2
-"""Exit code of an error of the user's making."""
+"""Exit code of an error in what the user gave."""
 HELP = ("--help", "-h")
 CONFIG_HELP = "YAML file of settings, each of which is a flag too: `mmgen settings` lists them."
 
@@ -51,10 +51,7 @@ def launch(words: Sequence[str]) -> int:
     @app.meta.default
     def with_settings(
         *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-        config: Annotated[
-            Path | None,
-            Parameter(help="YAML file of settings, each of which is a flag too: `mmgen settings` lists them."),
-        ] = None,
+        config: Annotated[Path | None, Parameter(help=CONFIG_HELP)] = None,
     ) -> int:
         base = Config() if config is None else load(config)
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)

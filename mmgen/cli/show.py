@@ -47,5 +47,5 @@ def plus_minus(half_width: float | None) -> str:
 
 
 def rounded(value: object, digits: int) -> str:
-    """A number with so many digits; anything else as it prints."""
+    """A number rounded to the given digits; anything else as it prints."""
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

@@ -29,7 +29,7 @@ OPEN_SHARDS = 256
 """Shards whose facts a process keeps."""
 CHECKED = 1 << 20
 """Samples up to which lengths are checked before a run; beyond, a document that is too long stops it when planned."""
-AS_TOLD, CAPTION_FIRST, IMAGE_FIRST, DROPPED = range(4)
+AS_WRITTEN, CAPTION_FIRST, IMAGE_FIRST, DROPPED = range(4)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Measured(ABC):
         """Name of the shard, and key, of a sample."""
 
     def forms(self, epochs: Ints, facts: Facts) -> Ints:
-        """How each sample is told in its epoch: decided before packing, by its own key."""
+        """The form of each sample in its epoch: decided before packing, by the sample's key."""
         data, seed = self.config.data, self.config.run.seed
         flip, drop = np.empty(len(epochs)), np.empty(len(epochs))
         for epoch in np.unique(epochs).tolist():
@@ -122,7 +122,7 @@ class Measured(ABC):
             flip[here] = uniform(facts.hashes[here], seed, "flip", epoch)
             drop[here] = uniform(facts.hashes[here], seed, "drop", epoch)
         dropped = (facts.learned_images > 0) & ((drop < data.caption_drop) | (facts.text == 0))
-        forms = np.where(dropped, DROPPED, np.where(facts.paired, CAPTION_FIRST, AS_TOLD))
+        forms = np.where(dropped, DROPPED, np.where(facts.paired, CAPTION_FIRST, AS_WRITTEN))
         return np.where(facts.paired & (flip < data.image_first), IMAGE_FIRST, forms).astype(np.int64)
 
     def lengths(self, epochs: Ints, indices: Ints) -> tuple[Ints, Ints, Ints]:

@@ -28,8 +28,8 @@ from mmgen.flow.time import stratified
 from mmgen.image.latent import AutoencoderFacts, LatentPatcher
 from mmgen.sequence.tokenizer import Tokenizer
 
-Form = Literal["as told", "caption first", "image first", "caption dropped"]
-FORMS: tuple[Form, ...] = ("as told", "caption first", "image first", "caption dropped")
+Form = Literal["as written", "caption first", "image first", "caption dropped"]
+FORMS: tuple[Form, ...] = ("as written", "caption first", "image first", "caption dropped")
 FETCHERS = 16
 """Samples of a remote store that are fetched at the same time."""
 
@@ -85,7 +85,7 @@ class Corpus(Documents):
         return not self.dataset.stored
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """What is trained on, in words."""
         return f"{len(self.samples)} samples"
 
@@ -94,7 +94,7 @@ class Corpus(Documents):
         return len(self.samples) + len(self.bad)
 
     def form(self, epoch: int, index: int) -> Form:
-        """How this sample is told in this epoch."""
+        """In which order this sample's text and images stand in this epoch."""
         facts = self.dataset.gather(np.array([index]))
         return FORMS[int(self.dataset.forms(np.array([epoch]), facts)[0])]
 
@@ -218,7 +218,7 @@ def _begin_worker(parent: int, worker: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A worker whose training process was killed would wait for ever to hand over its last step."""
+    """A worker whose training process was killed would wait forever to hand over its last step."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

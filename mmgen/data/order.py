@@ -118,7 +118,7 @@ def pack(lengths: Sequence[int] | Ints, row_length: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands in its data: the next row is `row` of `window` of `epoch`."""
+    """Position of a run in its data: the next row is `row` of `window` of `epoch`."""
 
     epoch: int = 0
     window: int = 0
@@ -131,7 +131,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where one stream stands: the next row is `row` of its window `window`, which begins at `place` and `group`."""
+    """Position of one stream: the next row is `row` of its window `window`, which begins at `place` and `group`."""
 
     epoch: int = 0
     window: int = 0
@@ -146,17 +146,17 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Cursors:
-    """Where a run without an index stands: the cursor of each stream, of a rank's own ones or of all."""
+    """Position of a run without an index: the cursor of each stream, of a rank's own ones or of all."""
 
     streams: dict[int, Cursor] = field(default_factory=dict)
-    """Streams that are not named stand at their beginning."""
+    """Streams that are not named are at their beginning."""
 
     def as_dict(self) -> dict[str, list[list[int]]]:
         """For a checkpoint: number and cursor of each stream."""
         return {"streams": [[number, *astuple(self.streams[number])] for number in sorted(self.streams)]}
 
     def of_stream(self, number: int) -> Cursor:
-        """Where a stream stands."""
+        """Position of a stream."""
         return self.streams.get(number, Cursor())
 
     @staticmethod
@@ -182,12 +182,12 @@ class PlannedDocument:
     """Positions in its row."""
     images: int = 0
     form: int = 0
-    """How it is told, as `Lengths` says."""
+    """Its form, as `Lengths` gives it."""
 
 
 PlannedRow = list[PlannedDocument]
 Lengths = Callable[[Ints, Ints], tuple[Ints, Ints, Ints]]
-"""(epochs, indices) to each document's length in positions, number of images, and the form in which it is told."""
+"""(epochs, indices) to each document's length in positions, number of images, and form (see `mmgen.data.dataset`)."""
 
 
 class Mixture:

@@ -278,7 +278,7 @@ class StreamCorpus(Documents):
         return True
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """What is trained on, in words."""
         return f"{len(self.dataset.shards)} shards in {self.dataset.count} streams"
 

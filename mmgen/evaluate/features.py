@@ -90,8 +90,8 @@ class Real:
     def separable(self, pictures: Sequence[Pixels]) -> float:
         """How well a classifier tells pictures from held-out real ones.
 
-        Both are rounded to the 17 grey levels of the data: background that is off by 1 in 255, which nobody sees, would
-        give away every picture that was not rounded by the scanner.
+        Both are rounded to the 17 grey levels of the data: a background that is off by 1 in 255, which no eye sees,
+        would give away every picture that was not rounded by the scanner.
         """
         return two_sample_accuracy(*self._pair([seventeen_levels(shown) for shown in pictures]))
 

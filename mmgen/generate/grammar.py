@@ -1,4 +1,4 @@
-"""Which tokens a generated document may go on with."""
+"""Which tokens may come next in a generated document."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Grammar:
         self.sizes_V: NDArray[np.bool_] = np.isin(ids, list(tokenizer.grid))
 
     def allowed(self, request: Request, more_images: bool, words: int) -> NDArray[np.bool_]:
-        """Tokens [V] that a request may go on with, after so many words since the last image."""
+        """Tokens [V] that may come next in a request, after `words` words since the last image."""
         if request.mode == "auto" and more_images:
             return self.free_V
         # Documents whose caption was dropped end right after the image; asked for text, the model gives some.

@@ -87,7 +87,7 @@ def _load(name: str, subfolder: str, device: str) -> Autoencoder:
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """16 hexadecimal digits that stand for the weights of an autoencoder, whatever file they came from."""
+    """16 hexadecimal digits that identify the weights of an autoencoder, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -28,7 +28,7 @@ _TRANSPOSED = (5, 6, 7, 8)
 def orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8, as the header tells it when first asked.
 
-    What stands behind the pixels of a PNG is not heeded: the index, which reads headers alone, cannot know it.
+    What follows the pixels of a PNG is ignored: the index, which reads headers alone, cannot know it.
     """
     if "orientation" not in image.info:
         found = Image.Image.getexif(image).get(ORIENTATION, 1)  # not the method of a PNG, which would decode it

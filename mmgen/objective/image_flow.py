@@ -1,4 +1,4 @@
-"""What both objectives share: the flow that is learned, and how a sampler is driven with guidance."""
+"""What objectives with a flow share: the flow that is learned, and how a sampler is driven with guidance."""
 
 from __future__ import annotations
 

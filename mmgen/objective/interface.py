@@ -1,8 +1,8 @@
 """How images are learned and generated: the interface between a language model and diffusion.
 
-An objective has two parts. Its layout, which holds no network, says how an image stands in a row; loader workers and
-the decoder need no more. Its networks say what enters the backbone there, what is learned from the hidden states, and
-how an image is generated from them. Everything else is shared by all objectives.
+An objective has two parts. Its layout, which holds no network, defines how an image is laid out in a row; loader
+workers and the decoder need no more. Its networks define what enters the backbone there, what is learned from the
+hidden states, and how an image is generated from them. Everything else is shared by all objectives.
 
 Suffixes: I patches of a batch, J patches that are learned, R rows being generated, N patches of one image,
 G guidance lanes (conditional, then unconditional), P patch length, D width.
@@ -91,7 +91,7 @@ Drawing = Generator[BackboneCall, Tensor, Tensor]
 
 
 class ImageLayout(ABC):
-    """How an image stands in a row. It holds no network and may be pickled."""
+    """How an image is laid out in a row. It holds no network and may be pickled."""
 
     copies: int = 1
     """How many blocks `blocks` returns."""
@@ -128,7 +128,7 @@ class ImageObjective(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, batch: Batch) -> Embedded:
-        """What stands at image positions."""
+        """What enters the backbone at image positions."""
 
     @abstractmethod
     def loss(self, hidden_JD: Tensor, state: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """MAR: the backbone never sees noise; it conditions a small denoiser that draws each patch (Li et al. 2024).
 
-Orders: `masked` hides most patches behind a learned vector and predicts them where they stand, with attention
+Orders: `masked` hides most patches behind a learned vector and predicts them in place, with attention
 both ways and several patches per step of generation; `raster` and `random` predict the next patch, causally.
 """
 
@@ -190,7 +190,7 @@ class MARObjective(ImageObjective):
         return self._next_patches(spec) if self.own.causal else self._unmask(spec)
 
     def _unmask(self, spec: ImageSpec) -> Drawing:
-        """Reveal patches in random order, more of them at each step; known ones stand from the start."""
+        """Reveal patches in random order, more of them at each step; known ones are there from the start."""
         rows, n, _ = spec.noise_RNP.shape
         device = spec.noise_RNP.device
         place_N2 = torch.from_numpy(raster(spec.grid)).to(device)

@@ -3,7 +3,7 @@
 A model with random weights serves scripted documents (text before and after images, several images each, of all
 declared sizes) while everything that enters and leaves the backbone is recorded. Each call is then computed again
 from a document that the training code lays out, without cache, and compared: positions, who sees whom, inputs,
-hidden states; and each image is drawn again by an Euler loop written here.
+hidden states; and each image is drawn again by the Euler steps of `mmgen.objective.replay.redraw`.
 """
 
 from __future__ import annotations

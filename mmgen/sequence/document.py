@@ -1,9 +1,10 @@
-"""Documents to packed rows, and the attention rule.
+"""Documents, and their text and images written out position by position.
 
 A document is an ordered list of text and image segments. Written out it is BOS segments EOS, an image being
-BOI size patches EOI, where `patches` is one block per copy of the image. Rows hold whole documents.
+BOI size patches EOI, where `patches` is one block per copy of the image. `mmgen.sequence.batch` packs documents into
+rows, and `mmgen.sequence.attention` has the attention rule.
 
-Suffixes: B rows, S positions, I patches in the batch, M images in the batch, N patches of one image, P patch length.
+Suffixes: N patches of one image, P patch length.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class ImageSegment:
     grid: Grid
     blocks: Sequence[Block]
     learn: bool = True
-    """Its opening tokens have cross-entropy; what its patches have is said by `blocks`."""
+    """Its opening tokens have cross-entropy; the loss of its patches is set by `blocks`."""
 
 
 Document = Sequence[TextSegment | ImageSegment]
@@ -89,7 +90,7 @@ class Opening:
 
 @dataclass
 class Strip:
-    """A stretch of one written document: per position lists, and the patches that stand in it."""
+    """A stretch of one written document: per position lists, and its patches."""
 
     ids: list[int] = field(default_factory=list)
     position: list[int] = field(default_factory=list)

@@ -170,8 +170,8 @@ def open_run(start: Start, watchdog: Watchdog) -> Run:
     log = Log(config, progress.step, ranks.rank == 0)
     reporter = Reporter(engine, corpus, log)
     log.say(
-        f"{config.run.dir}: steps {progress.step + 1} to {config.train.steps} on {engine.device}, {corpus.told}, "
-        f"{'bf16' if engine.bf16 else 'fp32'}{', compiled' if engine.model.compiled else ''}"
+        f"{config.run.dir}: steps {progress.step + 1} to {config.train.steps} on {engine.device}, "
+        f"{corpus.description}, {'bf16' if engine.bf16 else 'fp32'}{', compiled' if engine.model.compiled else ''}"
         + (f", {ranks.world} processes, ZeRO stage {config.train.zero_stage}" if shard(config) else "")
     )
     saver = Saver(config.run.dir / "checkpoints", engine, tokenizer, log.say)

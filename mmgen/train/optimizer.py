@@ -56,7 +56,7 @@ class AveragingAdamW(torch.optim.AdamW):
         super().__init__(params, **kwargs)
         self.averages = averages
         self.allow: Callable[[list[Tensor]], bool] = lambda stepped: True
-        """Asked before each step, with the tensors to be stepped; where it says no, nothing changes."""
+        """Asked before each step, with the tensors to be stepped; where it returns false, nothing changes."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:

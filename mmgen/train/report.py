@@ -24,7 +24,7 @@ from mmgen.train.state import Progress
 
 
 class Totals(NamedTuple):
-    """What a step holds over all ranks, and what they have to say: sums, in one message of fixed size."""
+    """What a step holds over all ranks, and the signals they raise: sums, in one message of fixed size."""
 
     texts: float
     """Text targets."""
@@ -87,7 +87,7 @@ class Outcome:
 
 
 class Reporter:
-    """Reports the steps of a run; every rank calls it alike."""
+    """Reports the steps of a run; every rank must call it in the same way."""
 
     def __init__(self, engine: Engine, corpus: Corpus | StreamCorpus, log: Log) -> None:
         self.engine, self.corpus, self.log = engine, corpus, log

@@ -24,7 +24,7 @@ from mmgen.data.order import Cursors, Position
 from mmgen.data.streams import training_corpus
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import tiny
-from tests.data.test_streams import row_digests, write_shards
+from tests.data.common import row_digests, write_shards
 
 LAST = 14
 

@@ -1,17 +1,13 @@
-"""Reading shards that nobody vouches for: archives, members, images, places."""
+"""Shards from untrusted sources: hostile members, remote places, the index, and interleaved documents."""
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import pickle
-import re
 import resource
 import struct
-import tarfile
 import threading
-import time
 import zlib
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,201 +16,26 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-import webdataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from mmgen.config import Config, DataConfig, LimitsConfig
+from mmgen.config import Config, DataConfig
 from mmgen.config_io import override
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position
 from mmgen.data.shards import store
 from mmgen.data.shards.index import build, ensure, find
-from mmgen.data.shards.pictures import image_size, open_image, open_stored
 from mmgen.data.shards.samples import (
-    BadRecord,
-    BadSample,
-    Picture,
     Text,
     clean,
-    groups,
-    parse,
     read,
 )
-from mmgen.data.shards.tar import Damaged, Member, members
-from mmgen.image.resize import fit, flatten, nearest_size
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import pairs, picture, png, text_tokenizer, write_tar
-
-FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-
-
-def everything(name: str) -> bool:
-    return True
-
-
-def tar_of(names: dict[str, bytes], form: int = tarfile.USTAR_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
-        for name, data in names.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
+from tests.data.common import npy
 
 
 def tokenizer() -> Tokenizer:
     return Tokenizer(text_tokenizer(), [(2, 2), (3, 2)])
-
-
-def listed(content: bytes, most: int = 1 << 20) -> list[Member]:
-    return list(members(io.BytesIO(content), everything, most))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.dictionaries(
-        st.text("aé./ _-0", min_size=1, max_size=300).map(lambda s: "d/" + s + "x"),
-        st.binary(max_size=1500),
-        max_size=6,
-    ),
-    st.sampled_from(["gnu", "pax"]),
-)
-def test_members_are_those_of_tarfile(names: dict[str, bytes], form: str) -> None:
-    content = tar_of(names, FORMATS[form])
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        expected = [(info.name, info.offset_data, info.size) for info in tar.getmembers()]
-    found = listed(content)
-    assert [(member.name, member.offset, member.size) for member in found] == expected
-    assert [member.data for member in found] == list(names.values())
-    assert all(content[m.offset : m.offset + m.size] == m.data for m in found)
-
-
-def test_links_devices_and_sparse_members_are_left_out() -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for number, kind in enumerate([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]):
-            info = tarfile.TarInfo(f"{number}.txt")
-            info.type, info.linkname = kind, "/etc/passwd"
-            tar.addfile(info)
-        info = tarfile.TarInfo("folder")
-        info.type = tarfile.DIRTYPE
-        tar.addfile(info)
-        info = tarfile.TarInfo("9.txt")
-        info.size = 3
-        tar.addfile(info, io.BytesIO(b"yes"))
-    found = listed(buffer.getvalue())
-    assert [member.reason != "" for member in found] == [True] * 4 + [False]
-    assert "symbolic link" in found[0].reason
-    assert [member.data for member in found] == [None] * 4 + [b"yes"]
-
-
-def sparse(tmp_path: Path, form: str) -> bytes:
-    """A sparse member as GNU tar writes it."""
-    import subprocess
-
-    with (tmp_path / "hole.txt").open("wb") as file:
-        for block in range(40):
-            file.seek(block * 1_000_000)
-            file.write(b"x")
-    (tmp_path / "plain.txt").write_bytes(b"plain")
-    command = ["tar", "-S", f"--format={form}", "-cf", "s.tar", "hole.txt", "plain.txt"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    return (tmp_path / "s.tar").read_bytes()
-
-
-@pytest.mark.parametrize("form", ["gnu", "pax"])
-def test_sparse_members_of_gnu_tar(tmp_path: Path, form: str) -> None:
-    found = listed(sparse(tmp_path, form), 1 << 30)
-    assert [member.reason for member in found] == ["it is sparse", ""]
-    assert found[1].data == b"plain"
-
-
-def test_truncation_at_every_block(tmp_path: Path) -> None:
-    """Whatever is cut off, the samples before it are read, and one line tells of the loss."""
-    whole = tar_of(pairs(4))
-    complete = [sample.key for sample in read([str(write(tmp_path / "w.tar", whole))])]
-    lost = []
-    for size in range(0, len(whole), 512):
-        bad: list[BadRecord] = []
-        found = [sample.key for sample in read([str(write(tmp_path / "c.tar", whole[:size]))], bad)]
-        assert found == complete[: len(found)]
-        assert (not bad) == (found == complete and len(whole[:size].rstrip(b"\0")) + 512 <= size)
-        assert all("cannot be read to its end" in item.reason for item in bad)
-        lost.append(len(complete) - len(found))
-    assert sorted(lost, reverse=True) == lost
-    for size in (1, 511, 700, 1025):
-        assert damaged(whole[:size])
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
-def damaged(content: bytes) -> str:
-    with pytest.raises(Damaged) as error:
-        listed(content)
-    return str(error.value)
-
-
-def test_damaged_headers_are_named() -> None:
-    whole = bytearray(tar_of({"a.txt": b"1", "b.txt": b"2"}))
-    assert damaged(b"PK\3\4" + bytes(600)) == "no tar header at 0 bytes"
-    assert "no tar header at 1024 bytes" in damaged(bytes(whole[:1024] + b"\xff" * 512 + whole[1024:]))
-    assert "behind the end mark" in damaged(bytes(whole) + bytes(whole))
-    assert "not octal" in damaged(_with_size(whole, b"99999999999\0"))
-    assert "negative" in damaged(_with_size(whole, b"\xff" * 12))
-    assert "ends inside a.txt" in damaged(_with_size(whole, b"77777777777\0"))
-    assert "ends inside a.txt" in damaged(_with_size(whole, b"\x80" + b"\x7f" * 11))
-    huge = bytearray(tar_of({"x" * 200: b"1"}, tarfile.GNU_FORMAT))
-    assert "extended header of" in damaged(_with_size(huge, b"77777777777\0"))
-    bad_pax = tar_of({"é" * 80: b"1"}, tarfile.PAX_FORMAT).replace(b" path=", b" path ")
-    assert "not made of records" in damaged(bad_pax)
-    short = re.sub(rb"\d{3} path=", b"001 path=", tar_of({"é" * 80: b"1"}, tarfile.PAX_FORMAT))
-    assert "not made of records" in damaged(short)
-
-
-def _with_size(content: bytearray, size: bytes) -> bytes:
-    changed = bytearray(content)
-    changed[124:136] = size
-    changed[148:156] = b" " * 8
-    changed[148:156] = b"%06o\0 " % sum(changed[:512])
-    return bytes(changed)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_a_mutated_archive_never_breaks_the_reader(data: st.DataObject) -> None:
-    """Whatever bytes change, the reader ends with samples, named losses, or both."""
-    form = data.draw(st.sampled_from(sorted(FORMATS)))
-    members = {**pairs(2), "long" * (20 if form == "ustar" else 60) + ".txt": b"text"}
-    content = bytearray(tar_of(members, FORMATS[form]))
-    for _ in range(data.draw(st.integers(1, 8))):
-        at = data.draw(st.integers(0, len(content) - 1))
-        content[at : at + 1] = data.draw(st.binary(max_size=3))
-        if not content:
-            break
-    assert survive(bytes(content)) <= len(members), "a change may lose or split samples, not make members up"
-
-
-def survive(content: bytes) -> int:
-    """Samples that are read; anything but `Damaged` and `BadSample` escapes."""
-    count = 0
-    try:
-        for group in groups(io.BytesIO(content), LimitsConfig()):
-            try:
-                sample = parse("s.tar", group, DataConfig())
-                for segment in sample.segments:
-                    if isinstance(segment, Picture):
-                        image_size(segment, LimitsConfig())
-                count += 1
-            except BadSample:
-                pass
-    except Damaged:
-        pass
-    return count
 
 
 def png_bomb(side: int) -> bytes:
@@ -227,12 +48,6 @@ def png_bomb(side: int) -> bytes:
     packer = zlib.compressobj(9)
     body = b"".join(packer.compress(bytes(side + 1)) for _ in range(min(side, 2000))) + packer.flush()
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-
-
-def npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=True)
-    return buffer.getvalue()
 
 
 def hostile() -> dict[str, bytes]:
@@ -297,42 +112,6 @@ def test_a_hostile_shard_is_survived(config: Config, tmp_path: Path) -> None:
     assert "without a caption" in reasons["alone"]
     assert set(tmp_path.rglob("*")) - before == {folder / "hostile.tar.mmgen-index"}
     assert not Path("/tmp/mmgen-was-here").exists()
-
-
-def test_compressed_shards(config: Config, tmp_path: Path) -> None:
-    zstandard = pytest.importorskip("zstandard")
-    content = tar_of(pairs(6))
-    base = override(config, {"data": {"cache_dir": str(tmp_path / "cache")}})
-    packed = {"a.tar": content, "a.tar.gz": gzip.compress(content), "a.tar.zst": zstandard.compress(content)}
-    seen = []
-    for name, data in packed.items():
-        shard = write(tmp_path / name, data)
-        assert [sample.caption for sample in read([str(shard)])] == [f"picture {i}" for i in range(6)]
-        corpus = Corpus([str(shard)], Tokenizer.of(base), base)
-        seen.append([sample.image for sample in corpus.samples])
-    assert seen[0] == seen[1] == seen[2]
-    two = write(tmp_path / "two.tar.gz", gzip.compress(content[:1024]) + gzip.compress(content[1024:]))
-    assert len(list(read([str(two)]))) == 6, "several streams in one file"
-    for name in ("a.tar.gz", "a.tar.zst"):
-        bad: list[BadRecord] = []
-        list(read([str(write(tmp_path / f"cut-{name}", packed[name][:-30]))], bad))
-        assert "cannot be read to its end" in bad[0].reason
-
-
-@pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_a_compression_bomb_stops_early(tmp_path: Path, kind: str) -> None:
-    zstandard = pytest.importorskip("zstandard")
-    header = tar_of({"a.txt": bytes(0)})[:512]
-    packer = zlib.compressobj(9, wbits=31) if kind == "gz" else zstandard.ZstdCompressor(19).compressobj()
-    body = packer.compress(_with_size(bytearray(header), b"77777777777\0"))
-    body += b"".join(packer.compress(bytes(1 << 20)) for _ in range(120)) + packer.flush()
-    assert len(body) < 1 << 18
-    shard = write(tmp_path / f"bomb.tar.{kind}", body)
-    bad: list[BadRecord] = []
-    began = time.process_time()
-    assert not list(read([str(shard)], bad))
-    assert "unpacks to more than" in bad[0].reason
-    assert time.process_time() - began < 10
 
 
 def test_a_shell_is_never_asked(tmp_path: Path) -> None:
@@ -487,98 +266,9 @@ def test_interleaved_documents(config: Config, tmp_path: Path) -> None:
     assert words.decode(kept) == "last", "every text before an image is dropped"
 
 
-def test_modes_and_orientation() -> None:
-    rng = np.random.default_rng(0)
-    levels = rng.integers(0, 65536, (4, 4), dtype=np.uint16)
-    deep = open_image(png(Image.fromarray(levels)))
-    np.testing.assert_array_equal(np.asarray(flatten(deep, 1)), np.rint(levels / 257))
-    clear = Image.fromarray(np.dstack([np.full((4, 4, 3), 200, np.uint8), np.array([[0, 85, 170, 255]] * 4, np.uint8)]))
-    np.testing.assert_allclose(np.asarray(flatten(clear, 3))[0, :, 0], [255, 237, 218, 200], atol=1)
-    inks = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
-    assert np.asarray(flatten(jpeg(inks), 3))[0, 0, 0] > 200, "red"
-    sides = Image.fromarray(np.kron(np.array([[255, 0]], np.uint8), np.ones((32, 32), np.uint8)))  # left half is white
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
-    turned = jpeg(sides, exif=exif)
-    assert image_size(Picture(turned.fp_data), LimitsConfig()) == (64, 32)
-    shown = np.asarray(fit(turned, 1, [(64, 32)]))
-    assert shown.shape == (64, 32)
-    assert shown[:32].mean() > 200 > 50 > shown[32:].mean(), "what was left is above"
-
-
-def jpeg(image: Image.Image, **options: object) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=95, **options)
-    opened = open_image(buffer.getvalue())
-    opened.fp_data = buffer.getvalue()  # type: ignore[attr-defined]
-    return opened
-
-
-def test_sizes_filters_and_crops() -> None:
-    declared = [(16, 16), (32, 32), (16, 32), (32, 16)]
-    sizes = np.array([[100, 100], [20, 20], [10, 10], [50, 100], [300, 100], [16, 32]])
-    assert nearest_size(sizes, declared).tolist() == [1, 0, 0, 2, 3, 2]
-    ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (32, 1)))  # 32 x 64
-    left, middle = (np.asarray(fit(ramp, 1, [(16, 16)], "area", at)) for at in ((0.0, 0.0), (0.5, 0.5)))
-    np.testing.assert_allclose(left[0], np.arange(0, 128, 4).reshape(-1, 2).mean(1), atol=1)
-    np.testing.assert_allclose(middle[0].astype(int) - left[0], 64, atol=1)
-    edge = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 32, axis=0).repeat(32, axis=1))
-    sharp, soft = (np.asarray(fit(edge, 1, [(16, 32)], name)) for name in ("lanczos", "area"))
-    assert set(np.unique(soft)) == {0, 255} != set(np.unique(sharp)), "Lanczos rings at an edge"
-
-
-def test_a_large_jpeg_is_decoded_small() -> None:
-    from mmgen.image.resize import draft
-
-    buffer = io.BytesIO()
-    Image.fromarray(np.tile(np.linspace(0, 255, 2048).astype(np.uint8), (2048, 1))).save(buffer, format="JPEG")
-    sizes = []
-    image = open_image(buffer.getvalue(), None, lambda image: (draft(image, [(64, 64)]), sizes.append(image.size)))
-    assert image.size == (256, 256)
-    whole = fit(open_image(buffer.getvalue()), 1, [(64, 64)])
-    assert np.abs(np.asarray(fit(image, 1, [(64, 64)])).astype(int) - np.asarray(whole)).mean() < 2
-
-
 def test_captions_are_cleaned_where_asked(config: Config, tmp_path: Path) -> None:
     dirty = "  <b>A&amp;nbsp;red</b>\tfox\x00 https://x.org/a?b  &lt;i&gt;runs&lt;/i&gt; "
     assert clean(dirty) == "A red fox runs"
     shard = str(write_tar(tmp_path / "d.tar", {"a.txt": dirty.encode()}))
     assert [s.caption for s in read([shard])] == [dirty.strip()]
     assert [s.caption for s in read([shard], data=DataConfig(clean_captions=True))] == ["A red fox runs"]
-
-
-def test_latents_are_read_safely() -> None:
-    from safetensors.numpy import save
-
-    latent = np.random.default_rng(0).standard_normal((4, 2, 3)).astype(np.float16)
-    for data in (npy(latent), npy(np.asfortranarray(latent)), save({"latent": latent})):
-        opened = open_stored(data)
-        assert (opened.kind, opened.array.dtype) == ("latent", np.float32)
-        np.testing.assert_array_equal(opened.array, latent.astype(np.float32))
-    for wrong in (
-        npy(latent[0]),
-        npy(latent.astype(np.int32)),
-        save({}),
-        b"",
-        b"\x93NUMPY\x09\x00",
-        save({"latent": latent})[:-3],
-    ):
-        with pytest.raises(BadSample, match="latent|array cannot be read"):
-            open_stored(wrong)
-
-
-def test_webdatasets_reader_agrees(tmp_path: Path) -> None:
-    """Keys and extensions are cut as webdataset cuts them."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    names = {"a/b.c/x.y.png": b"1", "a/b.c/x.txt": b"2", "Q.TXT": b"3", "dir.v1/noext": b"4", "z.seg.png": b"5"}
-    shard = write_tar(tmp_path / "n.tar", names)
-    with shard.open("rb") as file:
-        theirs = [
-            (group["__key__"], {k for k in group if not k.startswith("__")})
-            for group in group_by_keys(tar_file_expander([{"url": "n", "stream": file}]))
-        ]
-    with shard.open("rb") as file:
-        ours = [(group.key, {*group.members, *group.others}) for group in groups(file, LimitsConfig())]
-    assert ours == theirs
-    assert webdataset.__version__

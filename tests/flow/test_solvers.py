@@ -1,15 +1,11 @@
-"""Samplers against diffusers, azula, scipy and torchdiffeq, closed forms and exact moments, all in double precision."""
+"""Solvers: order of convergence by scipy, ends, rows at different times, precision, and refused input."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
-import azula.denoise
-import azula.noise
-import azula.sample
 import numpy as np
 import pytest
 import torch
@@ -19,7 +15,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
 )
 from scipy import integrate
 from torch import Tensor
@@ -29,7 +24,7 @@ from mmgen.flow.bridge import drive
 from mmgen.flow.field import Field, FiniteSet, GaussianMixture
 from mmgen.flow.guide import Guidance, classifier_free
 from mmgen.flow.path import Path
-from mmgen.flow.schedule import CosinePath, DDPMPath, LinearBetaPath, LinearPath, ScaledNoise, VEPath
+from mmgen.flow.schedule import CosinePath, DDPMPath, LinearBetaPath, LinearPath
 from mmgen.flow.solvers import (
     LEVELS,
     SOLVERS,
@@ -42,34 +37,8 @@ from mmgen.flow.solvers import (
 from mmgen.flow.steps import normal
 from mmgen.flow.time import cosine_grid, uniform_grid
 from mmgen.lab.data import MEANS
-from mmgen.lab.faults import injected
-from mmgen.lab.moments import Moments, slopes
-
-PATHS: dict[str, Path] = {
-    "linear": LinearPath(),
-    "linear to sigma 0.02": LinearPath(0.02),
-    "cosine": CosinePath(),
-    "cosine, -10 to 8, shifted": CosinePath(-10.0, 8.0, 2 * math.log(64 / 128)),
-    "vp": LinearBetaPath(),
-    "ddpm": DDPMPath(),
-    "ve": VEPath(0.01, 10.0),
-    "linear, noise of 1.5": ScaledNoise(LinearPath(), 1.5),
-    "cosine, noise of 0.5": ScaledNoise(CosinePath(), 0.5),
-}
-each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-
-
-def mixture(path: Path) -> GaussianMixture:
-    return GaussianMixture(MEANS, 0.3, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), path)
-
-
-def start(path: Path, rows: int = 12) -> Tensor:
-    noise = torch.randn(rows, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    return noise * path.sigma(torch.zeros((), dtype=torch.float64))
-
-
-def answer(name: str, data: GaussianMixture) -> Callable[[Tensor, Tensor], Tensor]:
-    return data.velocity if SOLVERS[name].asks == "v" else data.denoised
+from mmgen.lab.moments import slopes
+from tests.flow.common import PATHS, answer, each_path, mixture, start
 
 
 def orders(end: Callable[[int], Tensor], truth: Tensor, counts: tuple[int, ...]) -> list[float]:
@@ -137,19 +106,6 @@ def test_a_shifted_time_is_noticed() -> None:
     assert abs(orders(end, truth("linear"), (320, 640))[0] - 2) > 0.5
 
 
-@pytest.mark.parametrize("scheme", ["euler", "midpoint", "heun"])  # their rk4 is the 3/8 rule
-def test_fixed_steps_are_torchdiffeqs(scheme: str) -> None:
-    from torchdiffeq import odeint
-
-    path = LinearPath()
-    data, z, times = mixture(path), start(path), uniform_grid(12)
-    method = {"heun": "heun2"}.get(scheme, scheme)
-    options = {"perturb": False}
-    theirs = odeint(lambda t, y: data.velocity(y, t), z, times, method=method, options=options)[-1]
-    ours = solve(runge_kutta(z, times, scheme=scheme, end="full"), data.velocity)
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
 def test_adaptive_steps_reach_the_truth() -> None:
     path = LinearPath()
     data, z = mixture(path), start(path)
@@ -170,88 +126,6 @@ def test_samplers_end_on_the_clean_estimate(name: str, path: Path) -> None:
     options = {"level": "constant"} if name == "euler_maruyama" else {}
     end = solve(build_solver(name, z, uniform_grid(6), path, **options), field)
     torch.testing.assert_close(end, data.denoised(*seen[-1]), rtol=1e-8, atol=1e-8)
-
-
-# --- oracles -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 20])
-def test_euler_is_diffusers_euler(steps: int) -> None:
-    """Step by step; diffusers runs sigma from 1 to 0 on z = (1 - sigma) x + sigma eps, with velocity eps - x."""
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
-    data, z = mixture(LinearPath()), start(LinearPath())
-    theirs, seen = z, []
-    for i, step in enumerate(scheduler.timesteps):
-        velocity = data.velocity(theirs, torch.tensor(i / steps, dtype=torch.float64))
-        theirs = scheduler.step(-velocity, step, theirs).prev_sample
-        seen.append(theirs)
-    path: list[Tensor] = []
-    solve(runge_kutta(z, uniform_grid(steps), scheme="euler"), lambda z, t: path.append(z) or data.velocity(z, t))
-    for mine, other in zip(path[1:], seen, strict=False):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
-
-
-def test_heun_is_diffusers_heun() -> None:
-    scheduler = FlowMatchHeunDiscreteScheduler()
-    scheduler.set_timesteps(10)
-    data, z = mixture(LinearPath()), start(LinearPath())
-    times = torch.cat([1 - scheduler.sigmas[:1], 1 - scheduler.sigmas[1:-1:2], torch.ones(1)]).double().unique()
-    theirs = z
-    for i, step in enumerate(scheduler.timesteps):
-        velocity = data.velocity(theirs, 1 - scheduler.sigmas[i].double())
-        theirs = scheduler.step(-velocity, step, theirs).prev_sample
-    ours = solve(runge_kutta(z, times, scheme="heun"), data.velocity)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-def ddpm_times(scheduler: Any) -> Tensor:
-    """The scheduler's steps as times: its index k is step k + 1 of the table, and after the last one comes the data."""
-    steps = 1 - (scheduler.timesteps.double() + 1) / 1000
-    return torch.cat([steps, torch.ones(1, dtype=torch.float64)])
-
-
-@pytest.mark.parametrize("name", ["ddim", "ancestral", "dpmpp_2m"])
-def test_vp_samplers_are_diffusers(name: str) -> None:
-    common = {"timestep_spacing": "trailing", "prediction_type": "epsilon"}
-    scheduler: Any = {
-        "ddim": partial(DDIMScheduler, clip_sample=False, set_alpha_to_one=True),
-        "ancestral": partial(DDPMScheduler, clip_sample=False),
-        "dpmpp_2m": partial(DPMSolverMultistepScheduler, final_sigmas_type="zero"),
-    }[name](**common)
-    steps = 20
-    scheduler.set_timesteps(steps)
-    times, path = ddpm_times(scheduler), DDPMPath(scheduler.betas.double())
-    data = mixture(path)
-    z = start(LinearPath())
-    theirs = z
-    torch.manual_seed(5)
-    for k in scheduler.timesteps:
-        t = 1 - (k.double() + 1) / 1000
-        eps = path.convert("x", "eps", data.denoised(theirs, t), theirs, t, 0.0)
-        theirs = scheduler.step(eps, k, theirs).prev_sample
-    torch.manual_seed(5)
-    ours = solve(build_solver(name, z, times, path), data.denoised)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-class _Schedule(azula.noise.Schedule):  # type: ignore[misc]
-    """Our path as azula's schedule, whose time runs from data to noise."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.path.alpha(1 - t), self.path.sigma(1 - t)
-
-
-class _Denoiser(azula.denoise.Denoiser):  # type: ignore[misc]
-    def __init__(self, data: GaussianMixture) -> None:
-        super().__init__()
-        self.schedule, self.data = _Schedule(data.path), data
-
-    def forward(self, x_t: Tensor, t: Tensor, **_: Any) -> Any:
-        return azula.denoise.DiracPosterior(self.data.denoised(x_t, 1 - t))
 
 
 @pytest.mark.parametrize("path_name", ["linear", "vp"])
@@ -288,246 +162,6 @@ def test_a_full_scheme_asks_every_row_at_its_end() -> None:
     flat = solve(runge_kutta(z, times, end="full"), data.velocity)
     rows = solve(runge_kutta(z, torch.stack([times] * 3, 1), end="full"), data.velocity)
     torch.testing.assert_close(rows, flat, rtol=1e-12, atol=1e-12)
-
-
-@each_path
-@pytest.mark.parametrize("name", ["ddim", "ddim_1", "ddim_half", "ancestral"])
-def test_samplers_are_azulas(name: str, path: Path) -> None:
-    """azula's eta multiplies the variance, ours (as in the paper) the standard deviation."""
-    data, z, steps = mixture(path), start(path), 15
-    eta = {"ddim_1": 1.0, "ddim_half": 0.5}.get(name, 0.0)
-    common = {"steps": steps, "silent": True, "dtype": torch.float64, "start": 0.99, "stop": 0.02}
-    theirs: Any = (
-        azula.sample.DDPMSampler(_Denoiser(data), **common)
-        if name == "ancestral"
-        else azula.sample.DDIMSampler(_Denoiser(data), eta=eta**2, **common)
-    )
-    states: list[Tensor] = []
-    pairs = theirs.timesteps.unfold(0, 2, 1)
-    torch.manual_seed(7)
-    x = z
-    for t, s in pairs[:-1]:
-        x = theirs.step(x, t, s)
-        if name == "ddim":
-            torch.manual_seed(7)
-        states.append(x)
-    seen: list[Tensor] = []
-    torch.manual_seed(7)
-    options = {} if name == "ancestral" else {"eta": eta}
-    solver = build_solver(name.split("_")[0], z, 1 - theirs.timesteps, path, **options)
-    solve(solver, lambda z, t: seen.append(z) or data.denoised(z, t))
-    for mine, other in zip(seen[1:], states, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9)
-
-
-@each_path
-def test_deterministic_ddim_is_azulas_euler(path: Path) -> None:
-    """DDIM(0) is Euler in (z / alpha, sigma / alpha)."""
-    data, z = mixture(path), start(path)
-    theirs = azula.sample.EulerSampler(
-        _Denoiser(data), steps=9, silent=True, dtype=torch.float64, start=0.99, stop=0.02
-    )
-    ours = solve(build_solver("ddim", z, 1 - theirs.timesteps, path), data.denoised)
-    torch.testing.assert_close(ours, theirs(z), rtol=1e-8, atol=1e-9)
-
-
-BRIDGED = {
-    "flow euler": (FlowMatchEulerDiscreteScheduler, {}, 2e-2),
-    "flow heun": (FlowMatchHeunDiscreteScheduler, {}, 1e-3),
-    "ddim": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "trailing"}, 3e-2),
-    "ddim v": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}, 3e-2),
-    "ddim x": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": "sample"}, 3e-2),
-    "dpm": (DPMSolverMultistepScheduler, {"timestep_spacing": "trailing"}, 1e-2),
-    "dpm v on flow": (DPMSolverMultistepScheduler, {"use_flow_sigmas": True, "prediction_type": "v_prediction"}, 1e-2),
-    "dpm flow": (DPMSolverMultistepScheduler, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, 1e-2),
-}  # fmt: skip
-
-
-@pytest.mark.broad
-@pytest.mark.parametrize("name", BRIDGED)
-@pytest.mark.parametrize("path_name", PATHS)
-def test_schedulers_of_diffusers_drive_our_field(name: str, path_name: str) -> None:
-    """Each deterministic scheduler ends where the exact ODE ends, though made for another path than the field.
-
-    Some of theirs go nearer to the data than some of ours.
-    """
-    make, options, tolerance = BRIDGED[name]
-    path, z = PATHS[path_name], start(LinearPath(), 200)
-    data = mixture(path)
-    truth = solve(runge_kutta(z, uniform_grid(200), scheme="rk4"), mixture(LinearPath()).velocity)
-    found = drive(make(**options), Field(path, data.velocity), z, 50)
-    left = float(path.sigma(torch.ones(())))  # noise that the path itself leaves in its data
-    assert float((found - truth).abs().mean()) < tolerance + 1.5 * left
-
-
-def test_a_scheduler_takes_options_for_its_times_and_half_precision() -> None:
-    """Times are told apart in single precision: in bfloat16 the last one would be the data's, where v diverges."""
-    shifting = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    path, z = LinearPath(), start(LinearPath(), 50)
-    found = drive(shifting, Field(path, mixture(path).velocity), z, 60, schedule={"mu": 0.5})
-    truth = solve(runge_kutta(z, uniform_grid(200), scheme="rk4"), mixture(path).velocity)
-    assert float((found - truth).abs().mean()) < 3e-2
-    field = Field(LinearBetaPath(), lambda z, t: z)
-    assert drive(FlowMatchEulerDiscreteScheduler(), field, z.bfloat16(), 50).dtype == torch.bfloat16
-
-
-@pytest.mark.broad
-def test_ddpm_scheduler_drives_our_field() -> None:
-    """The same noise gives the sample of our own ancestral sampler on the same table."""
-    scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
-    z = start(LinearPath())
-    torch.manual_seed(1)
-    theirs = drive(scheduler, Field(LinearPath(), mixture(LinearPath()).velocity, clip=1e-9), z, 25)
-    path = DDPMPath(scheduler.betas.double())
-    torch.manual_seed(1)
-    ours = solve(build_solver("ancestral", z, ddpm_times(scheduler), path), mixture(path).denoised)
-    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
-
-
-# --- exact moments -----------------------------------------------------------------------------------------
-
-
-FAMILY: dict[str, Any] = {
-    "none": "ode",
-    "sqrt(2(1-t))": lambda path, t: (2 * (1 - t)).sqrt(),
-    "2(1-t)": lambda path, t: 2 * (1 - t),
-    "one": "constant",
-    "sigma": "sigma",
-}
-
-
-@pytest.mark.broad
-@pytest.mark.parametrize("level", FAMILY)
-@pytest.mark.parametrize("path_name", ["linear", "cosine"])
-def test_every_member_of_the_family_has_the_marginals(level: str, path_name: str) -> None:
-    moments = Moments(PATHS[path_name])
-    low, high = (0.0, 0.9) if path_name == "linear" else (0.05, 0.95)
-    errors = [
-        moments.error("euler_maruyama", low + (high - low) * uniform_grid(n), level=FAMILY[level], end="full")
-        for n in (400, 800, 1600)
-    ]
-    assert errors[-1] < 5e-3
-    assert all(0.9 < slope < 1.1 for slope in slopes(errors)), errors
-
-
-@pytest.mark.broad
-def test_the_reverse_sde_has_the_marginals() -> None:
-    """w = g: on the variance-preserving path, from nearly pure noise."""
-    moments = Moments(LinearBetaPath())
-    errors = [
-        moments.error("euler_maruyama", 0.01 + 0.9 * uniform_grid(n), level="sde", end="full") for n in (800, 1600)
-    ]
-    assert errors[-1] < 5e-3
-    assert 0.9 < slopes(errors)[0] < 1.1
-
-
-@pytest.mark.broad
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("ancestral", {}), ("ddim", {"eta": 0.0}), ("ddim", {"eta": 0.6}), ("ddim", {"eta": 1.0})],
-)
-@pytest.mark.parametrize("path_name", [name for name in PATHS if "shifted" not in name])
-def test_stochastic_samplers_converge_to_the_data(name: str, options: dict[str, Any], path_name: str) -> None:
-    """Where the path ends with little noise: the clean estimate, on which they end, lacks its variance."""
-    moments = Moments(PATHS[path_name])
-    errors = [moments.error(name, uniform_grid(n), **options) for n in (100, 200, 400)]
-    assert errors[-1] < 0.02
-    assert all(0.75 < slope < 2.2 for slope in slopes(errors)), errors
-
-
-@pytest.mark.broad
-@each_path
-def test_corrections_bring_a_sampler_closer(path: Path) -> None:
-    """A predictor without corrections is ancestral sampling; each Langevin step pulls toward the marginal."""
-    moments, times = Moments(path), uniform_grid(200)
-    plain = moments.error("ancestral", times)
-    assert moments.error("predictor_corrector", times, corrections=0) == pytest.approx(plain, rel=0.05)
-    errors = [moments.error("predictor_corrector", times, corrections=n, snr=0.1) for n in (1, 3)]
-    assert errors[1] < errors[0] < plain
-
-
-def test_ancestral_is_ddim_with_eta_one() -> None:
-    """N(0, 0.25) on the cosine path: the same moments, and the same draws from the same seed."""
-    path = CosinePath()
-    pairs: tuple[tuple[str, dict[str, float]], ...] = (("ancestral", {}), ("ddim", {"eta": 1.0}))
-    variances = []
-    for name, options in pairs:
-        states = Moments(path, 0.0, 0.5).states(name, uniform_grid(50), **options)[:-1]
-        variances.append([Moments.of(z)[1] for z in states])
-    assert variances[0] == pytest.approx(variances[1], rel=1e-5)
-    data, z, seen = mixture(path), start(path), []
-    for name, options in pairs:
-        torch.manual_seed(3)
-        states = []
-        solver = build_solver(name, z, uniform_grid(20), path, **options)
-        end = solve(solver, lambda z, t, states=states: states.append(z) or data.denoised(z, t))
-        seen.append([*states, end])
-    for a, b in zip(seen[0][:-1], seen[1][:-1], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(seen[0][-1], seen[1][-1], rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.broad
-def test_langevin_keeps_the_marginal() -> None:
-    """Corrections at one time leave its variance, up to the square of their size."""
-    path, time = LinearPath(), 0.6
-    moments = Moments(path)
-    errors = []
-    for snr in (0.2, 0.1, 0.05):
-        mean, variance = moments.end("langevin", torch.tensor([time, time], dtype=torch.float64), snr=snr, steps=400)
-        wanted = time**2 * 0.25 + (1 - time) ** 2
-        assert mean == pytest.approx(time * 0.7, abs=1e-9)
-        errors.append(abs(variance - wanted))
-    assert errors[-1] < 2e-3
-    assert all(1.8 < slope < 2.3 for slope in slopes(errors)), errors
-
-
-@pytest.mark.slow
-def test_annealed_langevin_reaches_the_data() -> None:
-    path = VEPath(0.01, 10.0)
-    moments = Moments(path)
-    ends = [moments.end("annealed_langevin", uniform_grid(60), corrections=n, snr=0.2) for n in (20, 80, 320)]
-    assert [mean for mean, _ in ends] == pytest.approx([0.7] * 3, abs=1e-9)
-    # Where sigma is far below the data's own width a level mixes too slowly; more corrections bring it home.
-    errors = [variance - 0.25 for _, variance in ends]
-    assert errors[0] > errors[1] > errors[2] > 0
-    assert errors[2] < 2e-3
-
-
-# --- faults: each check above turns red --------------------------------------------------------------------
-
-
-def family_error(level: Any) -> float:
-    return Moments(LinearPath()).error("euler_maruyama", 0.96 * uniform_grid(800), level=level, end="full")
-
-
-@pytest.mark.broad
-def test_a_dropped_half_is_noticed() -> None:
-    assert family_error("constant") < 5e-3
-    with injected("half"):
-        assert family_error("constant") > 5e-3
-
-
-@pytest.mark.broad
-@pytest.mark.parametrize("fault", ["no minus s^2", "sign of the score", "shifted t"])
-def test_faults_of_stochastic_samplers_are_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    moments, times = Moments(CosinePath()), uniform_grid(400)
-    healthy = moments.error("ddim", times, eta=1.0)
-    field = moments.field
-
-    def wrong(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-        inner = field(kind)
-        if fault == "shifted t":
-            return lambda z, t: inner(z, (t - 0.01).clamp(min=0))
-        return lambda z, t: 2 * z / moments.path.alpha(t) - inner(z, t)
-
-    with injected("minus_s2" if fault == "no minus s^2" else None):
-        if fault != "no minus s^2":
-            monkeypatch.setattr(moments, "field", wrong)
-        assert moments.error("ddim", times, eta=1.0) > 3 * healthy
-
-
-# --- the protocol ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVERS if n not in ("langevin", "annealed_langevin")])

@@ -1,7 +1,7 @@
 """Solvers that no library has, written out in plain floats from their papers; and what settings and states are allowed.
 
 Every question, draw and step must agree. What diffusers, azula and torchdiffeq have is compared with them in
-`test_solvers`, paths in `test_path`.
+`test_oracles`, paths in `test_path`.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ def test_every_prediction_samples_what_it_knows(config: Config, prediction: str,
         x = target.expand(3, -1, -1).reshape(z.shape)
         return {"x": x, "eps": (z - t * x) / (1 - t), "v": (x - z) / (1 - t)}[prediction]
 
-    model.objective._enter = enter
+    model.objective.projection.enter.enter = enter
     model.objective.projection.leave.leave = decode
     noise = torch.randn(3, 4, patch, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     drawing = model.objective.generate(

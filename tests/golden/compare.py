@@ -1,7 +1,7 @@
 """Compare two commits: `python -m tests.golden.compare fa834f0 HEAD [--case digits ...]`.
 
 Each commit is checked out into a temporary folder and recorded by today's script on this machine, so that results must
-be equal bit for bit. Ends with code 1 where they differ.
+be equal bit for bit. Exits with code 1 if they differ or if a commit cannot be recorded.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import cyclopts
 from tests.golden.record import CASES, differences
 
 ROOT = Path(__file__).parents[2]
+SHOWN = 2000
+"""Characters of a failed command's errors that are printed."""
 
 
 def recorded(commit: str, cases: tuple[str, ...], folder: Path) -> dict[str, dict]:
@@ -32,7 +34,10 @@ def recorded(commit: str, cases: tuple[str, ...], folder: Path) -> dict[str, dic
         script.write_text((Path(__file__).parent / "record.py").read_text())
         command = [sys.executable, str(script), *cases, "--out", str(out), "--configs", str(tree / "configs")]
         environment = {**os.environ, "PYTHONPATH": str(tree)}
-        subprocess.run(command, check=True, cwd=tree, env=environment, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, check=False, cwd=tree, env=environment, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            # A text as the code makes Python print it to stderr and exit with 1.
+            sys.exit(f"Recording commit {commit} failed with exit code {done.returncode}:\n{done.stderr[-SHOWN:]}")
     finally:
         subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", tree], check=True)
     return {case: json.loads((out / f"{case}.json").read_text()) for case in cases}

@@ -1,4 +1,4 @@
-"""The index of a shard: where each sample stands and how long its document is, without decoding anything again.
+"""The index of a shard: where each sample is and how long its document is, without decoding anything again.
 
 One safetensors file per shard, beside it or in the cache: columns per sample, member and segment, mapped into memory
 and read where needed. Names of columns: n samples, m members, s segments.
@@ -54,7 +54,7 @@ def settings_of(data: DataConfig) -> str:
 
 
 def key_hash(shard: str, key: str) -> int:
-    """64 bits that stand for a sample in fast keyed draws."""
+    """64 bits that identify a sample in fast keyed draws."""
     return int.from_bytes(hashlib.blake2b(f"{shard}\0{key}".encode(), digest_size=8).digest(), "little")
 
 
@@ -78,7 +78,7 @@ class IndexMeta:
     """Kind of precomputed arrays to the fingerprints of what made them, empty where unknown."""
 
     def to_json(self) -> str:
-        """The text that stands in the file."""
+        """The text as the file has it."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -239,7 +239,7 @@ class _Hashing:
 
 
 def cached_path(shard: str, cache_dir: Path) -> Path:
-    """Where the index of a shard stands if not beside it."""
+    """Where the index of a shard is if not beside it."""
     digest = hashlib.sha256(shard.encode()).hexdigest()[:32]
     return cache_dir.expanduser() / f"{store.name(shard)[:80]}-{digest}{SUFFIX}"
 
@@ -287,7 +287,7 @@ def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
 
 
 def repeated(group: Group) -> str:
-    """Why a group is bad whose key stood in the shard before."""
+    """Why a group is bad whose key occurred earlier in the shard."""
     return f"its key occurs again, apart from the first (members {sorted(group.members)})"
 
 
@@ -396,7 +396,7 @@ def _ensure_in_worker(shard: str) -> str:
 def ensure_all(
     shards: Sequence[str], tokenizer: Tokenizer, data: DataConfig, workers: int = 0, tell: Tell | None = None
 ) -> None:
-    """Index all shards that need it, in `workers` processes; a second call goes on where a first one stopped.
+    """Index all shards that need it, in `workers` processes; a second call continues where a first one stopped.
 
     Raises:
         FileNotFoundError, OSError: a shard cannot be reached.

@@ -1,4 +1,4 @@
-"""Where shards lie: local files and fsspec URLs, expanded, described and read in ranges."""
+"""Where shards are: local files and fsspec URLs, expanded, described and read in ranges."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def is_shard(file: str) -> bool:
 
 
 def name(shard: str) -> str:
-    """The name of a shard that randomness and messages use: the same wherever it lies."""
+    """The name of a shard that randomness and messages use: the same wherever it is stored."""
     return shard.rstrip("/").rsplit("/", 1)[-1].split("?", 1)[0]
 
 

@@ -1,4 +1,4 @@
-"""A tar reader for archives that nobody vouches for.
+"""A tar reader for archives that are not trusted.
 
 It reads forward, trusts no length, follows no link and hands out bytes: no path of an archive ever reaches the
 disk. ustar, GNU and pax archives are understood; links, devices and sparse members are named and left out.
@@ -88,7 +88,7 @@ def members(file: Readable, wanted: Callable[[str], bool], most: int) -> Iterato
     much is in memory. The file is read to its end.
 
     Raises:
-        Damaged: a header is wrong, the archive ends early, or something stands behind its end mark.
+        Damaged: a header is wrong, the archive ends early, or something follows its end mark.
     """
     source = _Forward(file)
     fixed: dict[str, str] = {}

@@ -242,7 +242,7 @@ def copies(corpus: Corpus) -> list[str]:
 
 
 def unused(shards: Sequence[str], config: Config) -> list[str]:
-    """Tar files that lie beside the shards and that no setting names."""
+    """Tar files that are beside the shards and that no setting names."""
     named = {Path(shard).resolve() for shard in shards}
     for patterns in (config.data.train, config.data.val, config.eval.judge, config.eval.test, config.eval.heldout):
         named |= {Path(shard).resolve() for shard in (expand(patterns) if patterns else [])}
@@ -327,7 +327,7 @@ def _digest(rows: Sequence[PlannedRow]) -> str:
 
 
 def _epoch(plan: Plan) -> tuple[Counter[int], list[PlannedRow]]:
-    """How often each sample stands in an epoch, and its rows (the first part of it where there are very many)."""
+    """How often each sample occurs in an epoch, and its rows (the first part of it where there are very many)."""
     rows, seen = [], Counter[int]()
     for row in plan.epoch_rows(0):
         rows.append(row)

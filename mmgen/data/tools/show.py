@@ -28,7 +28,7 @@ GIVEN = (255, 140, 0)
 
 @dataclass(frozen=True)
 class ShownRow:
-    """What stands in a row."""
+    """What a row holds."""
 
     picture: Path
     samples: list[str]
@@ -45,7 +45,7 @@ class ShownRow:
 
 
 def show(corpus: Corpus, count: int, out: Path) -> list[ShownRow]:
-    """Write a PNG for each of the first `count` rows, its mask beside its images, and say what stands in it."""
+    """Write a PNG for each of the first `count` rows, its mask beside its images, and describe what it holds."""
     out.mkdir(parents=True, exist_ok=True)
     shown: list[ShownRow] = []
     planned = next(planned_steps(corpus.plan, count, 0, 1, Position()))

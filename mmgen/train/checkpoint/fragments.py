@@ -27,7 +27,7 @@ CHUNK = 16 * 2**20
 def write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write contiguous CPU tensors as a safetensors file, synced to disk; returns its SHA-256.
 
-    The library's own writer copies every tensor once more and holds Python's lock, so training would stand still.
+    The library's own writer copies every tensor once more and holds Python's lock, so training would stop meanwhile.
     """
     header: dict[str, dict[str, object]] = {}
     at = 0

@@ -81,7 +81,7 @@ class Saver:
         """Wait for the save in flight, on all ranks.
 
         Raises:
-            OSError: it could not be written, and `must` is set; else this is only said.
+            OSError: it could not be written, and `must` is set; else this is only reported.
         """
         if self._save is None:
             return
@@ -147,7 +147,7 @@ class Save:
 
     @contextlib.contextmanager
     def noting_errors(self) -> Iterator[None]:
-        """Keep an error until all ranks can hear of it; a thread that died silently would hang them."""
+        """Keep an error until it can be shared with all ranks; a thread that died silently would hang them."""
         try:
             yield
         except Exception as error:
