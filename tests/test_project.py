@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from packaging.utils import canonicalize_name
 
+from mmgen.train.loop import train
+from tests.conftest import pairs, tiny, write_tar
 from tests.oldest import oldest, requirements
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +99,27 @@ def test_python_of_the_toolbox_section_runs() -> None:
     exec(block, names)
     assert names["samples"].shape == (1000, 2)
     assert float(names["exact"].log_prob(names["samples"], torch.ones(())).mean()) > -3
+
+
+def test_python_of_the_first_section_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """On a small run in the place of the one that `make demo` trains."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    first, second = [block for block in blocks if "Decoder" in block or "Inpaint" in block]
+    monkeypatch.chdir(tmp_path)
+    shard = write_tar(tmp_path / "train-000.tar", pairs(8))
+    patcher = {"image_sizes": [[8, 8]]}
+    config = tiny(tmp_path, data={"train": [str(shard)]}, model={"patcher": patcher}, run={"dir": "runs/scenes"})
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "scenes.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert train(config) == 0
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert (tmp_path / "seven.png").is_file()
+    assert isinstance(names["said"], str)
+    exec(second, names)
+    assert "image" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -195,7 +195,10 @@ class Dataset(Measured):
         ends = np.cumsum([0] + [len(part) for part in sources.shards])
         self.counts = [int(self.starts[b] - self.starts[a]) for a, b in pairwise(ends)]
         if not all(self.counts):
-            why = f": the first of {len(self.bad)} bad ones is {self.bad[0]}" if self.bad else ""
+            why = ""
+            if self.bad:
+                first = self.bad[0]
+                why = f": the first of {len(self.bad)} bad ones is {first.shard}/{first.key}: {first.reason}"
             raise ValueError(f"no usable sample in {', '.join(map(str, patterns))}{why}")
         self.index = lru_cache(OPEN_SHARDS)(self._index)
         self.facts = lru_cache(OPEN_SHARDS)(self._facts)
