@@ -29,6 +29,7 @@ from mmgen.data.shards.samples import IMAGES
 from mmgen.data.tools.check import greedy_fill
 from mmgen.image.resize import draft, fit
 from mmgen.model import build_model
+from mmgen.sequence.batch import prepare
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.checkpoint.read import known_facts
 from mmgen.train.optimizer import build_optimizer
@@ -193,8 +194,8 @@ def wait_fraction(config: Config, corpus: Corpus, rounds: int) -> float:
         began = time.perf_counter()
         step = next(stream)
         waited = time.perf_counter() - began
-        for batch in step.micro:
-            losses = model(batch)
+        for raw in step.micro:
+            losses = model(prepare(raw, corpus.patcher))
             (losses.text / max(1, losses.text_count) + losses.image / max(1, losses.image_count)).backward()
         optimizer.step()
         optimizer.zero_grad()
