@@ -27,6 +27,7 @@ from mmgen.data.shards.index import build
 from mmgen.data.shards.pictures import open_image
 from mmgen.data.shards.samples import IMAGES
 from mmgen.data.tools.check import greedy_fill
+from mmgen.image.latent import AutoencoderFacts
 from mmgen.image.resize import draft, fit
 from mmgen.model import build_model
 from mmgen.sequence.batch import prepare
@@ -133,8 +134,9 @@ def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], 
     torch.set_num_threads(1)
     config = override(config, {"data": {"workers": 0, "crop": "center"}})
     tokenizer = Tokenizer.of(config)
-    warm = Corpus(config.data.train, tokenizer, config, known_facts(config))
-    cold = Corpus(config.data.train, tokenizer, override(config, {"data": {"cache_bytes": 0}}), known_facts(config))
+    facts = known_facts(config)
+    warm = Corpus(config.data.train, tokenizer, config, facts)
+    cold = Corpus(config.data.train, tokenizer, override(config, {"data": {"cache_bytes": 0}}), facts)
     shards, count = warm.dataset.shards, min(samples, len(warm.samples))
     order = [int(i) for i in cold.plan.mixture.documents(0, count)[1]]
     if store.is_url(shards[0]):
@@ -174,7 +176,7 @@ def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], 
         packing_fill_long_rows=simulated_fill(),
         index_samples_per_second=indexed,
         resume_seconds={str(at): resume_seconds(at) for at in POSITIONS},
-        resume_from_files_seconds=reopened(config, tokenizer),
+        resume_from_files_seconds=reopened(config, tokenizer, facts),
         samples=count,
         lost=len(warm.bad),
         document_lengths={str(q): int(np.quantile(lengths, q / 100)) for q in (0, 10, 50, 90, 100)},
@@ -239,9 +241,9 @@ def resume_seconds(at: int) -> float:
     return min(times)
 
 
-def reopened(config: Config, tokenizer: Tokenizer) -> float:
+def reopened(config: Config, tokenizer: Tokenizer, facts: AutoencoderFacts | None) -> float:
     """From the files of the run's own shards to its first row."""
     began = time.process_time()
-    corpus = Corpus(config.data.train, tokenizer, config, known_facts(config))
+    corpus = Corpus(config.data.train, tokenizer, config, facts)
     next(corpus.plan.rows(Position()))
     return time.process_time() - began

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import threading
@@ -215,6 +217,17 @@ def _begin_worker(parent: int, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers of a loader that an uncaught exception still holds.
+
+    multiprocessing sends them SIGTERM, which they ignore, and waits. This runs before, because it is registered later.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _end_with(parent: int) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmgen.backbone import RowCache
 from mmgen.bench import step as bench
+from mmgen.bench.data import POSITIONS, bench_data, decoder, webdataset_pipeline
 from mmgen.bench.generation import as_json, bench_generation
 from mmgen.config import Config
+from mmgen.config_io import override
+from mmgen.data.documents import DecodedImage
 from mmgen.data.loader import Corpus
 from mmgen.generate.parts import Parts
 from mmgen.model import build_model
@@ -70,3 +75,38 @@ class Forgetful(RowCache):
 def test_a_cache_that_forgets_is_seen(config: Config) -> None:
     times = bench_generation(config, 1, sides=(2,), parts=Parts(cache=Forgetful))
     assert max(cell.largest_difference for cell in times.values()) > 1e-4
+
+
+def test_data_times(config: Config) -> None:
+    """One small run of all the parts: no sample is lost, and each figure is in its range."""
+    told: list[str] = []
+    times = bench_data(config, 2, 30, told.append).as_dict()
+    assert {"cold_vs_webdataset", "warm_vs_webdataset", "webdataset_samples_per_second"} <= set(times)
+    assert times["cold_samples_per_second"] > 0
+    assert times["samples"] == 30
+    assert times["lost"] == 0
+    assert 0 < times["wait_fraction"] < 1
+    assert all(0 < times[f"packing_fill{name}"] <= 1 for name in ("", "_greedy", "_padded", "_long_rows"))
+    assert set(times["resume_seconds"]) == {str(at) for at in POSITIONS}
+    assert [line.split(":")[0] for line in told] == ["round 1 of 2", "round 2 of 2"]
+
+
+def test_shards_that_are_not_local_are_refused(config: Config) -> None:
+    shard = config.data.train[0]
+    remote = override(config, {"data": {"train": [f"file://{shard}"]}})
+    with pytest.raises(ValueError, match="reads local shards"):
+        bench_data(remote, 1, 4, print)
+
+
+def test_webdataset_gives_the_rows_of_the_loader(config: Config) -> None:
+    """Both sides of the comparison do the same work: the same token ids and the same patch rows."""
+    corpus = Corpus(config.data.train, Tokenizer.of(config), config)
+    shards = corpus.dataset.shards
+    seen = 0
+    for index, (ids, (levels, grid)) in enumerate(webdataset_pipeline(shards, decoder(corpus))):
+        text, image = sorted(corpus.decoded(0, index).segments, key=lambda s: isinstance(s, DecodedImage))
+        assert list(ids) == list(text.ids)
+        assert grid == image.grid
+        assert np.array_equal(levels, image.x_NP)
+        seen += 1
+    assert seen == 40

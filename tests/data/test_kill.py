@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from multiprocessing import get_context
@@ -127,6 +129,27 @@ def test_a_worker_of_a_killed_reader_ends(tmp_path: Path) -> None:
     for left in alive:
         left.kill()
     assert not alive
+
+
+FAILING = """
+import sys
+from torch.utils.data import IterableDataset
+from mmgen.data.loader import ahead
+
+class Numbers(IterableDataset):
+    def __iter__(self):
+        return iter(range(100))
+
+stream = ahead(Numbers(), 2, False)
+next(stream)
+raise RuntimeError("a step failed")
+"""
+
+
+def test_a_reader_that_fails_does_not_wait_for_its_workers(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "a step failed" in done.stderr
 
 
 @pytest.mark.slow
