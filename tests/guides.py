@@ -5,7 +5,7 @@
     <!-- table: registry solvers -->
     <!-- end -->
 
-Its name is `files FOLDER`, `settings SECTION`, `registry NAME` or `commands`.
+Its name is `files FOLDER`, `settings SECTION`, `registry NAME`, `commands` or `results`.
 """
 
 from __future__ import annotations
@@ -159,11 +159,34 @@ def rows_of_commands() -> Iterable[tuple[str, ...]]:
         yield f"`mmgen {words}`", first_sentence(inspect.getdoc(function))
 
 
+RESULTS = {
+    "t2i_accuracy": "accuracy of images drawn from captions",
+    "t2i_accuracy_heldout_combination": "the same, combinations not in the training set",
+    "i2t_accuracy": "accuracy of captions of images",
+    "within_class_variance_ratio": "variety within a class (real images: 1)",
+    "parameters": "parameters",
+    "train_seconds": "seconds of training",
+}
+"""Rows of the README's table, which are copied from the table of all scores in configs/README.md."""
+
+
+def rows_of_results() -> Iterable[tuple[str, ...]]:
+    lines = (ROOT / "configs" / "README.md").read_text().splitlines()
+    cells = {line.split("|")[1].strip().strip("`"): line for line in lines if line.startswith("|")}
+    first = lines.index(cells["t2i_accuracy"])
+    while lines[first - 1].startswith("|"):
+        first -= 1
+    yield "", *(cell.strip() for cell in lines[first].strip("|").split("|")[1:])
+    for key, label in RESULTS.items():
+        yield label, *(cell.strip() for cell in cells[key].strip("|").split("|")[1:])
+
+
 TABLES: dict[str, Callable[..., Iterable[tuple[str, ...]]]] = {
     "registry": rows_of_registry,
     "files": rows_of_files,
     "settings": rows_of_settings,
     "commands": rows_of_commands,
+    "results": rows_of_results,
 }
 
 

@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.guides import ROOT, Fence, broken_links, fences, guides, slug, table, with_tables, without_fences
 
@@ -64,7 +66,19 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "mmgen train --config configs/scenes.yaml",
     ):
         run(small(command), folder, 0)
+    own_pictures(folder / "pictures")
     return folder
+
+
+def own_pictures(folder: Path) -> None:
+    """Captioned pictures of several shapes, as a user might have them."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        pixels = np.full((36 + i % 3, 32, 3), 255, np.uint8)
+        pixels[rng.integers(8) : 20, rng.integers(8) : 24] = (255 * (i % 2), 0, 255 * (1 - i % 2))
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"a {'red' if i % 2 else 'blue'} box")
 
 
 def run(command: str, folder: Path, code: int) -> None:
