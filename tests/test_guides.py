@@ -121,6 +121,11 @@ def test_every_command_and_snippet_of_a_guide_runs(guide: Path, prepared: Path, 
     execute(fences((ROOT / guide).read_text()), folder)
 
 
+def test_worked_examples_of_contributing_run(tmp_path: Path) -> None:
+    blocks = fences((ROOT / "CONTRIBUTING.md").read_text())
+    execute([block for block in blocks if block.language == "python"], tmp_path)
+
+
 @pytest.mark.parametrize("guide", GUIDES, ids=str)
 def test_links_resolve(guide: Path) -> None:
     assert not broken_links(guide)
