@@ -256,14 +256,22 @@ class ModelConfig(Settings):
 class TimeConfig(Settings):
     """How flow time t is drawn in training (t = 0 is noise, t = 1 is data)."""
 
-    sampler: str = "uniform"
-    """Distribution before `stratified` spreads it."""
+    distribution: str = "uniform"
+    """Distribution of t, before `stratified` spreads the draws."""
     mu: float = 0.0
     """Mean of the logit of t (`logit_normal`)."""
     sigma: Annotated[float, Field(ge=0)] = 1.0
     """Standard deviation of the logit of t (`logit_normal`)."""
     stratified: bool = True
     """Spread the draws of one global step evenly over the quantiles."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, raw: object) -> object:
+        """Read `sampler`, the name that `distribution` had in earlier versions."""
+        if isinstance(raw, dict) and "sampler" in raw:
+            return {**{key: value for key, value in raw.items() if key != "sampler"}, "distribution": raw["sampler"]}
+        return raw
 
 
 class HeadConfig(Settings):
@@ -323,6 +331,8 @@ FLAT = {
     "order": "mar", "head": "mar", "draws_per_patch": "mar", "mask_ratio": "mar",
 }  # fmt: skip
 """Keys that earlier versions kept in `objective` itself, and the section that holds each now."""
+RENAMED = {"objective.time.sampler": "objective.time.distribution"}
+"""Keys that had another name in earlier versions, and their present names."""
 
 
 class ObjectiveConfig(Settings):

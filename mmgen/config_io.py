@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from mmgen.config import FLAT, Config, choose, nearest
+from mmgen.config import FLAT, RENAMED, Config, choose, nearest
 
 
 def _projections() -> Collection[str]:
@@ -74,7 +74,7 @@ REGISTRIES: dict[str, Callable[[], Collection[str]]] = {
     "objective.kind": _objectives,
     "objective.path": _paths,
     "objective.weight": _weights,
-    "objective.time.sampler": _times,
+    "objective.time.distribution": _times,
     "sample.solver": _solvers,
     "eval.task": _tasks,
 }
@@ -134,6 +134,12 @@ def old_keys(raw: Mapping[str, object]) -> Iterator[str]:
     if flat:
         moved = ", ".join(f"objective.{name} is now objective.{FLAT[name]}.{name}" for name in flat)
         yield f"keys of an earlier version were read: {moved}"
+    for old, new in RENAMED.items():
+        if _at(raw, old) is None:
+            continue
+        if _at(raw, new) is not None:
+            raise ValueError(f"{old} and {new} are the same setting: keep {new}")
+        yield f"a key of an earlier version was read: {old} is now {new}"
     model = raw.get("model")
     patcher = model.get("patcher") if isinstance(model, Mapping) else None
     vae = patcher.get("vae") if isinstance(patcher, Mapping) else None
@@ -172,11 +178,17 @@ def _validated(raw: object, source: str) -> Config:
 def check_names(raw: object) -> None:
     """Raise ValueError where a setting names no entry of its registry, with the nearest name and all of them."""
     for setting, names in REGISTRIES.items():
-        chosen = raw
-        for key in setting.split("."):
-            chosen = chosen.get(key) if isinstance(chosen, Mapping) else None
-        if isinstance(chosen, str):
-            choose(dict.fromkeys(names()), chosen, setting)
+        for key in (setting, *(old for old, new in RENAMED.items() if new == setting)):
+            chosen = _at(raw, key)
+            if isinstance(chosen, str):
+                choose(dict.fromkeys(names()), chosen, setting)
+
+
+def _at(raw: object, key: str) -> object:
+    """The value of a dotted key in nested mappings; None where there is none."""
+    for name in key.split("."):
+        raw = raw.get(name) if isinstance(raw, Mapping) else None
+    return raw
 
 
 def explain(error: ErrorDetails) -> str:

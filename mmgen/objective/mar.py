@@ -90,7 +90,7 @@ class MARLayout(ImageLayout):
         n, k = site.grid[0] * site.grid[1], self.own.draws_per_patch
         time = self.settings.time
         even = (rng.permutation(n * k) + rng.random()) / (n * k) if time.stratified else rng.random(n * k)
-        t = choose(TIMES, time.sampler, "objective.time.sampler")(torch.from_numpy(even), time.mu, time.sigma)
+        t = choose(TIMES, time.distribution, "objective.time.distribution")(torch.from_numpy(even), time.mu, time.sigma)
         draws = {
             "t": t.numpy().astype(np.float32).reshape(n, k),
             "eps": rng.standard_normal((n, k, self.patch_length), dtype=np.float32),

@@ -40,7 +40,7 @@ class TransfusionLayout(ImageLayout):
     def blocks(self, site: ImageSite, rng: np.random.Generator) -> list[Block]:
         time = self.settings.time
         quantile = torch.scalar_tensor(site.quantile, dtype=torch.float64)
-        t = float(choose(TIMES, time.sampler, "objective.time.sampler")(quantile, time.mu, time.sigma))
+        t = float(choose(TIMES, time.distribution, "objective.time.distribution")(quantile, time.mu, time.sigma))
         # An image that loses its caption must still be learned at every t: it trains the unconditional branch.
         if self.own.context == "capped" and site.text_after and not site.text_before:
             t = self.own.cap + (1 - self.own.cap) * t
