@@ -165,7 +165,7 @@ def test_batches_online_equal_precomputed(tmp_path: Path, vae: Path, objective: 
         assert len(a.x_IP) > 50
         torch.testing.assert_close(a.x_IP, b.x_IP, atol=2e-6, rtol=1e-5)
         assert torch.equal(a.ids_BS, b.ids_BS)
-        assert torch.equal(a.place_I2, b.place_I2)
+        assert torch.equal(a.cell_I2, b.cell_I2)
         assert all(torch.equal(a.draws[name], b.draws[name]) for name in a.draws)
 
 
