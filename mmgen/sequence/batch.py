@@ -137,21 +137,21 @@ def prepare(
     return Batch(**shared, x_IP=patches_UP[source_I])
 
 
-def _encoded(levels_UL: Tensor, grids: Sequence[Grid], patcher: Patcher) -> Tensor:
+def _encoded(pixels_UL: Tensor, grids: Sequence[Grid], patcher: Patcher) -> Tensor:
     """Patches [U, P] of the pixels of whole images; images of one grid are encoded together."""
     if len(set(grids)) == 1:
-        whole_MNL = levels_UL.view(len(grids), -1, levels_UL.shape[1])
-        return patcher.encode_rows(whole_MNL, grids[0]).flatten(0, 1)
+        whole_MNL = pixels_UL.view(len(grids), -1, pixels_UL.shape[1])
+        return patcher.encode_pixels(whole_MNL, grids[0]).flatten(0, 1)
     counts = [rows * columns for rows, columns in grids]
-    images = levels_UL.split(counts)
+    images = pixels_UL.split(counts)
     found: list[Tensor | None] = [None] * len(grids)
     for grid in dict.fromkeys(grids):
         of_grid = [number for number, other in enumerate(grids) if other == grid]
-        encoded_MNP = patcher.encode_rows(torch.stack([images[number] for number in of_grid]), grid)
+        encoded_MNP = patcher.encode_pixels(torch.stack([images[number] for number in of_grid]), grid)
         for number, x_NP in zip(of_grid, encoded_MNP, strict=True):
             found[number] = x_NP
     ready = patcher.ready
-    nothing = torch.from_numpy(np.zeros((0, ready.length), ready.dtype)).to(levels_UL.device)
+    nothing = torch.from_numpy(np.zeros((0, ready.length), ready.dtype)).to(pixels_UL.device)
     return torch.cat([nothing, *(x_NP for x_NP in found if x_NP is not None)])
 
 

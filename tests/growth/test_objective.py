@@ -39,7 +39,7 @@ class DiscreteSettings(Settings):
 
 
 class Codes(Patcher):
-    """Grey levels of 2x2 pixels as codes 0 to 7; a stand-in for a discrete tokenizer of images."""
+    """Grey values of 2x2 pixels as codes 0 to 7; a stand-in for a discrete tokenizer of images."""
 
     stored = "codes"
 
@@ -50,17 +50,17 @@ class Codes(Patcher):
     def ready(self) -> Patches:
         return Patches(1, np.int64)
 
-    def encode_rows(self, levels_MNL: Tensor, grid) -> Tensor:
-        return (levels_MNL.float().mean(-1, keepdim=True) // 32).long()
+    def encode_pixels(self, pixels_MNL: Tensor, grid) -> Tensor:
+        return (pixels_MNL.float().mean(-1, keepdim=True) // 32).long()
 
-    def rows(self, stored):
+    def encode_stored(self, stored):
         return stored.reshape(-1, 1).astype(np.int64), stored.shape
 
     def pictures(self, x_RNP, grid) -> list[Image.Image]:
         assert np.asarray(x_RNP).dtype == np.int64
         side = self.settings.side
-        levels = (np.asarray(x_RNP).reshape(-1, *grid) * 32 + 16).astype(np.uint8)
-        return [Image.fromarray(one.repeat(side, 0).repeat(side, 1)).convert("RGB") for one in levels]
+        values = (np.asarray(x_RNP).reshape(-1, *grid) * 32 + 16).astype(np.uint8)
+        return [Image.fromarray(one.repeat(side, 0).repeat(side, 1)).convert("RGB") for one in values]
 
 
 class DiscreteLayout(ImageLayout):

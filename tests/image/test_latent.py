@@ -104,7 +104,7 @@ def test_latents_are_those_of_diffusers(tmp_path: Path, vae: Path) -> None:
     np.testing.assert_allclose(x_NP, cut(scaled[0].permute(1, 2, 0).numpy(), 2)[0], atol=1e-6)
     wanted = ((shown + 1) * 127.5).round().clamp(0, 255).byte().numpy()
     assert np.abs(np.asarray(patcher.decode(x_NP, grid)).astype(int) - wanted).max() <= 1
-    rows, found = patcher.rows(raw[0].numpy())
+    rows, found = patcher.encode_stored(raw[0].numpy())
     assert found == grid
     np.testing.assert_allclose(rows, x_NP, atol=1e-6)
 

@@ -22,8 +22,8 @@ from tests.conftest import text_tokenizer
 def test_round_trip_is_exact(rows: int, columns: int, side: int, channels: int, seed: int) -> None:
     size = (rows * side, columns * side)
     patcher = PixelPatcher(PatcherConfig(channels=channels, patch_size=side, image_sizes=[size]))
-    levels = np.random.default_rng(seed).integers(0, 256, (*size, channels), dtype=np.uint8)
-    image = Image.fromarray(levels.squeeze(-1) if channels == 1 else levels)
+    values = np.random.default_rng(seed).integers(0, 256, (*size, channels), dtype=np.uint8)
+    image = Image.fromarray(values.squeeze(-1) if channels == 1 else values)
     x_NP, grid = patcher.encode(image)
     assert grid == (rows, columns)
     assert patcher.decode(x_NP, grid).tobytes() == image.tobytes()
