@@ -124,7 +124,7 @@ def read(path: Path) -> tuple[AblationFile, list[Arm]]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {explain(item)}" for item in error.errors())) from None
+        raise ValueError("\n".join(f"{path}: {explain(item, AblationFile)}" for item in error.errors())) from None
     base = load(file.base)
     arms: list[Arm] = []
     for name, changes in _cells(file):

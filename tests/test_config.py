@@ -42,7 +42,7 @@ def test_flat_keys_of_the_chosen_kind_are_read_with_a_note(tmp_path: Path, capsy
         ({"kind": "mar", "mar": {"ordr": "raster"}}, r"unknown key 'objective.mar.ordr', did you mean"),
         ({"transfusion": {"cap": 2}}, r"objective.transfusion.cap"),
         ({"mar": {"head": {"depth": 0}}}, r"objective.mar.head.depth"),
-        ({"kind": "mar", "order": "raster", "mar": None}, r"objective.mar: "),
+        ({"kind": "mar", "order": "raster", "mar": None}, r"objective.mar must be a mapping"),
         (
             {"kind": "mar", "order": "random", "mar": {"order": "raster"}},
             r"are the same setting: keep objective.mar.order",

@@ -165,7 +165,7 @@ def test_what_is_drawn_is_what_one_forward_pass_predicts(discrete: Config) -> No
 
 
 def test_its_settings_are_checked_and_stored(discrete: Config, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"objective\.discrete\.codes: "):
+    with pytest.raises(ValueError, match=r"objective\.discrete\.codes must be a whole number"):
         override(discrete, {"objective": {"discrete": {"codes": "many"}}})
     with pytest.raises(ValueError, match="'discrete' has no `replay`"):
         check_parity(discrete)
