@@ -606,7 +606,7 @@ class Config(Settings):
         streams, rows = self.data.streams, self.train.batch_rows
         if streams and rows % streams:
             raise ValueError(
-                f"train.batch_rows is {rows} and data.streams is {streams}, but every stream yields the same number of "
+                f"train.batch_rows is {rows} and data.streams {streams}, but every stream yields the same number of "
                 f"rows per step: set train.batch_rows to {-(-rows // streams) * streams}, or data.streams to a "
                 f"divisor of {rows}"
             )

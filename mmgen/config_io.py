@@ -113,7 +113,7 @@ def load(path: str | Path) -> Config:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         holds = "is empty" if raw is None else f"holds {_shortened(raw)}"
-        raise ValueError(f"{path} {holds}: write sections of settings, such as 'train: {{steps: 1000}}'")
+        raise ValueError(f"{path} {holds}, not a mapping of sections such as 'train: {{steps: 1000}}'")
     try:
         notes = [*old_keys(raw)]
     except ValueError as error:
@@ -219,7 +219,9 @@ def explain(error: ErrorDetails, model: type[BaseModel] = Config, prefix: str = 
     if error["type"] == "missing" and key == written:
         return f"{prefix}{key} is missing: it must be {expected}"
     example = "" if names else _example(field)
-    return f"{prefix}{key} must be {expected}{example} (got {_shortened(error['input'])})"
+    indices = [part for part in error["loc"] if isinstance(part, int)]
+    at = f" at {prefix}{'.'.join(map(str, [key, *indices]))}" if indices else ""
+    return f"{prefix}{key} must be {expected}{example} (got {_shortened(error['input'])}{at})"
 
 
 def _field(written: str, model: type[BaseModel]) -> tuple[str, FieldInfo | None]:
