@@ -84,7 +84,7 @@ WRONG = {
         ([[40, 40, 3]], "(got [40, 40, 3] at model.patcher.image_sizes.0)"),
         ([[8, -8]], "(got -8 at model.patcher.image_sizes.0.1)"),
         ("[[a,b]]", "(got '[[a,b]]')"),
-        ([40, 40], "(got 40 at model.patcher.image_sizes.0)"),
+        ([40], "(got 40 at model.patcher.image_sizes.0)"),
     ],
     "model.patcher.vae.std": [([0.0], "a list, each item a number above 0 or null (got 0.0 at model.patcher.vae.std.0)")],
     "objective.kind": [(5, "one of transfusion, mar (got 5)")],
