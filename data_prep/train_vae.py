@@ -134,8 +134,8 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(settings.seed * 2**32 + self.step)
         total = sum(map(len, pixels_by_grid.values()))
         errors = torch.zeros(2, device=self.device)
-        for grid, levels_MNL in pixels_by_grid.items():
-            x = patcher.pixels(levels_MNL, grid).to(self.device).float() / 127.5 - 1
+        for grid, pixels_MNL in pixels_by_grid.items():
+            x = patcher.images(pixels_MNL, grid).to(self.device).float() / 127.5 - 1
             gaussian = self.module.encode(x).latent_dist
             shown = self.module.decode(gaussian.sample(generator)).sample
             kl = 0.5 * (gaussian.mean.square() + gaussian.var - 1 - gaussian.logvar).mean()
@@ -241,9 +241,9 @@ def finish(config: Config, tokenizer: Tokenizer, trainer: Trainer, out: Path) ->
 def quality(corpus: Corpus, patcher: LatentPatcher, images: int = 512) -> float:
     """PSNR in decibels of images [0, 255] that were encoded and decoded."""
     squares, count = 0.0, 0
-    for grid, levels_MNL in Batches(corpus, Settings(batch=images))[0].items():
-        pixels = patcher.pixels(levels_MNL, grid).permute(0, 2, 3, 1).numpy()
-        shown = patcher.pictures(patcher.encode_rows(levels_MNL, grid).cpu().numpy(), grid)
+    for grid, pixels_MNL in Batches(corpus, Settings(batch=images))[0].items():
+        pixels = patcher.images(pixels_MNL, grid).permute(0, 2, 3, 1).numpy()
+        shown = patcher.pictures(patcher.encode_pixels(pixels_MNL, grid).cpu().numpy(), grid)
         back = np.stack([np.asarray(image) for image in shown]).reshape(pixels.shape)
         squares, count = squares + float(((pixels.astype(np.float64) - back) ** 2).sum()), count + pixels.size
     return 10 * math.log10(255**2 / max(squares / count, 1e-12))

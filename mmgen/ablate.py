@@ -50,8 +50,8 @@ SCORES = (
     "val_loss_text", "val_loss_image", "seconds_per_step", "seconds_per_image", "parameters", "steps",
 )  # fmt: skip
 """Columns of the table; `report.json` has every number that all runs of an arm report."""
-VAL_PLACES = "val_loss_image_by_place"
-"""A list in a run's report: the image loss at each place of a patch grid."""
+VAL_BY_CELL = "val_loss_image_by_place"
+"""A list in a run's report: the image loss of each cell of the patch grid."""
 
 
 class AblationFile(BaseModel):
@@ -87,14 +87,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Intervals of a list of numbers, place by place."""
+    """One interval for each number of a list."""
 
     mean: list[float]
     half_width: list[float | None]
 
-    def at(self, place: int) -> Interval:
-        """The interval of one place."""
-        return Interval(self.mean[place], self.half_width[place])
+    def at(self, index: int) -> Interval:
+        """The interval of one number of the list."""
+        return Interval(self.mean[index], self.half_width[index])
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def read(path: Path) -> tuple[AblationFile, list[Arm]]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {explain(item)}" for item in error.errors())) from None
+        raise ValueError("\n".join(f"{path}: {explain(item, AblationFile)}" for item in error.errors())) from None
     base = load(file.base)
     arms: list[Arm] = []
     for name, changes in _cells(file):
@@ -293,6 +293,6 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def intervals(values: Sequence[Sequence[float]]) -> Intervals:
-    """The interval of each place of equally long lists."""
+    """One interval for each index of equally long lists."""
     each = [interval(column) for column in zip(*values, strict=True)]
     return Intervals([item.mean for item in each], [item.half_width for item in each])

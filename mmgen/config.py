@@ -1,7 +1,7 @@
-"""Every setting of mmgen, typed. No other file defines one.
+"""Every setting of mmgen, with its type, default and description.
 
-A run is described by one YAML file whose keys are the fields below; `load` reads it. The command line
-overrides single fields with dotted names (`--train.steps 2000`).
+One YAML file describes a run. Its keys are the fields below, and `mmgen.config_io.load` reads it. On the command line,
+a flag with a dotted name overrides a single field (`--train.steps 2000`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Settings(BaseModel):
-    """Base of all sections: immutable, and an unknown key is an error."""
+    """Base class of all sections. It is immutable and rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
     def check(self) -> None:
-        """Raise ValueError where fields do not fit each other; every section is checked when it is made."""
+        """Raise ValueError where fields contradict each other. It runs whenever a section is created."""
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -33,80 +33,80 @@ class Settings(BaseModel):
 
 
 class RunConfig(Settings):
-    """Where a run lives and what makes it repeatable."""
+    """Folder and seed of a run."""
 
     dir: Path = Path("runs/default")
-    """Run folder: config, metrics, samples, checkpoints and reports."""
+    """Run folder, which receives the config, metrics, samples, checkpoints and reports."""
     seed: int = 0
-    """Seed of initial weights, data order and every random draw."""
+    """Seed of the initial weights, of the data order and of every random draw."""
 
 
 class LimitsConfig(Settings):
-    """What a shard or a sample may cost before it counts as bad."""
+    """Limits on the size of a shard and of a sample. A sample beyond a limit counts as bad."""
 
     member_bytes: Positive = 64 * 2**20
-    """Largest member of a shard that is read."""
+    """Largest size of one file inside a shard, in bytes."""
     shard_bytes: Positive = 2**38
-    """What a compressed shard may unpack to."""
+    """Largest unpacked size of a compressed shard, in bytes."""
     ratio: Positive = 200
-    """How many times its size a compressed shard may unpack to."""
+    """Largest unpacked size of a compressed shard, as a multiple of its compressed size."""
     pixels: Positive = 50_000_000
-    """Largest image that is decoded, in pixels."""
+    """Largest image that is decoded, in pixels (height times width)."""
     caption_chars: Positive = 100_000
     """Longest text of one sample, in characters."""
 
 
 class SourceConfig(Settings):
-    """One part of a mixture."""
+    """One source of a mixture of training data."""
 
     shards: list[str]
-    """Paths, URLs, brace patterns or globs."""
+    """Shards of this source: paths, URLs, brace patterns or globs."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of documents drawn from it, relative to the other sources."""
+    """Share of documents that are drawn from this source, relative to the other sources."""
 
 
 class DataConfig(Settings):
-    """What is trained on, and how documents become rows."""
+    """The data, and how it is read and packed into rows."""
 
     train: list[str | SourceConfig] = []
-    """Training shards: paths, URLs, brace patterns or globs of tars; `{shards: ..., weight: ...}` for a mixture."""
+    """Training shards: paths, URLs, brace patterns or globs, or `{shards: ..., weight: ...}` for a mixture."""
     val: list[str] = []
-    """Validation shards, never trained on."""
+    """Validation shards, on which the model is not trained: paths, URLs, brace patterns or globs."""
     limits: LimitsConfig = LimitsConfig()
-    """Caps on what is read and decoded."""
+    """Limits on the size of shards and samples."""
     captionless: Literal["refuse", "keep"] = "refuse"
-    """An image without text: a bad sample, or a document of an image alone."""
+    """How an image without text is read: as a bad sample (`refuse`), or as a document of the image alone (`keep`)."""
     clean_captions: bool = False
-    """Unescape HTML, drop tags and links, and collapse white space in captions."""
+    """Clean the captions: unescape HTML, remove tags and links, and collapse white space."""
     resize: Literal["lanczos", "area"] = "lanczos"
-    """Filter that scales images of other sizes."""
+    """Filter that scales images to a size of `model.patcher.image_sizes`."""
     crop: Literal["center", "random"] = "center"
-    """Which part of an image of another shape is kept."""
+    """Which part of an image is kept when its aspect ratio differs from the target size."""
     block: Positive = 16
-    """Neighbours in a shard that stay together in the order, within one window; reads stay sequential."""
+    """Number of neighbouring samples that stay together when a shard is shuffled, so that it is read sequentially."""
     cache_dir: Path = Path("~/.cache/mmgen")
-    """Where indexes go that cannot stand beside their shards, and compressed shards are unpacked."""
+    """Folder for unpacked shards, and for the indexes of shards whose own folder is read-only."""
     cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
-    """Decoded samples that each loader process keeps."""
+    """Memory for decoded samples in each loader process, in bytes."""
     tokenizer: Path = Path("tokenizer.json")
-    """A `tokenizers` file; mmgen adds its own special tokens on top of it."""
+    """Path of a `tokenizer.json` of the `tokenizers` library; mmgen adds its own special tokens to it."""
     row_length: Positive = 128
-    """Positions per packed row."""
+    """Length of a packed row, in positions."""
     image_first: Fraction = 0.2
-    """Share of captioned images whose image stands before the caption."""
+    """Share of captioned images whose document has the image before the caption."""
     caption_drop: Fraction = 0.1
-    """Share of caption-first documents that lose their caption (for classifier-free guidance)."""
+    """Share of caption-first documents whose caption is removed, as classifier-free guidance needs."""
     overlong: Literal["refuse", "truncate"] = "refuse"
-    """A document longer than a row: stop and name it, or cut its text."""
+    """What happens to a document longer than a row: `refuse` stops and names it, `truncate` cuts its text."""
     max_bad_fraction: Fraction = 0.01
-    """Unreadable samples are skipped and logged; a larger share than this stops the run."""
+    """Largest share of bad samples: they are skipped and logged, and a larger share stops the run."""
     window: Positive = 4096
-    """Documents shuffled and packed together; rows never mix two windows. Streams share it among themselves."""
+    """Number of documents that are shuffled and packed into rows together; all streams together use this number."""
     streams: Annotated[int, Field(ge=0)] = 0
-    """0 orders `train` through indexes; V reads it forward in V streams and needs no index. A number of processes must
-    divide V, and V `train.batch_rows`."""
+    """Number of streams that read the training shards forward without an index; 0 uses indexes. `train.batch_rows` must
+    be a multiple of it, and it must be a multiple of the number of processes."""
     workers: Annotated[int, Field(ge=0)] = 1
-    """Loader processes; 0 decodes in the training process."""
+    """Number of loader processes; 0 decodes in the training process."""
 
 
 def _name_to_backbone(value: object) -> object:
@@ -114,31 +114,31 @@ def _name_to_backbone(value: object) -> object:
 
 
 def _read_words(values: object) -> object:
-    """Untyped values from the command line are words; read them as YAML does (`5.0`, `false`, `gelu`)."""
+    """Parse untyped values of the command line, which are strings, as YAML (`5.0`, `false`, `gelu`)."""
     if not isinstance(values, dict):
         return values
     return {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 class BackboneConfig(Settings):
-    """A Hugging Face decoder: the name of a pretrained one, or a fresh one of any size."""
+    """The transformer: a pretrained decoder of Hugging Face, or the sizes of a new one."""
 
     pretrained: str | None = None
-    """Hub name or local folder for `AutoModel.from_pretrained`; the fields below are then ignored."""
+    """Hub name or local folder of a pretrained decoder; if it is set, other keys of `model.backbone` are ignored."""
     model_type: str = "qwen3"
-    """Architecture name that `AutoConfig.for_model` knows."""
+    """Architecture of a new decoder, as a name of transformers' `AutoConfig.for_model`."""
     hidden_size: Positive = 128
-    """Width D."""
+    """Width of the hidden states, D."""
     num_hidden_layers: Positive = 4
-    """Depth."""
+    """Number of layers."""
     num_attention_heads: Positive = 4
-    """Query heads."""
+    """Number of attention heads for queries."""
     num_key_value_heads: Positive = 4
-    """Key and value heads (fewer than query heads: grouped-query attention)."""
+    """Number of attention heads for keys and values; fewer than for queries means grouped-query attention."""
     intermediate_size: Positive = 256
     """Width of the feed-forward layers."""
     extra: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
-    """Any further field of that architecture's configuration."""
+    """Further fields of the configuration of that architecture, such as `{attention_bias: true}`."""
 
 
 def _name_to_vae(value: object) -> object:
@@ -146,89 +146,89 @@ def _name_to_vae(value: object) -> object:
 
 
 class VAEConfig(Settings):
-    """The autoencoder of `model.patcher.kind: vae`: frozen, and no part of the model's weights."""
+    """The frozen autoencoder of `model.patcher.kind: vae`. Its weights are not part of the model."""
 
     name: str = ""
-    """Hub name or local folder of diffusers' `AutoencoderKL`."""
+    """Hub name or local folder of a diffusers `AutoencoderKL`."""
     subfolder: str = ""
-    """Where it lies in that place, such as `vae` in a pipeline's repository."""
+    """Subfolder of `name` that holds the autoencoder, such as `vae` in the repository of a pipeline."""
     channels: Positive = 4
-    """Channels of a latent."""
+    """Number of channels of a latent."""
     factor: Positive = 8
-    """Pixels along the side of one latent cell."""
+    """Downscaling factor: the number of image pixels along the side of one latent pixel."""
     batch: Positive = 32
-    """Images that are encoded or decoded together."""
+    """Number of images that are encoded or decoded together."""
     mean: list[float] | None = None
-    """Subtracted per channel from a latent; absent: as its configuration says, else measured when a run starts."""
+    """Mean of each channel of latents; if null, read from the autoencoder's configuration, else measured."""
     std: list[Annotated[float, Field(gt=0)]] | None = None
-    """What a latent is divided by, per channel; absent: as for `mean`."""
+    """Standard deviation of each channel of latents; if null, read or measured as `mean` is."""
 
     @model_validator(mode="before")
     @classmethod
     def _without_facts(cls, raw: object) -> object:
-        """Earlier versions wrote what a run found of its autoencoder into its settings (see `AutoencoderFacts`)."""
+        """Drop the measurements that earlier versions wrote into the settings (see `AutoencoderFacts`)."""
         if isinstance(raw, dict) and "fingerprint" in raw:
             return {name: value for name, value in raw.items() if name not in ("fingerprint", "mean", "std")}
         return raw
 
 
 class PatcherConfig(Settings):
-    """How an image becomes rows of patches, and how those enter and leave the backbone."""
+    """How an image is cut into patches, and how patches enter and leave the backbone."""
 
     kind: str = "pixels"
-    """What a patch is made of: pixels, or cells of the latent that an autoencoder makes of an image (`vae`)."""
+    """What patches are cut from: the pixels of the image, or the latent of an autoencoder (`vae`)."""
     vae: Annotated[VAEConfig, BeforeValidator(_name_to_vae)] = VAEConfig()
-    """The autoencoder of the kind `vae`. A bare name means `name`."""
+    """The autoencoder of the kind `vae`; a string is read as its `name`."""
     channels: int = 3
-    """Of images: 1 for grey, 3 for RGB."""
+    """Number of channels of images: 1 for grey, 3 for RGB."""
     patch_size: Positive = 4
-    """Side of a square patch, in pixels or in cells of the latent."""
+    """Side of a square patch, in pixels of the image or of the latent."""
     image_sizes: list[tuple[Positive, Positive]] = [(16, 16)]
-    """Every (height, width) in pixels that the model may see or draw."""
+    """Image sizes of the model, each as [height, width] in pixels; other images are scaled and cropped."""
     projection: str = "linear"
-    """How patches enter the backbone's width; `bottleneck` goes through a layer of `bottleneck` channels."""
+    """How patches are mapped to the width of the backbone and back."""
     bottleneck: Positive = 32
-    """Width of the bottleneck projection."""
+    """Width of the inner layer of the projection `bottleneck`."""
 
     @property
     def latent(self) -> bool:
-        """Patches are cut out of what an autoencoder makes of an image."""
+        """Whether patches are cut from the latent of an autoencoder."""
         return self.kind != "pixels"
 
     @property
     def side(self) -> int:
-        """Side of a patch in pixels of the image."""
+        """Side of a patch, in pixels of the image."""
         return self.patch_size * (self.vae.factor if self.latent else 1)
 
     @property
     def pixel_length(self) -> int:
-        """Numbers in one patch of the image itself."""
+        """Number of pixel values of the image that one patch covers."""
         return self.channels * self.side**2
 
     @property
     def patch_length(self) -> int:
-        """Numbers in one patch row, P."""
+        """Number of values of one patch, P."""
         return (self.vae.channels if self.latent else self.channels) * self.patch_size**2
 
     @property
     def grids(self) -> list[tuple[int, int]]:
-        """The patch grid (rows, columns) of each image size."""
+        """Patch grid (rows, columns) of each image size."""
         return [(height // self.side, width // self.side) for height, width in self.image_sizes]
 
     def check(self) -> None:
         if self.channels not in (1, 3):
             raise ValueError(f"model.patcher.channels is {self.channels}, must be 1 (grey) or 3 (RGB)")
-        cells = f" of {self.vae.factor} pixels each (model.patcher.vae.factor)" if self.latent else ""
+        scale = f" times {self.vae.factor} (model.patcher.vae.factor)" if self.latent else ""
         for height, width in self.image_sizes:
             if height % self.side or width % self.side:
                 raise ValueError(
-                    f"image size {height}x{width} is not divisible by patch_size {self.patch_size}{cells}: "
+                    f"image size {height}x{width} is not divisible by patch_size {self.patch_size}{scale}: "
                     "change model.patcher.image_sizes or model.patcher.patch_size"
                 )
         if self.kind == "vae":
             self._check_vae()
         if not self.image_sizes or len(set(self.image_sizes)) != len(self.image_sizes):
-            raise ValueError("model.patcher.image_sizes must name at least one size, each once")
+            raise ValueError("model.patcher.image_sizes must list at least one size, and each size once")
 
     def _check_vae(self) -> None:
         if not self.vae.name:
@@ -245,124 +245,143 @@ class PatcherConfig(Settings):
 
 
 class ModelConfig(Settings):
-    """Backbone and patcher."""
+    """The transformer, and how images enter it."""
 
     backbone: Annotated[BackboneConfig, BeforeValidator(_name_to_backbone)] = BackboneConfig()
-    """The transformer. A bare name means `pretrained`."""
+    """The transformer; a string is read as `pretrained`."""
     patcher: PatcherConfig = PatcherConfig()
-    """The image side."""
+    """How images are cut into patches."""
 
 
 class TimeConfig(Settings):
-    """How flow time t is drawn in training (t = 0 is noise, t = 1 is data)."""
+    """How the flow time t is drawn in training."""
 
-    sampler: str = "uniform"
-    """Distribution before `stratified` spreads it."""
+    distribution: str = "uniform"
+    """Distribution from which the flow time t is drawn in training (t = 0 is noise, t = 1 is data)."""
     mu: float = 0.0
-    """Mean of the logit of t (`logit_normal`)."""
+    """Mean of the logit of t, for `logit_normal`; `constant` always uses this value."""
     sigma: Annotated[float, Field(ge=0)] = 1.0
-    """Standard deviation of the logit of t (`logit_normal`)."""
+    """Standard deviation of the logit of t, for `logit_normal`."""
     stratified: bool = True
-    """Spread the draws of one global step evenly over the quantiles."""
+    """Spread the draws of one optimiser step evenly over the quantiles, instead of drawing each t independently."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, raw: object) -> object:
+        """Read `sampler`, the name that `distribution` had in earlier versions."""
+        if isinstance(raw, dict) and "sampler" in raw:
+            return {**{key: value for key, value in raw.items() if key != "sampler"}, "distribution": raw["sampler"]}
+        return raw
 
 
 class HeadConfig(Settings):
-    """MAR's small network that draws one patch given the backbone's hidden state."""
+    """The small network of MAR that draws one patch, given a hidden state of the backbone."""
 
     kind: Literal["flow", "mse"] = "flow"
-    """`flow`: a denoiser. `mse`: regression on the clean patch, an ablation that collapses to the mean."""
+    """A denoiser (`flow`), or a regression of the clean patch (`mse`), an ablation whose samples lose variety."""
     depth: Positive = 3
-    """Residual blocks."""
+    """Number of residual blocks."""
     width: Positive = 128
-    """Width of the blocks."""
+    """Width of the residual blocks."""
 
 
 class MaskRatioConfig(Settings):
-    """Share of an image's patches that MAR's `masked` order hides: a normal distribution cut to [low, 1]."""
+    """Share of patches that MAR hides in the order `masked`: a normal distribution, truncated to [low, 1]."""
 
     mean: float = 1.0
-    """Mean before the cut."""
+    """Mean of the share of hidden patches, before truncation to [low, 1]."""
     std: Annotated[float, Field(gt=0)] = 0.25
-    """Standard deviation before the cut."""
+    """Standard deviation of the share of hidden patches, before truncation."""
     low: Fraction = 0.7
-    """Smallest share."""
+    """Smallest share of hidden patches."""
 
 
 class TransfusionConfig(Settings):
-    """What only Transfusion has."""
+    """Settings that only Transfusion has."""
 
     context: Literal["noisy", "capped", "clean_copy"] = "capped"
-    """What later positions see of an image in training: `noisy` (any t), `capped` (t in [cap, 1] where only later text
-    describes it) or `clean_copy` (a second, clean copy)."""
+    """What later positions attend to of an image in training: its noisy patches (`noisy`); the same, but with t in
+    [cap, 1] where only later text describes the image (`capped`); or a second, clean copy (`clean_copy`)."""
     cap: Fraction = 0.5
-    """Lower end of t for an image that only later text describes (`capped`)."""
+    """Smallest t of an image that only later text describes, for the context `capped`."""
 
 
 class MARConfig(Settings):
-    """What only MAR has. Later positions always see clean images: of the order `masked` a second, clean copy."""
+    """Settings that only MAR has. Later positions always attend to clean patches: in `masked`, to a clean copy."""
 
     order: Literal["masked", "random", "raster"] = "masked"
-    """How MAR goes through an image: `masked` (bidirectional, several patches a step), or one patch after another."""
+    """Order of generation in an image: several patches at a time (`masked`), or one patch at a time."""
     head: HeadConfig = HeadConfig()
-    """The denoiser of single patches."""
+    """The head that draws single patches."""
     draws_per_patch: Positive = 4
-    """Times at which each patch is learned in one step."""
+    """Number of draws of t, and of noise, for each learned patch in one step."""
     mask_ratio: MaskRatioConfig = MaskRatioConfig()
-    """How much of an image the order `masked` hides."""
+    """Share of the patches that the order `masked` hides."""
 
     @property
     def causal(self) -> bool:
-        """One patch is predicted after another."""
+        """Whether patches are predicted one at a time, under causal attention."""
         return self.order != "masked"
 
 
 OBJECTIVE_SETTINGS: dict[str, type[Settings]] = {"transfusion": TransfusionConfig, "mar": MARConfig}
-"""Name of an objective to its own settings, which stand in the section `objective.NAME`."""
+"""Name of an objective to the class of its own settings, the section `objective.NAME`."""
 FLAT = {
     "context": "transfusion", "cap": "transfusion",
     "order": "mar", "head": "mar", "draws_per_patch": "mar", "mask_ratio": "mar",
 }  # fmt: skip
-"""Keys that earlier versions kept in `objective` itself, and the section that holds each now."""
+"""Keys that earlier versions kept directly in `objective`, and the section that holds each of them now."""
+RENAMED = {"objective.time.sampler": "objective.time.distribution"}
+"""Keys that had another name in earlier versions, and their present names."""
+
+
+class AddedSectionError(ValueError):
+    """The errors in the section of an objective that was added to `OBJECTIVE_SETTINGS`."""
+
+    def __init__(self, name: str, error: ValidationError) -> None:
+        super().__init__(f"objective.{name}: {error}")
+        self.name, self.error = name, error
 
 
 class ObjectiveConfig(Settings):
-    """How images are learned. `kind` is the one line that an ablation changes: the sections of the kinds that are not
-    chosen are checked and ignored."""
+    """How images are learned. An ablation can change `kind` alone: the sections of the other kinds are validated, and
+    then ignored."""
 
     kind: str = "transfusion"
-    """Transfusion: the backbone denoises. MAR: the backbone conditions a small denoiser."""
+    """The backbone itself denoises (`transfusion`), or the backbone conditions a small denoiser (`mar`)."""
     transfusion: TransfusionConfig = TransfusionConfig()
-    """What only Transfusion has."""
+    """Settings that only Transfusion has."""
     mar: MARConfig = MARConfig()
-    """What only MAR has."""
+    """Settings that only MAR has."""
     others: dict[str, dict[str, Any]] = {}
-    """Sections of objectives that other code has added to `OBJECTIVE_SETTINGS`; `objective.NAME` is read too."""
+    """Sections of objectives that were added to `OBJECTIVE_SETTINGS`; `objective.NAME` is read into it."""
     prediction: Prediction = "v"
-    """What the network outputs (`v_sh` is Salimans and Ho's alpha eps - sigma x)."""
+    """What the network outputs: x, eps, v = dz/dt, the score, or `v_sh` = alpha eps - sigma x (Salimans and Ho)."""
     loss_space: Prediction = "v"
-    """Where the error is measured."""
+    """Quantity in which the squared error is measured; the prediction is converted to it."""
     path: str = "linear"
-    """How data and noise are mixed: alpha and sigma as functions of t."""
+    """How data and noise are mixed: alpha and sigma as functions of t in z = alpha x + sigma eps."""
     path_options: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
-    """Arguments of the path, as `{log_snr_min: -10}`."""
+    """Arguments of the path, such as `{log_snr_min: -10}`."""
     noise_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Standard deviation of the noise; large images need more (JiT: image side / 256)."""
+    """Standard deviation of the noise; larger images need more (JiT uses image side / 256)."""
     weight: str | None = None
-    """Factor of the squared error; `min_snr` is made for the loss space x, `sigmoid` for eps, `sigma_squared` for
-    score."""
+    """Weight of the squared error as a function of t; some weights need one loss space (`min_snr` x, `sigmoid` eps,
+    `sigma_squared` score)."""
     lambda_image: Annotated[float, Field(ge=0)] = 5.0
-    """Weight of the image loss against the text loss."""
+    """Weight of the image loss, relative to the text loss."""
     time: TimeConfig = TimeConfig()
-    """Distribution of t."""
+    """How the flow time t is drawn."""
     bidirectional: bool | None = None
-    """Patches of an image see each other both ways: so by default, except in MAR's causal orders."""
+    """Whether patches of an image attend to each other in both directions; null means no for the causal orders of MAR,
+    else yes."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Smallest denominator in a training-time conversion between x, eps and v."""
+    """Smallest denominator when the loss is converted between x, eps and v, so that the loss stays finite."""
 
     @model_validator(mode="before")
     @classmethod
     def _sections(cls, raw: object) -> object:
-        """Move flat keys of earlier versions, and sections of added objectives, to where they belong."""
+        """Move flat keys of earlier versions, and sections of added objectives, to their sections."""
         if not isinstance(raw, dict):
             return raw
         raw = in_sections(raw)
@@ -372,32 +391,30 @@ class ObjectiveConfig(Settings):
 
     @property
     def section(self) -> Settings:
-        """The settings of the chosen kind alone."""
+        """The settings of the chosen kind."""
         if self.kind in type(self).model_fields:
             chosen: Settings = getattr(self, self.kind)
             return chosen
         return OBJECTIVE_SETTINGS.get(self.kind, Settings).model_validate(self.others.get(self.kind, {}))
 
     def check(self) -> None:
-        """Raise ValueError where fields do not fit each other."""
+        """Raise ValueError where fields contradict each other."""
         for name, values in self.others.items():
             if name not in OBJECTIVE_SETTINGS:
                 raise ValueError(f"objective.others.{name}: no such objective ({', '.join(OBJECTIVE_SETTINGS)})")
             try:
                 OBJECTIVE_SETTINGS[name].model_validate(values)
             except ValidationError as error:
-                wrong = ("objective." + ".".join([name, *map(str, item["loc"])]) for item in error.errors())
-                told = (f"{key}: {item['msg']}" for key, item in zip(wrong, error.errors(), strict=True))
-                raise ValueError("; ".join(told)) from None
+                raise AddedSectionError(name, error) from None
         if self.kind == "mar" and self.mar.causal and self.bidirectional:
             raise ValueError(
-                f"objective.bidirectional is true, but in the order '{self.mar.order}' a patch would see itself before "
-                "it is predicted: leave it out, or set objective.mar.order to masked"
+                f"objective.bidirectional is true, but in the order '{self.mar.order}' a patch would attend to itself "
+                "before it is predicted: leave objective.bidirectional out, or set objective.mar.order to masked"
             )
 
 
 def in_sections(raw: dict[str, Any]) -> dict[str, Any]:
-    """The section `objective` with keys of earlier versions moved into `transfusion` and `mar`.
+    """The section `objective`, with the flat keys of earlier versions moved into `transfusion` and `mar`.
 
     Raises:
         ValueError: a flat key belongs to a kind that is not chosen.
@@ -409,7 +426,7 @@ def in_sections(raw: dict[str, Any]) -> dict[str, Any]:
     moved = {name: value for name, value in raw.items() if name not in FLAT}
     for name in flat:
         section = FLAT[name]
-        # Earlier versions stored all six, those of the kind that was not chosen too.
+        # Earlier versions stored all six keys, also those of the kind that was not chosen.
         stored = len(flat) == len(FLAT) or kind not in set(FLAT.values())
         if section != kind and not stored and raw[name] is not None:
             raise ValueError(
@@ -417,137 +434,137 @@ def in_sections(raw: dict[str, Any]) -> dict[str, Any]:
                 f"write it as objective.{section}.{name}, or leave it out"
             )
         if name == "context" and (raw[name] is None or section != kind):
-            continue  # absent means the default; MAR has no choice of context
-        own = moved.get(section, {})
-        own = own.model_dump() if isinstance(own, Settings) else own
-        if not isinstance(own, dict):
-            continue  # the section itself is refused later
+            continue  # null means the default, and MAR has no choice of context
+        fields = moved.get(section, {})
+        fields = fields.model_dump() if isinstance(fields, Settings) else fields
+        if not isinstance(fields, dict):
+            continue  # the validation of the section reports this
         value = raw[name]
-        if isinstance(value, dict) and isinstance(own.get(name), dict):
-            value = {**own[name], **value}
-        moved[section] = {**own, name: value}
+        if isinstance(value, dict) and isinstance(fields.get(name), dict):
+            value = {**fields[name], **value}
+        moved[section] = {**fields, name: value}
     return moved
 
 
 class TrainConfig(Settings):
-    """Optimisation."""
+    """How the model is optimised, saved and watched."""
 
     steps: Positive = 1000
-    """Optimiser steps of the whole run."""
+    """Number of optimiser steps of the whole run."""
     batch_rows: Positive = 24
-    """Rows of one step, over all processes and micro-steps."""
+    """Number of rows in one optimiser step, over all processes and micro-steps."""
     micro_rows: Positive | None = None
-    """Rows of one forward pass; absent: all rows of this process at once."""
+    """Number of rows in one forward pass of a process; if null, all its rows of a step at once."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate, reached after warm-up."""
     min_lr_ratio: Fraction = 0.05
-    """End of the cosine, as a share of `lr`."""
+    """Learning rate at the end of the cosine schedule, as a share of `lr`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """AdamW's averaging constants."""
+    """Averaging constants (beta 1, beta 2) of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """AdamW's decay, on matrices only."""
+    """Weight decay of AdamW, applied to matrices only."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Largest global gradient norm."""
+    """Largest norm of the gradient of all parameters; larger gradients are scaled down."""
     ema_decay: Fraction = 0.999
-    """Decay of the averaged weights that sampling and evaluation use."""
+    """Decay per step of the averaged weights (EMA) that sampling and evaluation use."""
     ema_more: tuple[Fraction, ...] = ()
-    """Decays of further averages, kept as `ema_DECAY`."""
+    """Decays of further EMAs, each stored in checkpoints as `ema_DECAY`."""
     ema_power: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
-    """Relative widths of power-function averages (EDM2's sigma_rel), kept as `power_WIDTH`."""
+    """Relative widths of power-function EMAs (sigma_rel of EDM2), each stored in checkpoints as `power_WIDTH`."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """DeepSpeed ZeRO stage: what processes share of optimiser state (1), gradients (2) and weights (3)."""
+    """DeepSpeed ZeRO stage: processes shard the optimiser state (1), also gradients (2), also weights (3)."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where optimiser state lives between steps (stages 1 to 3; `nvme` needs stage 3 and a GPU)."""
+    """Where the optimiser state is kept between steps, in stages 1 to 3; `nvme` needs stage 3 and a GPU."""
     offload_weights: Literal["none", "cpu", "nvme"] = "none"
-    """Where sharded weights live between uses (stage 3; `nvme` needs a GPU)."""
+    """Where sharded weights are kept between uses, in stage 3; `nvme` needs a GPU."""
     nvme_path: Path | None = None
-    """Folder on a local NVMe disk for `nvme`."""
+    """Folder on a local NVMe disk, for the offload to `nvme`."""
     deepspeed: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
-    """Any further field of DeepSpeed's own configuration, merged over ours last."""
+    """Further fields of DeepSpeed's own configuration; they override the fields that mmgen sets."""
     activation_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them, which saves memory and costs time."""
     timeout: Annotated[float, Field(gt=0)] = 1800.0
-    """Seconds after which a phase of a step, or a message between processes, counts as hung."""
+    """Seconds after which a phase of a step, or a message between processes, counts as hung and the run ends."""
     non_finite: Literal["stop", "skip", "rollback"] = "stop"
-    """At a loss or gradient that is not finite: stop, leave the step out, or go back a checkpoint and leave it out."""
+    """What to do at a NaN or infinite loss or gradient: stop, skip the step, or roll back a checkpoint and skip it."""
     max_skips: Annotated[int, Field(ge=0)] = 10
-    """Steps that a run may leave out before it stops."""
+    """Number of steps that a run may skip before it stops."""
     spike_factor: Annotated[float, Field(gt=1)] = 2.0
-    """A loss above this multiple of its recent median is written to spikes.jsonl with the data range of the step."""
+    """A loss above this multiple of its recent median is logged in spikes.jsonl, with the data of the step."""
     init_from: Path | None = None
-    """Checkpoint whose weights a new run starts from; parameters of other shape or name start fresh."""
+    """Checkpoint whose weights a new run starts from; parameters that it lacks or has in another shape are new."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast type; auto takes bf16 on CUDA and on processors with AMX."""
+    """Number type of the forward pass; `auto` chooses bf16 on CUDA and on processors with AMX, else fp32."""
     compile: bool = False
-    """`torch.compile` the backbone's layers (needs a C++ compiler on a CPU)."""
+    """Compile the layers of the backbone with `torch.compile`; a CPU needs a C++ compiler for it."""
     log_every: Positive = 20
-    """Steps between lines of metrics.jsonl."""
+    """Number of steps between lines of metrics.jsonl."""
     save_every: Positive = 500
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     save_async: bool = True
-    """Write checkpoints while training goes on; needs one more copy of this process's share of the state in memory."""
+    """Write checkpoints while training continues; this takes memory for one more copy of the state of this process."""
     keep_last: Positive = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
     keep_every: Annotated[int, Field(ge=0)] = 0
-    """Checkpoints at multiples of so many steps are kept for good (and make any `power:WIDTH` later); 0 keeps none."""
+    """Keep every checkpoint at a multiple of this many steps, as `power:WIDTH` needs; 0 keeps only the newest."""
     val_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between validations; 0 validates only at the end."""
+    """Number of steps between validations; 0 validates only at the end."""
     sample_every: Annotated[int, Field(ge=0)] = 500
-    """Steps between sample grids; 0 draws none."""
+    """Number of steps between sample grids; 0 draws none."""
     first_sample: Annotated[int, Field(ge=0)] = 0
-    """Step of one early sample grid; 0 draws none."""
+    """Step of one additional, early sample grid; 0 draws none."""
     tensorboard: bool = True
-    """Write TensorBoard events beside metrics.jsonl."""
+    """Write TensorBoard events in addition to metrics.jsonl."""
     trackers: tuple[Literal["wandb", "trackio"], ...] = ()
-    """Further places for metrics; each needs its package."""
+    """Experiment trackers that also receive the metrics; each needs its package."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
-    """Peak arithmetic of one device for MFU; absent: measured at start."""
+    """Peak TFLOP/s of one device, the reference of MFU; if null, it is measured at the start."""
 
 
 class SampleConfig(Settings):
     """How images and text are generated."""
 
     weights: str = "ema"
-    """Which weights of a checkpoint: `ema`, `weight` (not averaged), or a further average such as `ema_0.9999`."""
+    """Which weights of a checkpoint are used: `ema`, `weight` (not averaged), or a further EMA such as `ema_0.9999`."""
 
     steps: Positive = 50
-    """Solver steps per image."""
+    """Number of solver steps per image; in MAR, per patch."""
     solver: str = "euler"
-    """How the flow is integrated."""
+    """Solver that integrates the flow from noise to data."""
     solver_options: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
-    """Arguments of the solver, as `{eta: 0.5}` for `ddim`."""
+    """Arguments of the solver, such as `{eta: 0.5}` for `ddim`."""
     time_shift: Annotated[float, Field(gt=0)] = 1.0
-    """Above 1: more of the steps at high noise, as large images need."""
+    """Shift of the time grid; above 1, more of the steps are at high noise, as large images need."""
     guidance_scale: float = 2.0
-    """Classifier-free guidance: 0 unconditional, 1 conditional, above 1 sharper."""
+    """Scale of classifier-free guidance: 0 is unconditional, 1 conditional, above 1 closer to the caption."""
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
-    """Guidance acts only for t inside this range; elsewhere it is 1."""
+    """Range of t in which the guidance scale applies; outside it the scale is 1."""
     guidance_rescale: Fraction = 0.0
-    """Share in which a guided velocity takes the standard deviation of the conditional one."""
+    """How far a guided velocity is rescaled to the standard deviation of the conditional one (0 not, 1 fully)."""
     guidance_renorm: bool = False
-    """Shorten a guided velocity to the norm of the conditional one where it is longer."""
+    """Scale a guided velocity down to the norm of the conditional one where it is longer."""
     clean_range: tuple[float, float] | None = None
-    """Clip the clean estimate to this range at every step."""
+    """Range to which the clean estimate is clipped at every step; if null, it is not clipped."""
     noise_temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Factor of the noise that stochastic solvers add; below 1 images vary less."""
+    """Factor of the noise that stochastic solvers add; below 1, images vary less."""
     unmask_steps: Positive = 16
-    """Backbone calls per image in MAR's order `masked`; each reveals some patches."""
+    """Number of backbone calls per image in the order `masked` of MAR; each call reveals some patches."""
     guidance_ramp: Literal["linear", "constant"] = "linear"
-    """How MAR's guidance grows from 1 to `guidance_scale` with the share of patches that are drawn."""
+    """How the guidance scale of MAR depends on the share of drawn patches: it grows from 1, or is constant."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """Of text; 0 is greedy."""
+    """Temperature of text; 0 always takes the likeliest token."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample text among the k likeliest tokens; 0 among all."""
+    """Sample text from the k likeliest tokens; 0 samples from all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample text among the likeliest tokens that together have this probability."""
+    """Sample text from the likeliest tokens whose probabilities add up to this number."""
     min_p: Fraction = 0.0
-    """Sample text among tokens at least this likely, relative to the likeliest."""
+    """Sample text from tokens that are at least this likely, relative to the likeliest token."""
     max_new_tokens: Positive = 64
-    """Text tokens generated per prompt."""
+    """Largest number of text tokens that are generated per prompt."""
     max_images: Annotated[int, Field(ge=0)] = 1
-    """Images generated per prompt."""
+    """Largest number of images that are generated per prompt."""
 
     def check(self) -> None:
         low, high = self.guidance_interval
@@ -561,21 +578,21 @@ class EvalConfig(Settings):
     """How a trained model is scored."""
 
     task: str = "digits"
-    """What the images show, and how they are judged."""
+    """Task that defines what images show and how they are scored; it must match the data."""
     judge: list[str] = []
-    """Shards of single digits that train the judge; disjoint from the generator's data."""
+    """Shards of single digits on which the judge is trained; they must not be training data of the model."""
     test: list[str] = []
-    """Shards of real images and captions, never trained on."""
+    """Shards of real images and captions that training never reads; scores are computed on them."""
     heldout: list[str] = []
-    """Shards whose captions combine attributes that training never combined."""
+    """Shards whose captions combine attributes that never occur together in the training data."""
     samples: Positive = 500
-    """Captions drawn; all test images are captioned."""
+    """Number of captions for which images are drawn; all images of `test` are captioned."""
     batch: Positive = 128
-    """Prompts decoded together."""
+    """Number of prompts that are decoded together."""
 
 
 class Config(Settings):
-    """One run."""
+    """All settings of a run."""
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
@@ -589,35 +606,36 @@ class Config(Settings):
         streams, rows = self.data.streams, self.train.batch_rows
         if streams and rows % streams:
             raise ValueError(
-                f"train.batch_rows is {rows} and data.streams {streams}, but every stream gives a step equally many "
-                f"rows: set train.batch_rows to {-(-rows // streams) * streams}, or data.streams to a divisor of {rows}"
+                f"train.batch_rows is {rows} and data.streams {streams}, but every stream yields the same number of "
+                f"rows per step: set train.batch_rows to {-(-rows // streams) * streams}, or data.streams to a "
+                f"divisor of {rows}"
             )
         weights = {source.weight if isinstance(source, SourceConfig) else 1.0 for source in self.data.train}
         if streams and len(weights) > 1:
             raise ValueError(
-                "data.streams reads all shards alike, but data.train has sources of different weight: "
+                "data.streams reads all shards equally often, but data.train has sources of different weight: "
                 "set data.streams to 0, or leave the weights out"
             )
 
     def check_processes(self, world: int) -> None:
-        """Raise ValueError where a run of `world` processes cannot have these settings."""
+        """Raise ValueError where `world` processes cannot share the streams of these settings."""
         streams = self.data.streams
         if streams % world:
-            fitting = [n for n in range(1, streams + 1) if streams % n == 0]
+            divisors = [n for n in range(1, streams + 1) if streams % n == 0]
             raise ValueError(
-                f"data.streams is {streams}, which {world} processes cannot share evenly, and a stream has one reader: "
-                f"start {' or '.join(map(str, fitting[-4:]))} processes, or begin a new run with "
+                f"data.streams is {streams}, which {world} processes cannot share evenly (one process reads a stream): "
+                f"start {' or '.join(map(str, divisors[-4:]))} processes, or begin a new run with "
                 f"data.streams {-(-streams // world) * world}"
             )
 
 
 def nearest(name: str, known: list[str]) -> str | None:
-    """The known name most like `name`, or None where nothing comes close."""
+    """The known name most similar to `name`, or None if no name is similar."""
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
 
 
 def choose(registry: dict[str, Any], name: str, what: str) -> Any:
-    """Look `name` up in a registry; a wrong name raises a ValueError that lists the right ones."""
+    """The entry `name` of a registry; an unknown name raises a ValueError that lists the known names."""
     if name not in registry:
         near = nearest(name, list(registry))
         hint = f", did you mean '{near}'?" if near else ""

@@ -1,23 +1,25 @@
-"""Settings from a YAML file and from the command line; names of registries are checked here.
+"""Reading settings from a YAML file and from overrides, with error messages that name the key and the fix.
 
-`mmgen.config` knows no registry, so a setting that names an entry of one is a plain string there. `REGISTRIES` says
-which names each of them may have. `load` and `override` check them, and `settings` lists them.
+`mmgen.config` imports no registry, so a setting that names an entry of a registry is a plain string there. `REGISTRIES`
+holds the names that each such setting may have. `load` and `override` check them, and `settings` lists them.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, to_jsonable_python
 
-from mmgen.config import FLAT, Config, choose, nearest
+from mmgen.config import FLAT, OBJECTIVE_SETTINGS, RENAMED, AddedSectionError, Config, choose, nearest
 
 
 def _projections() -> Collection[str]:
@@ -74,11 +76,11 @@ REGISTRIES: dict[str, Callable[[], Collection[str]]] = {
     "objective.kind": _objectives,
     "objective.path": _paths,
     "objective.weight": _weights,
-    "objective.time.sampler": _times,
+    "objective.time.distribution": _times,
     "sample.solver": _solvers,
     "eval.task": _tasks,
 }
-"""Dotted name of a setting to the names it may have. Registries are imported when asked: they need torch."""
+"""Dotted name of a setting to the names that it may have. Registries are imported on demand, as they import torch."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ class Setting:
     name: str
     type: str
     default: object
-    """As YAML has it."""
+    """The default, as it is written in YAML."""
     choices: tuple[str, ...]
-    """Every value that it may have, where these are names; a setting that may be empty also takes null."""
+    """Every name that the setting may have; empty for a setting that is not a name. An optional one also takes null."""
     description: str
 
 
@@ -98,17 +100,20 @@ def load(path: str | Path) -> Config:
     """Read a YAML file into a `Config`.
 
     Raises:
-        ValueError: the file cannot be read or is not YAML, or a key or value is wrong; the message names the
-            file, the key and, for an unknown key or name, the nearest valid one.
+        ValueError: the file cannot be read, is not YAML, or has a wrong key or value. The message names the file, the
+            key and, for an unknown key or name, the nearest valid one.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a YAML file: it is not text in UTF-8") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds {type(raw).__name__}, not a mapping of sections such as 'train:'")
+        holds = "is empty" if raw is None else f"holds {_shortened(raw)}"
+        raise ValueError(f"{path} {holds}, not a mapping of sections such as 'train: {{steps: 1000}}'")
     try:
         notes = [*old_keys(raw)]
     except ValueError as error:
@@ -119,10 +124,10 @@ def load(path: str | Path) -> Config:
 
 
 def old_keys(raw: Mapping[str, object]) -> Iterator[str]:
-    """A note for each kind of key that earlier versions used and that is still read.
+    """Yield a note for each kind of key of an earlier version that `raw` uses. Such keys are still read.
 
     Raises:
-        ValueError: a setting is given under its old and its new key.
+        ValueError: a setting has a value under both its old and its new key.
     """
     objective = raw.get("objective")
     flat = [name for name in FLAT if isinstance(objective, Mapping) and name in objective]
@@ -134,23 +139,29 @@ def old_keys(raw: Mapping[str, object]) -> Iterator[str]:
     if flat:
         moved = ", ".join(f"objective.{name} is now objective.{FLAT[name]}.{name}" for name in flat)
         yield f"keys of an earlier version were read: {moved}"
+    for old, new in RENAMED.items():
+        if _at(raw, old) is None:
+            continue
+        if _at(raw, new) is not None:
+            raise ValueError(f"{old} and {new} are the same setting: keep {new}")
+        yield f"a key of an earlier version was read: {old} is now {new}"
     model = raw.get("model")
     patcher = model.get("patcher") if isinstance(model, Mapping) else None
     vae = patcher.get("vae") if isinstance(patcher, Mapping) else None
     if isinstance(vae, Mapping) and "fingerprint" in vae:
         yield (
-            "model.patcher.vae.fingerprint, mean and std of an earlier version were left out: "
+            "model.patcher.vae.fingerprint, mean and std of an earlier version were ignored: "
             "they are now kept with the model and in its checkpoints"
         )
 
 
 def override(config: Config, changes: Mapping[str, object]) -> Config:
-    """A copy of `config` in which the nested fields of `changes` are replaced; raises ValueError as `load` does."""
+    """A copy of `config` with the nested fields of `changes` replaced. It raises ValueError as `load` does."""
     return _validated(merged(config.model_dump(), changes), "")
 
 
 def merged(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, object]:
-    """A mapping with the entries of `new` in place of those of `old`; mappings inside are merged too."""
+    """The entries of `old`, updated with those of `new`. Nested mappings are merged in the same way."""
     both = dict(old)
     for key, value in new.items():
         before = both.get(key)
@@ -160,38 +171,128 @@ def merged(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, ob
 
 def _validated(raw: object, source: str) -> Config:
     try:
-        check_names(raw)  # before other checks, which may rest on a name
+        check_names(raw)  # first, because other checks may depend on a name
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise ValueError("\n".join(source + explain(item) for item in error.errors())) from None
+        raise ValueError("\n".join(source + line for line in dict.fromkeys(map(explain, error.errors())))) from None
     except ValueError as error:
         raise ValueError(source + str(error)) from None
     return config
 
 
 def check_names(raw: object) -> None:
-    """Raise ValueError where a setting names no entry of its registry, with the nearest name and all of them."""
+    """Raise ValueError where a setting names no entry of its registry. The message lists the names and the nearest."""
     for setting, names in REGISTRIES.items():
-        chosen = raw
-        for key in setting.split("."):
-            chosen = chosen.get(key) if isinstance(chosen, Mapping) else None
-        if isinstance(chosen, str):
-            choose(dict.fromkeys(names()), chosen, setting)
+        for key in (setting, *(old for old, new in RENAMED.items() if new == setting)):
+            chosen = _at(raw, key)
+            if isinstance(chosen, str):
+                choose(dict.fromkeys(names()), chosen, setting)
 
 
-def explain(error: ErrorDetails) -> str:
-    """One pydantic error as a sentence that names the key and, where it is unknown, the nearest key."""
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "value_error":  # from a section's `check`, which names the keys itself
-        return str(error["ctx"]["error"])
-    if error["type"] != "extra_forbidden":
-        return f"{key}: {error['msg']} (got {error['input']!r})" if key else str(error["msg"])
-    near = nearest(key, field_names())
-    return f"unknown key '{key}'" + (f", did you mean '{near}'?" if near else "")
+def _at(raw: object, key: str) -> object:
+    """The value of a dotted key in nested mappings; None where there is none."""
+    for name in key.split("."):
+        raw = raw.get(name) if isinstance(raw, Mapping) else None
+    return raw
+
+
+def explain(error: ErrorDetails, model: type[BaseModel] = Config, prefix: str = "") -> str:
+    """One pydantic error as a sentence that names the key, the wrong value and what to write instead.
+
+    `model` is the validated class, and `prefix` the dotted name of the section that it describes.
+    """
+    if error["type"] == "value_error":  # raised by a section's `check`, which names the keys itself
+        raised = error["ctx"]["error"]
+        if not isinstance(raised, AddedSectionError):
+            return str(raised)
+        added, inside = OBJECTIVE_SETTINGS[raised.name], f"objective.{raised.name}."
+        return "\n".join(explain(item, added, inside) for item in raised.error.errors())
+    written = ".".join(map(str, error["loc"]))
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        near = nearest(written, field_names(model))
+        return f"unknown key '{prefix}{written}'" + (f", did you mean '{prefix}{near}'?" if near else "")
+    key, field = _field(written, model)
+    if field is None:
+        return f"{prefix}{written} is wrong: {error['msg']} (got {_shortened(error['input'])})"
+    names = registered(prefix + key)
+    expected = f"one of {', '.join(names)}" if names else expectation(field.annotation, field.metadata)
+    if error["type"] == "missing" and key == written:
+        return f"{prefix}{key} is missing: it must be {expected}"
+    example = "" if names else _example(field)
+    indices = [part for part in error["loc"] if isinstance(part, int)]
+    at = f" at {prefix}{'.'.join(map(str, [key, *indices]))}" if indices else ""
+    return f"{prefix}{key} must be {expected}{example} (got {_shortened(error['input'])}{at})"
+
+
+def _field(written: str, model: type[BaseModel]) -> tuple[str, FieldInfo | None]:
+    """The setting that a dotted location is about, under its present name, and its field; None where there is none.
+
+    Parts that follow the name of a setting, such as the index in a list, are left out.
+    """
+    moved = {f"objective.{name}": f"objective.{section}.{name}" for name, section in FLAT.items()} | RENAMED
+    for old, new in moved.items():
+        if f"{written}.".startswith(f"{old}."):
+            written = new + written.removeprefix(old)
+    names: list[str] = []
+    field, inside = None, model
+    for part in written.split("."):
+        if part not in inside.model_fields:
+            break
+        field = inside.model_fields[part]
+        names.append(part)
+        inside = section_of(field.annotation) or BaseModel
+    return ".".join(names), field
+
+
+def expectation(kind: object, metadata: Iterable[object] = ()) -> str:
+    """What a value of a type must be, in words: `a whole number above 0`, `one of none, cpu, nvme or null`."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        bounds = [found for item in inner[1:] for found in (item.metadata if isinstance(item, FieldInfo) else [item])]
+        return expectation(inner[0], bounds)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(expectation(item) for item in inner)
+    if origin is list or (origin is tuple and Ellipsis in inner):
+        return f"a list, each item {expectation(inner[0])}"
+    if origin is tuple:
+        return f"a list [{', '.join(expectation(item) for item in inner)}]"
+    if section := section_of(kind):
+        return f"a mapping with the keys {', '.join(section.model_fields)}"
+    if kind in (int, float):
+        return ("a whole number" if kind is int else "a number") + _bounds(metadata)
+    words: dict[object, str] = {bool: "true or false", str: "text", Path: "a path", types.NoneType: "null"}
+    return words.get(kind) or ("a mapping" if origin is dict else "any value")
+
+
+def _bounds(metadata: Iterable[object]) -> str:
+    limits: dict[str, object] = {}
+    for name, item in ((name, item) for item in metadata for name in ("gt", "ge", "lt", "le")):
+        if getattr(item, name, None) is not None:
+            limits[name] = getattr(item, name)
+    if limits.keys() == {"ge", "le"}:
+        return f" from {limits['ge']} to {limits['le']}"
+    words = {"gt": "above {}", "ge": "of {} or more", "lt": "below {}", "le": "of {} or less"}
+    found = " and ".join(word.format(limits[name]) for name, word in words.items() if name in limits)
+    return found and f" {found}"
+
+
+def _example(field: FieldInfo) -> str:
+    """The default of a setting as an example of what to write; none for names, sections and empty values."""
+    default = to_jsonable_python(field.default, fallback=str)
+    if default in (None, [], {}, "") or isinstance(default, bool | dict) or [*_literals(field.annotation)]:
+        return ""
+    return f", such as {json.dumps(default)}"
+
+
+def _shortened(value: object, length: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Dotted names of every setting and section."""
+    """Dotted names of all settings and sections of a model."""
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
@@ -201,12 +302,12 @@ def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def section_of(annotation: object) -> type[BaseModel] | None:
-    """The class of settings that a field holds; None where the field is a value."""
+    """The class of a field that is a section; None for a field that is a value."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Setting]:
-    """Every setting in the order of the configuration file, with the choices that its registry or its type gives."""
+    """Every setting, in the order of the configuration file, with the choices from its registry or its type."""
     defaults = model().model_dump(mode="json")
     for name, field in model.model_fields.items():
         dotted, kind = prefix + name, field.annotation
@@ -219,7 +320,7 @@ def settings(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Sett
 
 
 def registered(setting: str) -> tuple[str, ...]:
-    """The names of a setting's registry; none for a setting without one."""
+    """The names in the registry of a setting; empty for a setting without a registry."""
     return tuple(REGISTRIES[setting]()) if setting in REGISTRIES else ()
 
 
@@ -232,7 +333,7 @@ def _literals(kind: object) -> Iterator[str]:
 
 
 def type_name(kind: object) -> str:
-    """A type as people write it: `int`, `list[str]`, `str | None`; a choice among names is `str`."""
+    """A type as text: `int`, `list[str]`, `str | null`. A choice among names is `str`."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return type_name(inner[0])

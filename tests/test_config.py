@@ -10,6 +10,7 @@ import yaml
 
 from mmgen.config import FLAT, Config
 from mmgen.config_io import load, override
+from mmgen.model import MMGenConfig
 from tests.conftest import run
 
 OLD = {"kind": "mar", "order": "raster", "head": {"width": 16}, "draws_per_patch": 2, "lambda_image": 1.0}
@@ -41,7 +42,7 @@ def test_flat_keys_of_the_chosen_kind_are_read_with_a_note(tmp_path: Path, capsy
         ({"kind": "mar", "mar": {"ordr": "raster"}}, r"unknown key 'objective.mar.ordr', did you mean"),
         ({"transfusion": {"cap": 2}}, r"objective.transfusion.cap"),
         ({"mar": {"head": {"depth": 0}}}, r"objective.mar.head.depth"),
-        ({"kind": "mar", "order": "raster", "mar": None}, r"objective.mar: "),
+        ({"kind": "mar", "order": "raster", "mar": None}, r"objective.mar must be a mapping"),
         (
             {"kind": "mar", "order": "random", "mar": {"order": "raster"}},
             r"are the same setting: keep objective.mar.order",
@@ -108,3 +109,30 @@ def test_flat_flags_are_read_too(tmp_path: Path, capsys: pytest.CaptureFixture) 
     code, out, _ = run(capsys, "train", "--help")
     assert "--objective.mar.order" in out
     assert "--objective.order" not in out
+
+
+def test_the_timestep_distribution_is_read_under_its_earlier_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    old = load(written(tmp_path, objective={"time": {"sampler": "logit_normal", "mu": 0.5}}))
+    assert "objective.time.sampler is now objective.time.distribution" in capsys.readouterr().err
+    assert old == load(written(tmp_path, objective={"time": {"distribution": "logit_normal", "mu": 0.5}}))
+    assert capsys.readouterr().err == ""
+    assert old.objective.time.distribution == "logit_normal"
+    changed = override(old, {"objective": {"time": {"sampler": "uniform"}}}).objective.time
+    assert (changed.distribution, changed.mu) == ("uniform", 0.5)
+    with pytest.raises(ValueError, match="are the same setting: keep objective.time.distribution"):
+        load(written(tmp_path, objective={"time": {"sampler": "uniform", "distribution": "uniform"}}))
+    with pytest.raises(ValueError, match="unknown objective.time.distribution 'normal'"):
+        load(written(tmp_path, objective={"time": {"sampler": "normal"}}))
+    file = written(tmp_path, data={"tokenizer": str(tmp_path / "none.json")})
+    words = ("train", "--config", file, "--dry-run", "--json", "--objective.time.sampler", "logit_normal")
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    assert json.loads(out)["config"]["objective"]["time"]["distribution"] == "logit_normal"
+
+
+def test_stored_models_with_the_earlier_name_are_read() -> None:
+    stored = json.loads(Path("tests/fixtures/version1/mar/checkpoints/step-2/config.json").read_text())
+    assert stored["objective"]["time"]["sampler"] == "logit_normal"
+    assert MMGenConfig(objective=stored["objective"]).objective["time"]["distribution"] == "logit_normal"

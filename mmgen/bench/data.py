@@ -52,7 +52,7 @@ def decoder(corpus: Corpus) -> Decoder:
         opened = open_image(image, data.limits, lambda image: draft(image, patcher.image_sizes))
         framed = fit(opened, patcher.channels, patcher.image_sizes, data.resize)
         caption = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])["caption"]
-        return corpus.tokenizer.encode(caption), corpus.patcher.levels(framed)
+        return corpus.tokenizer.encode(caption), corpus.patcher.pixels(framed)
 
     return rows
 

@@ -34,22 +34,22 @@ def ablate(
 
 def table(found: Comparison) -> Table:
     """One column per arm."""
-    from mmgen.ablate import SCORES, VAL_PLACES
+    from mmgen.ablate import SCORES, VAL_BY_CELL
 
     shown = Table("", *found.arms, title=f"equal {found.equal}, seeds {found.seeds}: mean ± 95% interval")
     for score in SCORES:
         shown.add_row(score, *(_cell(arm.get(score)) for arm in found.arms.values()))
-    for place, label in ((0, "first"), (-1, "last")):
-        cells = [_cell(arm.get(VAL_PLACES), place) for arm in found.arms.values()]
-        shown.add_row(f"val_loss_image, {label} place", *cells)
+    for index, label in ((0, "first"), (-1, "last")):
+        cells = [_cell(arm.get(VAL_BY_CELL), index) for arm in found.arms.values()]
+        shown.add_row(f"val_loss_image, {label} cell", *cells)
     return shown
 
 
-def _cell(value: Interval | Intervals | None, place: int = 0) -> str:
-    """An interval, or the one of a place, as text; nothing for what an arm does not report."""
+def _cell(value: Interval | Intervals | None, index: int = 0) -> str:
+    """An interval, or that of one number of a list, as text; empty where the arm does not report the score."""
     from mmgen.ablate import Intervals
 
     if value is None:
         return ""
-    each = value.at(place) if isinstance(value, Intervals) else value
+    each = value.at(index) if isinstance(value, Intervals) else value
     return f"{rounded(each.mean, 4)}{plus_minus(each.half_width)}"

@@ -19,7 +19,7 @@ from cyclopts import Parameter
 from pydantic import BaseModel, BeforeValidator, create_model
 from pydantic.fields import FieldInfo
 
-from mmgen.config import FLAT, OBJECTIVE_SETTINGS, Config, ObjectiveConfig
+from mmgen.config import FLAT, OBJECTIVE_SETTINGS, Config, ObjectiveConfig, TimeConfig
 from mmgen.config_io import section_of
 
 
@@ -97,10 +97,12 @@ def twin(model: type[BaseModel], shown: tuple[str, ...], choices: Choices, prefi
 
 
 def _earlier(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """Fields of sections of `objective` that were keys of `objective` itself in earlier versions."""
+    """Fields under the names that they had in earlier versions."""
     if model is ObjectiveConfig:
         for name, section in FLAT.items():
             yield name, OBJECTIVE_SETTINGS[section].model_fields[name]
+    elif model is TimeConfig:
+        yield "sampler", TimeConfig.model_fields["distribution"]
 
 
 def _whole_list(value: object) -> object:

@@ -215,17 +215,17 @@ class Documents(ABC):
         data, patcher = self.config.data, self.config.model.patcher
         image = open_image(picture.data, data.limits, lambda image: draft(image, patcher.image_sizes))
         image = fit(image, patcher.channels, patcher.image_sizes, data.resize, centering)
-        levels_NP, found = self.patcher.levels(image)
+        pixels_NP, found = self.patcher.pixels(image)
         if found != grid:
             raise BadSample(f"the image has grid {found}, planned was {grid}")
-        return DecodedImage(levels_NP, grid, picture.learn)
+        return DecodedImage(pixels_NP, grid, picture.learn)
 
     def _stored(self, picture: Picture, grid: Grid) -> DecodedImage:
         stored = open_stored(picture.data)
         if stored.kind != self.patcher.stored:
             raise BadSample(f"it holds {STORED[stored.kind].plural}, which model.patcher.kind does not take")
         try:
-            x_NP, found = self.patcher.rows(stored.array)
+            x_NP, found = self.patcher.encode_stored(stored.array)
         except ValueError as error:
             raise BadSample(str(error)) from None
         if found != grid:

@@ -59,7 +59,7 @@ def measure(config: Config, tokenizer: Tokenizer, autoencoder: Autoencoder, imag
     for image in islice(_images(corpus), images):
         ready = image.x_NP
         if ready.dtype == np.uint8:
-            ready = patcher.encode_rows(torch.from_numpy(ready)[None], image.grid)[0].cpu().numpy()
+            ready = patcher.encode_pixels(torch.from_numpy(ready)[None], image.grid)[0].cpu().numpy()
         found.append(join(ready, image.grid, patch).reshape(-1, channels).astype(np.float64))
     if not found:
         raise ValueError("latents cannot be measured: no image of data.train can be read")

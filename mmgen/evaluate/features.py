@@ -37,7 +37,7 @@ class Pictures:
                 continue
             try:
                 if picture.stored:
-                    found.append(patcher.rows(open_stored(picture.data).array))
+                    found.append(patcher.encode_stored(open_stored(picture.data).array))
                 else:
                     found.append(patcher.fit(open_image(picture.data)))
                 self.samples.append(sample)
@@ -97,7 +97,7 @@ class Real:
 
 
 def seventeen_levels(shown: Pixels) -> Pixels:
-    """Levels in 0..255 rounded to multiples of 255 / 16; real digits stay as they are."""
+    """Pixel values 0..255, rounded to multiples of 255 / 16; real digits stay as they are."""
     rounded: Pixels = np.rint(np.rint(shown * (16 / 255)) * (255 / 16)).astype(np.uint8)
     return rounded
 

@@ -14,7 +14,7 @@ from mmgen.evaluate.tasks import Mark, Object, Pixels, Task, Truth
 
 
 def pixels(image: Image.Image) -> Pixels:
-    """[H, W] or [H, W, 3] levels of an image."""
+    """Pixel values [H, W] or [H, W, 3] of an image."""
     return np.asarray(image)
 
 

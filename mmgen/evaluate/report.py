@@ -213,13 +213,13 @@ def held_out_losses(model: MMGenModel, corpus: Corpus) -> HeldOutLosses:
     for batch, losses in held_out(model, corpus, Ranks()):
         text, texts = text + float(losses.text), texts + losses.text_count
         image, images = image + float(losses.image), images + losses.image_count
-        row, column = batch.place_I2[batch.loss_at_J].cpu().T
+        row, column = batch.cell_I2[batch.loss_at_J].cpu().T
         inside = (row < rows) & (column < columns)
-        place = (row * columns + column)[inside]
-        sums += torch.bincount(place, losses.image_J.double().cpu()[inside], minlength=rows * columns)
-        counts += torch.bincount(place, minlength=rows * columns)
-    by_place = (sums / counts.clamp(min=1)).tolist()
-    return HeldOutLosses(text / max(texts, 1), image / max(images, 1), by_place)
+        cell = (row * columns + column)[inside]
+        sums += torch.bincount(cell, losses.image_J.double().cpu()[inside], minlength=rows * columns)
+        counts += torch.bincount(cell, minlength=rows * columns)
+    by_cell = (sums / counts.clamp(min=1)).tolist()
+    return HeldOutLosses(text / max(texts, 1), image / max(images, 1), by_cell)
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:

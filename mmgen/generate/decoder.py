@@ -64,7 +64,7 @@ class Decoder:
         if request.inpaint is not None:
             if request.mode != "image":
                 raise ValueError(f"in-painting draws one image: set mode 'image', not '{request.mode}'")
-            _, grid = self.patcher.levels(request.inpaint.image)
+            _, grid = self.patcher.pixels(request.inpaint.image)
             if request.inpaint.keep.shape != grid or request.grid not in (None, grid):
                 raise ValueError(
                     f"the image to paint has a patch grid of {grid}, but `keep` is {request.inpaint.keep.shape} and "

@@ -161,7 +161,7 @@ class LatentPatcher(Patcher):
             )
         return np.array(found.mean, dtype=np.float32), np.array(found.std, dtype=np.float32)
 
-    def rows(self, stored: NDArray[Any]) -> tuple[NDArray[Any], Grid]:
+    def encode_stored(self, stored: NDArray[Any]) -> tuple[NDArray[Any], Grid]:
         """Patches [N, P] of a precomputed latent [C, h, w] and their grid; raises ValueError for a wrong shape."""
         latent_Chw, channels = stored, self.settings.vae.channels
         if len(latent_Chw) != channels:
@@ -181,9 +181,9 @@ class LatentPatcher(Patcher):
                 parts.append(self.autoencoder.module.encode(pixels).latent_dist.mode())
         return torch.cat(parts)
 
-    def pixels(self, levels_MNL: Tensor, grid: Grid) -> Tensor:
+    def images(self, pixels_MNL: Tensor, grid: Grid) -> Tensor:
         """Images [M, C, H, W] of rows of pixels in raster order."""
-        return _joined(levels_MNL, grid, self.settings.side)
+        return _joined(pixels_MNL, grid, self.settings.side)
 
     @cached_property
     def _normal(self) -> tuple[Tensor, Tensor]:
@@ -192,10 +192,10 @@ class LatentPatcher(Patcher):
         return mean, std
 
     @torch.no_grad()
-    def encode_rows(self, levels_MNL: Tensor, grid: Grid) -> Tensor:
-        """Rows of pixels 0..255 in raster order, as `levels` gives them, to patch rows [M, N, P]."""
+    def encode_pixels(self, pixels_MNL: Tensor, grid: Grid) -> Tensor:
+        """Rows of pixels 0..255 in raster order, as `pixels` returns them, to patch rows [M, N, P]."""
         (rows, columns), patch, (mean, std) = grid, self.settings.patch_size, self._normal
-        latents = (self.latents(self.pixels(levels_MNL, grid)) - mean) / std
+        latents = (self.latents(self.images(pixels_MNL, grid)) - mean) / std
         blocks = latents.view(len(latents), -1, rows, patch, columns, patch)
         return blocks.permute(0, 2, 4, 3, 5, 1).reshape(len(latents), rows * columns, -1)
 

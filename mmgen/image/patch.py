@@ -21,7 +21,7 @@ from mmgen.image.resize import fit
 
 Grid = tuple[int, int]
 Floats = NDArray[np.float32]
-Levels = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 Numbers = TypeVar("Numbers", np.float32, np.uint8)
 
 
@@ -59,23 +59,23 @@ class Patcher(ABC):
         """
         return fit(image, self.settings.channels, self.settings.image_sizes)
 
-    def levels(self, image: Image.Image) -> tuple[Levels, Grid]:
+    def pixels(self, image: Image.Image) -> tuple[Pixels, Grid]:
         """The image's pixels in 0..255, one row per patch [N, pixels of a patch], and their grid (rows, columns)."""
-        pixels = np.asarray(self.fit(image))
-        return cut(pixels.reshape(*pixels.shape[:2], -1), self.settings.side)
+        values = np.asarray(self.fit(image))
+        return cut(values.reshape(*values.shape[:2], -1), self.settings.side)
 
-    def rows(self, stored: NDArray[Any]) -> tuple[NDArray[Any], Grid]:
+    def encode_stored(self, stored: NDArray[Any]) -> tuple[NDArray[Any], Grid]:
         """Ready patches [N, P] of a precomputed array and their grid; raises ValueError where it does not fit."""
         raise ValueError(f"model.patcher.kind '{self.settings.kind}' takes images, not precomputed arrays")
 
     @abstractmethod
-    def encode_rows(self, levels_MNL: Tensor, grid: Grid) -> Tensor:
+    def encode_pixels(self, pixels_MNL: Tensor, grid: Grid) -> Tensor:
         """Patches [M, N, P] of pixels 0..255 [M, N, L] in raster order, on the patcher's device."""
 
     def encode(self, image: Image.Image) -> tuple[Floats, Grid]:
         """Patches [N, P] of an image in raster order, and their grid (rows, columns)."""
-        levels_NL, grid = self.levels(image)
-        encoded: Floats = self.encode_rows(torch.from_numpy(levels_NL)[None], grid)[0].cpu().numpy()
+        pixels_NL, grid = self.pixels(image)
+        encoded: Floats = self.encode_pixels(torch.from_numpy(pixels_NL)[None], grid)[0].cpu().numpy()
         return encoded, grid
 
     @abstractmethod
@@ -93,8 +93,8 @@ class Patcher(ABC):
 class PixelPatcher(Patcher):
     """Pixels in [-1, 1], cut into square patches in raster order; within a patch the order is row, column, channel."""
 
-    def encode_rows(self, levels_MNL: Tensor, grid: Grid) -> Tensor:
-        return levels_MNL.to(torch.float32) / 127.5 - 1
+    def encode_pixels(self, pixels_MNL: Tensor, grid: Grid) -> Tensor:
+        return pixels_MNL.to(torch.float32) / 127.5 - 1
 
     def pictures(self, x_RNP: Floats, grid: Grid) -> list[Image.Image]:
         return [to_image(join(x_NP, grid, self.settings.patch_size)) for x_NP in x_RNP]
@@ -102,8 +102,8 @@ class PixelPatcher(Patcher):
 
 def to_image(pixels_HWC: Floats) -> Image.Image:
     """An image of pixels in [-1, 1]; values outside are clipped."""
-    levels = np.clip(np.rint((pixels_HWC + 1) * 127.5), 0, 255).astype(np.uint8)
-    return Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels)
+    values = np.clip(np.rint((pixels_HWC + 1) * 127.5), 0, 255).astype(np.uint8)
+    return Image.fromarray(values.squeeze(-1) if values.shape[-1] == 1 else values)
 
 
 def cut(pixels_HWC: NDArray[Numbers], side: int) -> tuple[NDArray[Numbers], Grid]:

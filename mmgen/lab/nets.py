@@ -120,7 +120,7 @@ class Recipe:
     lr: float = 1e-3
     prediction: str = "v"
     loss_space: str = "v"
-    sampler: str = "logit_normal"
+    distribution: str = "logit_normal"
     mu: float = 0.0
     sigma: float = 1.0
     clip: float = 0.05
@@ -151,7 +151,7 @@ def train_field(net: nn.Module, data: Draw, recipe: Recipe) -> Field:
         x = data(recipe.batch)
         eps = torch.randn_like(x) if recipe.noise is None else recipe.noise(recipe.batch)
         eps = eps if recipe.pair is None else recipe.pair(x, eps)
-        t = TIMES[recipe.sampler](torch.rand(recipe.batch), recipe.mu, recipe.sigma)
+        t = TIMES[recipe.distribution](torch.rand(recipe.batch), recipe.mu, recipe.sigma)
         output = net(path.mix(x, eps, t.unsqueeze(1)), t.unsqueeze(1))
         if isinstance(net, Preconditioned):  # the weight that makes it plain regression of the inner network
             scale = net.out_scale(t.unsqueeze(1)).clamp(min=1e-3)

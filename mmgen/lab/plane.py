@@ -44,9 +44,9 @@ def frozen(trained: Field, t: float) -> Field:
 def spiral_field(run: Run, mu: float, sigma: float) -> Field:
     """A v-prediction network on the spiral; with sigma = 0 it knows one time only."""
     torch.manual_seed(run.seed)
-    sampler = "constant" if sigma == 0 else "logit_normal"
+    distribution = "constant" if sigma == 0 else "logit_normal"
     net = MLP(2, width=128, depth=5)
-    recipe = Recipe(run.pick(2000, 800), sampler=sampler, mu=mu, sigma=sigma)
+    recipe = Recipe(run.pick(2000, 800), distribution=distribution, mu=mu, sigma=sigma)
     trained = train_field(net, spiral, recipe)
     return frozen(trained, 1 / (1 + math.exp(-mu))) if sigma == 0 else trained
 
@@ -355,7 +355,7 @@ def couplings(run: Run) -> Figure:
         two: dict[str, float] = {}
         for pairs, pair in (("independent", None), ("optimal", optimal_pairs)):
             torch.manual_seed(run.seed)
-            recipe = Recipe(run.pick(2500, 700), 256, sampler="uniform", noise=noise, pair=pair)
+            recipe = Recipe(run.pick(2500, 700), 256, distribution="uniform", noise=noise, pair=pair)
             trained = train_field(MLP(2, 128, 4), moons, recipe)
             torch.manual_seed(run.seed + 1)
             start = noise(SAMPLES)

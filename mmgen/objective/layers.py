@@ -1,4 +1,4 @@
-"""Layers that objectives share: embeddings of time and place, and how patches enter and leave the backbone.
+"""Layers that objectives share: embeddings of time and cell, and how patches enter and leave the backbone.
 
 Suffixes: I patches of a batch, P numbers per patch, D width.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgen.config import PatcherConfig, choose
-from mmgen.sequence.batch import Places
+from mmgen.sequence.batch import Cells
 
 
 class TimeEmbedding(nn.Module):
@@ -33,7 +33,7 @@ class TimeEmbedding(nn.Module):
         return embedded
 
 
-class PlaceEmbedding(nn.Module):
+class CellEmbedding(nn.Module):
     """Sin-cos features of row and column, projected to the width; defined for grids never seen.
 
     Features per axis as in Vaswani et al. 2017, section 3.5, with the longest wavelength cut to 1,000 patches.
@@ -44,12 +44,12 @@ class PlaceEmbedding(nn.Module):
         self.features = features
         self.project = nn.Linear(features, width, bias=False)
 
-    def forward(self, place_I2: Tensor) -> Tensor:
-        """[..., 2] integer places to [..., D]."""
+    def forward(self, cell_I2: Tensor) -> Tensor:
+        """[..., 2] integer cells to [..., D]."""
         weight = self.project.weight
         quarter = self.features // 4
         exponent = torch.arange(quarter, device=weight.device, dtype=weight.dtype) / quarter
-        angle = place_I2.to(weight.dtype).unsqueeze(-1) * 1000.0**-exponent
+        angle = cell_I2.to(weight.dtype).unsqueeze(-1) * 1000.0**-exponent
         embedded: Tensor = self.project(torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2))
         return embedded
 
@@ -61,7 +61,7 @@ class PatchEntry(nn.Module, ABC):
     """Whether what enters at a patch depends on other patches of its image. Causal orders cannot have that."""
 
     @abstractmethod
-    def enter(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
+    def enter(self, x_IP: Tensor, t_I: Tensor, cells: Cells) -> tuple[Tensor, Tensor | None]:
         """Patches [I, P] at times [I] to [I, D], and a memory for the exit.
 
         A memory has first axis I (for example the skip connections of a U-Net). Images are always whole.
@@ -72,7 +72,7 @@ class PatchExit(nn.Module, ABC):
     """The map from hidden states to patches."""
 
     @abstractmethod
-    def leave(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, places: Places) -> Tensor:
+    def leave(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, cells: Cells) -> Tensor:
         """Hidden states [I, D] to patches [I, P], zero at initialisation.
 
         `memory` holds the entries of these patches in what `PatchEntry.enter` returned. Images are always whole.
@@ -104,21 +104,21 @@ class OutputLinear(nn.Linear):
 class LinearEntry(nn.Linear, PatchEntry):
     """One linear map of single patches."""
 
-    def enter(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
+    def enter(self, x_IP: Tensor, t_I: Tensor, cells: Cells) -> tuple[Tensor, Tensor | None]:
         return self(x_IP), None
 
 
 class BottleneckEntry(nn.Sequential, PatchEntry):
     """Two linear maps through a narrow layer (Li and He 2025, JiT, section 4.3)."""
 
-    def enter(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
+    def enter(self, x_IP: Tensor, t_I: Tensor, cells: Cells) -> tuple[Tensor, Tensor | None]:
         return self(x_IP), None
 
 
 class LinearExit(OutputLinear, PatchExit):
     """One linear map to single patches."""
 
-    def leave(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, places: Places) -> Tensor:
+    def leave(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, cells: Cells) -> Tensor:
         patches: Tensor = self(hidden_ID)
         return patches
 

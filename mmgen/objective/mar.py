@@ -29,9 +29,9 @@ from mmgen.objective.interface import (
     ImageSite,
     ImageSpec,
 )
-from mmgen.objective.layers import OutputLinear, PlaceEmbedding, TimeEmbedding, build_projection
+from mmgen.objective.layers import CellEmbedding, OutputLinear, TimeEmbedding, build_projection
 from mmgen.objective.replay import TOLERANCE, Replay, redraw
-from mmgen.sequence.batch import Batch, Places
+from mmgen.sequence.batch import Batch, Cells
 from mmgen.sequence.document import Block
 
 
@@ -90,7 +90,7 @@ class MARLayout(ImageLayout):
         n, k = site.grid[0] * site.grid[1], self.own.draws_per_patch
         time = self.settings.time
         even = (rng.permutation(n * k) + rng.random()) / (n * k) if time.stratified else rng.random(n * k)
-        t = choose(TIMES, time.sampler, "objective.time.sampler")(torch.from_numpy(even), time.mu, time.sigma)
+        t = choose(TIMES, time.distribution, "objective.time.distribution")(torch.from_numpy(even), time.mu, time.sigma)
         draws = {
             "t": t.numpy().astype(np.float32).reshape(n, k),
             "eps": rng.standard_normal((n, k, self.patch_length), dtype=np.float32),
@@ -133,37 +133,37 @@ class MARObjective(ImageObjective):
                 f"'{self.own.order}' a patch would see later ones: set objective.mar.order to masked, or "
                 "model.patcher.projection to linear"
             )
-        self.place = PlaceEmbedding(width)
+        self.place = CellEmbedding(width)  # the name in checkpoints
         self.head = PatchHead(patcher.patch_length, width, self.own.head)
         if self.own.causal:
-            self.next_place = PlaceEmbedding(width)
+            self.next_place = CellEmbedding(width)
         else:
             self.mask_vector = nn.Parameter(torch.randn(width) * width**-0.5)
 
-    def _enter(self, x_IP: Tensor, places: Places) -> Tensor:
+    def _enter(self, x_IP: Tensor, cells: Cells) -> Tensor:
         """Clean patches [I, P] to [I, D]."""
-        entered, _ = self.enter.enter(x_IP, x_IP.new_ones(len(x_IP)), places)
+        entered, _ = self.enter.enter(x_IP, x_IP.new_ones(len(x_IP)), cells)
         return entered
 
-    def _hidden(self, x_IP: Tensor, masked_I: Tensor, places: Places) -> Tensor:
+    def _hidden(self, x_IP: Tensor, masked_I: Tensor, cells: Cells) -> Tensor:
         """Patches [I, P] to [I, D], with the mask vector in place of the masked ones."""
         # Masked patches are zero before they enter, in case the entry mixes patches.
-        values = self._enter(x_IP.masked_fill(masked_I.unsqueeze(-1), 0), places)
+        values = self._enter(x_IP.masked_fill(masked_I.unsqueeze(-1), 0), cells)
         return torch.where(masked_I.unsqueeze(-1), self.mask_vector.to(values.dtype), values)
 
     def embed(self, batch: Batch) -> Embedded:
         at_J = batch.at_I[batch.loss_at_J]
         if not self.own.causal:
-            values = self._hidden(batch.x_IP, batch.draws["masked"] > 0, batch.places) + self.place(batch.place_I2)
+            values = self._hidden(batch.x_IP, batch.draws["masked"] > 0, batch.cells) + self.place(batch.cell_I2)
             return Embedded(batch.at_I, values, at_J, batch)
-        values = self._enter(batch.x_IP, batch.places)
-        # Each input names the place of the patch that it predicts; the last one of an image predicts none.
+        values = self._enter(batch.x_IP, batch.cells)
+        # Each input also holds the cell of the patch that it predicts. The last input of an image predicts no patch.
         goes_on = torch.ones_like(batch.image_I, dtype=torch.bool)
         goes_on[-1:] = False
         goes_on[:-1] = batch.image_I[1:] == batch.image_I[:-1]
-        following = self.next_place(batch.place_I2.roll(-1, 0)) * goes_on.unsqueeze(-1).to(values.dtype)
+        following = self.next_place(batch.cell_I2.roll(-1, 0)) * goes_on.unsqueeze(-1).to(values.dtype)
         at = torch.cat([batch.at_I, batch.size_at_M])
-        values = torch.cat([values + self.place(batch.place_I2) + following, self.next_place(batch.first_M2)])
+        values = torch.cat([values + self.place(batch.cell_I2) + following, self.next_place(batch.first_M2)])
         return Embedded(at, values, at_J - 1, batch)
 
     def loss(self, hidden_JD: Tensor, state: Any) -> Tensor:
@@ -193,8 +193,8 @@ class MARObjective(ImageObjective):
         """Reveal patches in random order, more of them at each step; known ones are there from the start."""
         rows, n, _ = spec.noise_RNP.shape
         device = spec.noise_RNP.device
-        place_N2 = torch.from_numpy(raster(spec.grid)).to(device)
-        places = Places(torch.arange(rows, device=device).repeat_interleave(n), place_N2.repeat(rows, 1))
+        cell_N2 = torch.from_numpy(raster(spec.grid)).to(device)
+        cells = Cells(torch.arange(rows, device=device).repeat_interleave(n), cell_N2.repeat(rows, 1))
         chance_RN = spec.noise(spec.noise_RNP[..., 0])
         x_RNP = torch.zeros_like(spec.noise_RNP)
         shown_RN = torch.zeros(rows, n, dtype=torch.bool, device=device)
@@ -206,8 +206,8 @@ class MARObjective(ImageObjective):
             done = int(shown_RN[0].sum())
         reveal_RN = chance_RN.argsort(dim=1)
         for count in unmask_counts(n - done, spec.sample.unmask_steps):
-            entered_ID = self._hidden(x_RNP.flatten(0, 1), ~shown_RN.flatten(), places)
-            values = entered_ID.view(rows, n, -1) + self.place(place_N2)
+            entered_ID = self._hidden(x_RNP.flatten(0, 1), ~shown_RN.flatten(), cells)
+            values = entered_ID.view(rows, n, -1) + self.place(cell_N2)
             preview = x_RNP.clone() if spec.previews else None
             hidden_GRND = yield BackboneCall(values, self.layout.bidirectional, False, preview)
             now_Rn = reveal_RN[:, done : done + count]
@@ -223,7 +223,7 @@ class MARObjective(ImageObjective):
     def _next_patches(self, spec: ImageSpec) -> Drawing:
         """Draw one patch after another, each from the hidden state before it; the cache keeps them."""
         rows, n, length = spec.noise_RNP.shape
-        place_N2 = torch.from_numpy(raster(spec.grid)).to(spec.noise_RNP.device)
+        cell_N2 = torch.from_numpy(raster(spec.grid)).to(spec.noise_RNP.device)
         hidden_GR1D = spec.opening_GRD.unsqueeze(2)
         x_RNP = torch.zeros_like(spec.noise_RNP)
         for i in range(n):
@@ -235,10 +235,10 @@ class MARObjective(ImageObjective):
             drawn = self._draw(hidden_GR1D, spec.noise_RNP.gather(1, at_R1P), spec, (i + 1) / n, given)
             x_RNP = x_RNP.scatter(1, at_R1P, drawn)
             if i + 1 < n:
-                following = self.next_place(place_N2[spec.order_RN[:, i + 1 : i + 2]])
-                places = Places(torch.arange(rows, device=drawn.device), place_N2[at_R1.squeeze(1)])
-                entered_RD = self._enter(drawn.squeeze(1), places)
-                values = entered_RD.unsqueeze(1) + self.place(place_N2[at_R1]) + following
+                following = self.next_place(cell_N2[spec.order_RN[:, i + 1 : i + 2]])
+                cells = Cells(torch.arange(rows, device=drawn.device), cell_N2[at_R1.squeeze(1)])
+                entered_RD = self._enter(drawn.squeeze(1), cells)
+                values = entered_RD.unsqueeze(1) + self.place(cell_N2[at_R1]) + following
                 hidden_GR1D = yield BackboneCall(values, False, True, x_RNP.clone() if spec.previews else None)
         return x_RNP
 
@@ -270,8 +270,8 @@ class MARObjective(ImageObjective):
 
     def _replay_unmasking(self, replay: Replay) -> None:
         image, n = replay.image, len(replay.image.noise_NP)
-        place_ND = self.place(torch.from_numpy(raster(image.grid)))
-        shown = [(inputs - place_ND - self.mask_vector).abs().amax(1) > TOLERANCE for inputs in image.inputs]
+        embedded_ND = self.place(torch.from_numpy(raster(image.grid)))
+        shown = [(inputs - embedded_ND - self.mask_vector).abs().amax(1) > TOLERANCE for inputs in image.inputs]
         shown.append(torch.ones(n, dtype=torch.bool))
         for i, (seen_N, after_N) in enumerate(pairwise(shown)):
             now_N = after_N & ~seen_N

@@ -23,9 +23,9 @@ from mmgen.objective.interface import (
     ImageSite,
     ImageSpec,
 )
-from mmgen.objective.layers import PatchProjection, PlaceEmbedding, TimeEmbedding, build_projection
+from mmgen.objective.layers import CellEmbedding, PatchProjection, TimeEmbedding, build_projection
 from mmgen.objective.replay import Replay, Trained, redraw
-from mmgen.sequence.batch import Batch, Places
+from mmgen.sequence.batch import Batch, Cells
 from mmgen.sequence.document import Block
 
 
@@ -40,7 +40,7 @@ class TransfusionLayout(ImageLayout):
     def blocks(self, site: ImageSite, rng: np.random.Generator) -> list[Block]:
         time = self.settings.time
         quantile = torch.scalar_tensor(site.quantile, dtype=torch.float64)
-        t = float(choose(TIMES, time.sampler, "objective.time.sampler")(quantile, time.mu, time.sigma))
+        t = float(choose(TIMES, time.distribution, "objective.time.distribution")(quantile, time.mu, time.sigma))
         # An image that loses its caption must still be learned at every t: it trains the unconditional branch.
         if self.own.context == "capped" and site.text_after and not site.text_before:
             t = self.own.cap + (1 - self.own.cap) * t
@@ -91,41 +91,41 @@ class TransfusionObjective(ImageObjective):
         self.flow = ImageFlow(settings)
         self.projection = Projections(build_projection(patcher, width))
         self.time = TimeEmbedding(width)
-        self.place = PlaceEmbedding(width)
+        self.place = CellEmbedding(width)  # the name in checkpoints
 
-    def _enter(self, z_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
-        entered, memory = self.projection.enter.enter(z_IP, t_I, places)
-        return entered + self.time(t_I) + self.place(places.place_I2), memory
+    def _enter(self, z_IP: Tensor, t_I: Tensor, cells: Cells) -> tuple[Tensor, Tensor | None]:
+        entered, memory = self.projection.enter.enter(z_IP, t_I, cells)
+        return entered + self.time(t_I) + self.place(cells.cell_I2), memory
 
     def embed(self, batch: Batch) -> Embedded:
         t_I, eps_IP = batch.draws["t"].to(batch.x_IP.dtype), batch.draws["eps"].to(batch.x_IP.dtype)
         z_IP = self.flow.path.mix(batch.x_IP, eps_IP, t_I.unsqueeze(-1))
-        values, memory = self._enter(z_IP, t_I, batch.places)
+        values, memory = self._enter(z_IP, t_I, batch.cells)
         return Embedded(batch.at_I, values, batch.at_I[batch.loss_at_J], Noised(batch, t_I, eps_IP, memory))
 
     def loss(self, hidden_JD: Tensor, state: Any) -> Tensor:
         noised: Noised = state
         batch, j = noised.batch, noised.batch.loss_at_J
-        t_J, places = noised.t_I[j], Places(batch.image_I[j], batch.place_I2[j])
+        t_J, cells = noised.t_I[j], Cells(batch.image_I[j], batch.cell_I2[j])
         memory = None if noised.memory is None else noised.memory[j]
-        output = self.projection.leave.leave(hidden_JD, memory, t_J, places)
+        output = self.projection.leave.leave(hidden_JD, memory, t_J, cells)
         return self.flow.loss(output, batch.x_IP[j], noised.eps_IP[j], t_J)
 
     def generate(self, spec: ImageSpec) -> Drawing:
         rows, n, length = spec.noise_RNP.shape
         device = spec.noise_RNP.device
-        place = torch.from_numpy(raster(spec.grid)).to(device).repeat(rows, 1)
-        places = Places(torch.arange(rows, device=device).repeat_interleave(n), place)
+        cell_I2 = torch.from_numpy(raster(spec.grid)).to(device).repeat(rows, 1)
+        cells = Cells(torch.arange(rows, device=device).repeat_interleave(n), cell_I2)
         scale = spec.sample.guidance_scale
         flow = self.flow.draw(FlowSpec(spec.sample, spec.noise_RNP, spec.noise, scale, spec.given, spec.previews))
         try:
             z_RNP, t, preview = next(flow)
             while True:
                 z_IP, t_I = z_RNP.reshape(rows * n, length), t.expand(rows * n)
-                values, memory = self._enter(z_IP, t_I, places)
+                values, memory = self._enter(z_IP, t_I, cells)
                 hidden_GRND = yield BackboneCall(values.view(rows, n, -1), self.layout.bidirectional, False, preview)
                 outputs = [
-                    self.projection.leave.leave(h.reshape(rows * n, -1), memory, t_I, places) for h in hidden_GRND
+                    self.projection.leave.leave(h.reshape(rows * n, -1), memory, t_I, cells) for h in hidden_GRND
                 ]
                 z_RNP, t, preview = flow.send([out.view_as(z_RNP) for out in outputs])
         except StopIteration as stop:
@@ -138,10 +138,10 @@ class TransfusionObjective(ImageObjective):
 
         def output(trained: Trained, t: Tensor) -> Tensor:
             j = trained.at_J
-            places = Places(trained.batch.image_I[j], trained.batch.place_I2[j])
+            cells = Cells(trained.batch.image_I[j], trained.batch.cell_I2[j])
             noised: Noised = trained.state
             memory = None if noised.memory is None else noised.memory[j]
-            return self.projection.leave.leave(trained.hidden_JD, memory, t.expand(len(j)), places)
+            return self.projection.leave.leave(trained.hidden_JD, memory, t.expand(len(j)), cells)
 
         def outputs(z: Tensor, t: Tensor) -> list[Tensor]:
             def put(batch: Batch, at: Tensor) -> None:

@@ -21,11 +21,11 @@ from mmgen.sequence.document import Block, ImagePatches, Opening, PlacedBlock, S
 from mmgen.sequence.tokenizer import Tokenizer
 
 
-class Places(NamedTuple):
+class Cells(NamedTuple):
     """Where each patch row stands: which image copy it belongs to, and its (row, column) there."""
 
     image_I: Tensor
-    place_I2: Tensor
+    cell_I2: Tensor
 
 
 IGNORE = -100
@@ -53,7 +53,7 @@ class Rows:
     """Flat position (row * S + position) of each patch."""
     image_I: Tensor
     """Number of the block that each patch belongs to, unique in the batch."""
-    place_I2: Tensor
+    cell_I2: Tensor
     """(row, column) of each patch in its image."""
     loss_at_J: Tensor
     """Indices into I of the patches that are learned."""
@@ -107,9 +107,9 @@ class Batch(Rows):
         return (self.block_BS >= 0).long()
 
     @property
-    def places(self) -> Places:
+    def cells(self) -> Cells:
         """Where the patches stand in their images."""
-        return Places(self.image_I, self.place_I2)
+        return Cells(self.image_I, self.cell_I2)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """A copy on another device; `dtype`, where given, is that of patches and draws."""
@@ -137,21 +137,21 @@ def prepare(
     return Batch(**shared, x_IP=patches_UP[source_I])
 
 
-def _encoded(levels_UL: Tensor, grids: Sequence[Grid], patcher: Patcher) -> Tensor:
+def _encoded(pixels_UL: Tensor, grids: Sequence[Grid], patcher: Patcher) -> Tensor:
     """Patches [U, P] of the pixels of whole images; images of one grid are encoded together."""
     if len(set(grids)) == 1:
-        whole_MNL = levels_UL.view(len(grids), -1, levels_UL.shape[1])
-        return patcher.encode_rows(whole_MNL, grids[0]).flatten(0, 1)
+        whole_MNL = pixels_UL.view(len(grids), -1, pixels_UL.shape[1])
+        return patcher.encode_pixels(whole_MNL, grids[0]).flatten(0, 1)
     counts = [rows * columns for rows, columns in grids]
-    images = levels_UL.split(counts)
+    images = pixels_UL.split(counts)
     found: list[Tensor | None] = [None] * len(grids)
     for grid in dict.fromkeys(grids):
         of_grid = [number for number, other in enumerate(grids) if other == grid]
-        encoded_MNP = patcher.encode_rows(torch.stack([images[number] for number in of_grid]), grid)
+        encoded_MNP = patcher.encode_pixels(torch.stack([images[number] for number in of_grid]), grid)
         for number, x_NP in zip(of_grid, encoded_MNP, strict=True):
             found[number] = x_NP
     ready = patcher.ready
-    nothing = torch.from_numpy(np.zeros((0, ready.length), ready.dtype)).to(levels_UL.device)
+    nothing = torch.from_numpy(np.zeros((0, ready.length), ready.dtype)).to(pixels_UL.device)
     return torch.cat([nothing, *(x_NP for x_NP in found if x_NP is not None)])
 
 
@@ -233,7 +233,7 @@ def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
         source_I=_stack([np.zeros(0), *(starts[p.image] + p.block.order_N for p in placed)], np.int64),
         at_I=_stack([np.zeros(0), *(p.offset + np.arange(n) for p, n in zip(placed, counts, strict=True))], np.int64),
         image_I=torch.from_numpy(np.repeat(np.arange(len(placed)), counts)),
-        place_I2=_stack([np.zeros((0, 2)), *(raster(images[p.image].grid)[p.block.order_N] for p in placed)], np.int64),
+        cell_I2=_stack([np.zeros((0, 2)), *(raster(images[p.image].grid)[p.block.order_N] for p in placed)], np.int64),
         loss_at_J=torch.from_numpy(np.flatnonzero(np.concatenate([np.zeros(0, dtype=bool), *losses]))),
         draws={name: _stack([draws[name] for draws in drawn], np.float32) for name in form.nothing.draws},
         size_at_M=torch.tensor([opening.offset for opening in openings], dtype=torch.int64),

@@ -25,9 +25,9 @@ class Block:
     """One copy of an image in a row."""
 
     order_N: NDArray[np.int64]
-    """Raster index of the patch at each place."""
+    """Raster index of each patch, in the order in which the block holds them."""
     draws: dict[str, NDArray[np.float32]]
-    """What the objective drew for the patches, first axis N in the order of the places (t, eps, masks...)."""
+    """What the objective drew for the patches, first axis N in the order of `order_N` (t, eps, masks...)."""
     bidirectional: bool = True
     """Patches of the block see each other both ways."""
     noised: bool = False
@@ -134,7 +134,7 @@ class Writer:
         self.size(grid, first)
 
     def size(self, grid: Grid, first: tuple[int, int] = (0, 0)) -> None:
-        """Append the size token; `first` is the place of the patch that is generated first."""
+        """Append the size token; `first` is the cell of the patch that is generated first."""
         if grid not in self.tokenizer.size:
             declared = ", ".join(f"{rows}x{columns}" for rows, columns in self.tokenizer.size)
             raise ValueError(f"patch grid {grid[0]}x{grid[1]} was never declared (declared: {declared})")

@@ -103,10 +103,10 @@ def test_webdataset_gives_the_rows_of_the_loader(config: Config) -> None:
     corpus = Corpus(config.data.train, Tokenizer.of(config), config)
     shards = corpus.dataset.shards
     seen = 0
-    for index, (ids, (levels, grid)) in enumerate(webdataset_pipeline(shards, decoder(corpus))):
+    for index, (ids, (pixels, grid)) in enumerate(webdataset_pipeline(shards, decoder(corpus))):
         text, image = sorted(corpus.decoded(0, index).segments, key=lambda s: isinstance(s, DecodedImage))
         assert list(ids) == list(text.ids)
         assert grid == image.grid
-        assert np.array_equal(levels, image.x_NP)
+        assert np.array_equal(pixels, image.x_NP)
         seen += 1
     assert seen == 40

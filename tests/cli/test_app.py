@@ -25,7 +25,7 @@ from tests.conftest import run
     [
         (["train", "--train.stpes", "5"], "--train.stpes. Did you mean --train.steps?"),
         (["trian"], "train"),
-        (["train", "--train.steps", "-1"], "train.steps: Input should be greater than 0 (got '-1')"),
+        (["train", "--train.steps", "-1"], "train.steps must be a whole number above 0, such as 1000 (got '-1')"),
         (["train", "--train.steps", "many"], "train.steps"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["train"], "no tokenizer at tokenizer.json"),

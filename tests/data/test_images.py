@@ -99,11 +99,11 @@ def test_inks_become_colours() -> None:
 
 @pytest.mark.parametrize("turned", [1, 6])
 def test_sixteen_bits_are_scaled_and_turned(turned: int) -> None:
-    levels = np.random.default_rng(0).integers(0, 65536, (24, 16), dtype=np.uint16)
-    data = encoded(Image.fromarray(levels), "PNG", turned)
+    values = np.random.default_rng(0).integers(0, 65536, (24, 16), dtype=np.uint16)
+    data = encoded(Image.fromarray(values), "PNG", turned)
     assert open_image(data).mode == "I;16"
     shown = np.asarray(fit(open_image(data), 1, [(24, 16), (16, 24)]))
-    np.testing.assert_array_equal(shown, np.rint((np.rot90(levels, -1) if turned == 6 else levels) / 257))
+    np.testing.assert_array_equal(shown, np.rint((np.rot90(values, -1) if turned == 6 else values) / 257))
     colours = np.asarray(fit(open_image(data), 3, [(24, 16), (16, 24)]))
     assert (colours == shown[..., None]).all()
 
@@ -112,14 +112,14 @@ def test_deep_colours_and_greys_with_alpha() -> None:
     """16-bit RGB and grey with alpha, written byte by byte: nothing of Pillow's writer is trusted."""
     rng = np.random.default_rng(1)
     for kind, channels in ((2, 3), (4, 2), (6, 4)):
-        levels = rng.integers(0, 65536, (6, 4, channels), dtype=np.uint16)
+        values = rng.integers(0, 65536, (6, 4, channels), dtype=np.uint16)
         if channels in (2, 4):
-            levels[..., -1] = 65535
-        lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in levels)
+            values[..., -1] = 65535
+        lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
         header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 6, 16, kind, 0, 0, 0))
         data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
         shown = np.asarray(fit(open_image(data), 3, [(6, 4)])).astype(float)
-        colours = levels[..., :1].repeat(3, axis=2) if channels == 2 else levels[..., :3]
+        colours = values[..., :1].repeat(3, axis=2) if channels == 2 else values[..., :3]
         np.testing.assert_allclose(shown, colours / 257, atol=1.01)
 
 

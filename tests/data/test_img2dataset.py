@@ -49,9 +49,9 @@ class Quiet(SimpleHTTPRequestHandler):
 def pictures() -> list[tuple[Image.Image, str]]:
     """Real handwritten digits, with captions."""
     digits = load_digits()
-    levels = np.rint(digits.images[:COUNT] * 255 / 16).astype(np.uint8)
+    values = np.rint(digits.images[:COUNT] * 255 / 16).astype(np.uint8)
     return [
-        (Image.fromarray(image), f"a handwritten {label}") for image, label in zip(levels, digits.target, strict=False)
+        (Image.fromarray(image), f"a handwritten {label}") for image, label in zip(values, digits.target, strict=False)
     ]
 
 

@@ -288,7 +288,7 @@ def test_times_are_spread_over_the_learned_images(tmp_path: Path) -> None:
     shard = str(write_tar(tmp_path / "edits.tar", members(documents)))
     config = tiny(
         tmp_path, data={"train": [shard], "row_length": 24},
-        objective={**VARIANTS["noisy"], "time": {"sampler": "uniform", "stratified": True}}, train={"batch_rows": 8},
+        objective={**VARIANTS["noisy"], "time": {"distribution": "uniform", "stratified": True}}, train={"batch_rows": 8},
     )  # fmt: skip
     for step in steps(opened(config), 0, 4, Position()):
         batch = step.micro[0]

@@ -21,9 +21,9 @@ from tests.data.common import npy
 
 def test_modes_and_orientation() -> None:
     rng = np.random.default_rng(0)
-    levels = rng.integers(0, 65536, (4, 4), dtype=np.uint16)
-    deep = open_image(png(Image.fromarray(levels)))
-    np.testing.assert_array_equal(np.asarray(flatten(deep, 1)), np.rint(levels / 257))
+    values = rng.integers(0, 65536, (4, 4), dtype=np.uint16)
+    deep = open_image(png(Image.fromarray(values)))
+    np.testing.assert_array_equal(np.asarray(flatten(deep, 1)), np.rint(values / 257))
     clear = Image.fromarray(np.dstack([np.full((4, 4, 3), 200, np.uint8), np.array([[0, 85, 170, 255]] * 4, np.uint8)]))
     np.testing.assert_allclose(np.asarray(flatten(clear, 3))[0, :, 0], [255, 237, 218, 200], atol=1)
     inks = Image.new("CMYK", (4, 4), (0, 255, 255, 0))

@@ -40,12 +40,12 @@ class CodePatcher(Patcher):
     def ready(self) -> Patches:
         return Patches(1, np.int64)
 
-    def rows(self, stored: np.ndarray) -> tuple[np.ndarray, Grid]:
+    def encode_stored(self, stored: np.ndarray) -> tuple[np.ndarray, Grid]:
         if stored.max() >= 2**40:
             raise ValueError("a code is not in the codebook")
         return stored.reshape(-1, 1), stored.shape
 
-    def encode_rows(self, levels_MNL: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def encode_pixels(self, pixels_MNL: torch.Tensor, grid: Grid) -> torch.Tensor:
         raise AssertionError("codes need no encoder")
 
     def pictures(self, x_RNP, grid):

@@ -306,13 +306,13 @@ def test_odd_images(tmp_path: Path) -> None:
             image_member(tiff(wrong), "ramp")
 
 
-def tiff(levels: np.ndarray) -> bytes:
-    """A TIFF of these levels, in their type and byte order."""
+def tiff(values: np.ndarray) -> bytes:
+    """A TIFF of these values, in their type and byte order."""
     data = io.BytesIO()
-    if levels.dtype == ">u2":
-        Image.frombytes("I;16B", levels.shape[::-1], levels.tobytes()).save(data, format="TIFF")
+    if values.dtype == ">u2":
+        Image.frombytes("I;16B", values.shape[::-1], values.tobytes()).save(data, format="TIFF")
     else:
-        Image.fromarray(levels).save(data, format="TIFF")
+        Image.fromarray(values).save(data, format="TIFF")
     return data.getvalue()
 
 

@@ -204,6 +204,6 @@ def test_within_class_variance() -> None:
 
 
 def test_real_digits_have_seventeen_levels() -> None:
-    """Rounding to the data's levels, which the two-sample score does, changes no real digit."""
+    """Rounding to the grey values of the data, which the two-sample score does, changes no real digit."""
     for images, _ in digits_prep.split().values():
         assert np.array_equal(seventeen_levels(images), images)

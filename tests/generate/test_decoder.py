@@ -256,11 +256,11 @@ def test_every_prediction_samples_what_it_knows(config: Config, prediction: str,
     target = torch.linspace(-1, 1, 4 * patch, dtype=torch.float64).view(1, 4, patch)
     seen: dict[str, torch.Tensor] = {}
 
-    def enter(z_IP, t_I, places):
+    def enter(z_IP, t_I, cells):
         seen["z"], seen["t"] = z_IP, t_I
         return torch.zeros(len(z_IP), 32, dtype=z_IP.dtype), None
 
-    def decode(hidden, memory, t_I, places):
+    def decode(hidden, memory, t_I, cells):
         z, t = seen["z"], seen["t"].unsqueeze(1)
         x = target.expand(3, -1, -1).reshape(z.shape)
         return {"x": x, "eps": (z - t * x) / (1 - t), "v": (x - z) / (1 - t)}[prediction]

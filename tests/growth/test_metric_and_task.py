@@ -91,12 +91,12 @@ def test_a_new_task_is_scored(drawn: Drawn) -> None:
 
 def test_a_new_metric_is_reported(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the model and for every baseline, under its name."""
-    monkeypatch.setitem(METRICS, "mean_level", lambda drawn: float(np.mean(drawn.pictures)))
+    monkeypatch.setitem(METRICS, "mean_pixel", lambda drawn: float(np.mean(drawn.pictures)))
     found = score(drawn)
-    assert found["mean_level"] == pytest.approx(np.mean(drawn.pictures))
+    assert found["mean_pixel"] == pytest.approx(np.mean(drawn.pictures))
     flat = report(found).flat()
-    assert flat["mean_level"] == found["mean_level"]
-    assert flat["reference_generators"]["class_gaussian"]["mean_level"] == found["mean_level"]
+    assert flat["mean_pixel"] == found["mean_pixel"]
+    assert flat["reference_generators"]["class_gaussian"]["mean_pixel"] == found["mean_pixel"]
 
 
 def report(scores: dict[str, float | None]) -> Report:

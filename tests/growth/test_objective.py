@@ -24,7 +24,7 @@ from mmgen.generate.decoder import Decoder, Request
 from mmgen.image import latent
 from mmgen.image.patch import Patcher, Patches
 from mmgen.objective import BackboneCall, Drawing, Embedded, ImageLayout, ImageObjective, ImageSpec
-from mmgen.objective.layers import PlaceEmbedding
+from mmgen.objective.layers import CellEmbedding
 from mmgen.parity import check_parity
 from mmgen.sequence.batch import Batch
 from mmgen.sequence.document import Block
@@ -39,7 +39,7 @@ class DiscreteSettings(Settings):
 
 
 class Codes(Patcher):
-    """Grey levels of 2x2 pixels as codes 0 to 7; a stand-in for a discrete tokenizer of images."""
+    """Grey values of 2x2 pixels as codes 0 to 7; a stand-in for a discrete tokenizer of images."""
 
     stored = "codes"
 
@@ -50,17 +50,17 @@ class Codes(Patcher):
     def ready(self) -> Patches:
         return Patches(1, np.int64)
 
-    def encode_rows(self, levels_MNL: Tensor, grid) -> Tensor:
-        return (levels_MNL.float().mean(-1, keepdim=True) // 32).long()
+    def encode_pixels(self, pixels_MNL: Tensor, grid) -> Tensor:
+        return (pixels_MNL.float().mean(-1, keepdim=True) // 32).long()
 
-    def rows(self, stored):
+    def encode_stored(self, stored):
         return stored.reshape(-1, 1).astype(np.int64), stored.shape
 
     def pictures(self, x_RNP, grid) -> list[Image.Image]:
         assert np.asarray(x_RNP).dtype == np.int64
         side = self.settings.side
-        levels = (np.asarray(x_RNP).reshape(-1, *grid) * 32 + 16).astype(np.uint8)
-        return [Image.fromarray(one.repeat(side, 0).repeat(side, 1)).convert("RGB") for one in levels]
+        values = (np.asarray(x_RNP).reshape(-1, *grid) * 32 + 16).astype(np.uint8)
+        return [Image.fromarray(one.repeat(side, 0).repeat(side, 1)).convert("RGB") for one in values]
 
 
 class DiscreteLayout(ImageLayout):
@@ -81,13 +81,13 @@ class Discrete(ImageObjective):
     def __init__(self, settings, patcher, width: int) -> None:
         super().__init__(settings, patcher, width)
         self.own = settings.section
-        self.enter, self.place = nn.Embedding(self.own.codes, width), PlaceEmbedding(width)
+        self.enter, self.place = nn.Embedding(self.own.codes, width), CellEmbedding(width)
         self.head = nn.Linear(width, self.own.codes)
 
     def embed(self, batch: Batch) -> Embedded:
         goes_on = torch.zeros(len(batch.image_I), dtype=torch.bool, device=batch.image_I.device)
         goes_on[:-1] = batch.image_I[1:] == batch.image_I[:-1]
-        following = self.place(batch.place_I2.roll(-1, 0)) * goes_on.unsqueeze(1)
+        following = self.place(batch.cell_I2.roll(-1, 0)) * goes_on.unsqueeze(1)
         values = torch.cat([self.enter(batch.x_IP.squeeze(1)) + following, self.place(batch.first_M2)])
         at = torch.cat([batch.at_I, batch.size_at_M])
         return Embedded(at, values, batch.at_I[batch.loss_at_J] - 1, batch.x_IP[batch.loss_at_J].squeeze(1))
@@ -105,8 +105,8 @@ class Discrete(ImageObjective):
             noise = self.own.temperature * spec.noise(scores[0])
             codes.append((scores[0] + noise).argmax(-1))
             if i + 1 < n:
-                place = self.place(torch.tensor([divmod(i + 1, spec.grid[1])])).expand(rows, -1)
-                inputs_R1D = (self.enter(codes[-1]) + place).unsqueeze(1)
+                cell = self.place(torch.tensor([divmod(i + 1, spec.grid[1])])).expand(rows, -1)
+                inputs_R1D = (self.enter(codes[-1]) + cell).unsqueeze(1)
                 hidden_GRD = (yield BackboneCall(inputs_R1D, bidirectional=False, keep=True))[:, :, 0]
         return torch.stack(codes, 1).unsqueeze(-1)
 
@@ -165,7 +165,7 @@ def test_what_is_drawn_is_what_one_forward_pass_predicts(discrete: Config) -> No
 
 
 def test_its_settings_are_checked_and_stored(discrete: Config, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"objective\.discrete\.codes: "):
+    with pytest.raises(ValueError, match=r"objective\.discrete\.codes must be a whole number"):
         override(discrete, {"objective": {"discrete": {"codes": "many"}}})
     with pytest.raises(ValueError, match="'discrete' has no `replay`"):
         check_parity(discrete)

@@ -13,17 +13,17 @@ from mmgen.generate.decoder import Decoder, Request
 from mmgen.model import build_model
 from mmgen.objective import layers
 from mmgen.objective.layers import PatchEntry, PatchExit, PatchProjection
-from mmgen.sequence.batch import Places
+from mmgen.sequence.batch import Cells
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import ready
 
 
-def over_grids(layer: nn.Module, rows_IC: Tensor, places: Places) -> Tensor:
+def over_grids(layer: nn.Module, rows_IC: Tensor, cells: Cells) -> Tensor:
     """A convolution [1, C, h, w] to [1, C', h, w] over the patch grid of each image."""
     out = []
-    for image in places.image_I.unique():
-        mine = places.image_I == image
-        height, width = (places.place_I2[mine].amax(0) + 1).tolist()
+    for image in cells.image_I.unique():
+        mine = cells.image_I == image
+        height, width = (cells.cell_I2[mine].amax(0) + 1).tolist()
         out.append(layer(rows_IC[mine].T.reshape(1, -1, height, width))[0].flatten(1).T)
     nothing = layer(rows_IC.new_zeros(1, rows_IC.shape[1], 1, 1))[0].flatten(1).T[:0]
     return torch.cat([*out, nothing])
@@ -36,8 +36,8 @@ class Down(PatchEntry):
         super().__init__()
         self.conv = nn.Conv2d(length, width, 3, padding=1)
 
-    def enter(self, x_IP: Tensor, t_I: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
-        entered = over_grids(self.conv, x_IP, places)
+    def enter(self, x_IP: Tensor, t_I: Tensor, cells: Cells) -> tuple[Tensor, Tensor | None]:
+        entered = over_grids(self.conv, x_IP, cells)
         return entered, entered
 
 
@@ -46,8 +46,8 @@ class Up(PatchExit):
         super().__init__()
         self.conv = nn.Conv2d(2 * width, length, 3, padding=1)
 
-    def leave(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, places: Places) -> Tensor:
-        return over_grids(self.conv, torch.cat([hidden_ID, memory], 1), places)
+    def leave(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, cells: Cells) -> Tensor:
+        return over_grids(self.conv, torch.cat([hidden_ID, memory], 1), cells)
 
 
 class UNet(PatchProjection):

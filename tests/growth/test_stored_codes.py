@@ -49,7 +49,7 @@ def test_codes_of_a_shard_are_what_the_model_learns(stored: tuple[Config, dict[s
     assert batch.x_IP.dtype == torch.int64
     found = []
     for image in batch.image_I.unique():
-        rows, columns = (batch.place_I2[batch.image_I == image].amax(0) + 1).tolist()
+        rows, columns = (batch.cell_I2[batch.image_I == image].amax(0) + 1).tolist()
         found.append(batch.x_IP[batch.image_I == image].reshape(rows, columns).tolist())
     assert len(found) >= 4
     assert all(codes in [array.tolist() for array in arrays.values()] for codes in found)

@@ -104,7 +104,7 @@ def test_latents_are_those_of_diffusers(tmp_path: Path, vae: Path) -> None:
     np.testing.assert_allclose(x_NP, cut(scaled[0].permute(1, 2, 0).numpy(), 2)[0], atol=1e-6)
     wanted = ((shown + 1) * 127.5).round().clamp(0, 255).byte().numpy()
     assert np.abs(np.asarray(patcher.decode(x_NP, grid)).astype(int) - wanted).max() <= 1
-    rows, found = patcher.rows(raw[0].numpy())
+    rows, found = patcher.encode_stored(raw[0].numpy())
     assert found == grid
     np.testing.assert_allclose(rows, x_NP, atol=1e-6)
 
@@ -165,7 +165,7 @@ def test_batches_online_equal_precomputed(tmp_path: Path, vae: Path, objective: 
         assert len(a.x_IP) > 50
         torch.testing.assert_close(a.x_IP, b.x_IP, atol=2e-6, rtol=1e-5)
         assert torch.equal(a.ids_BS, b.ids_BS)
-        assert torch.equal(a.place_I2, b.place_I2)
+        assert torch.equal(a.cell_I2, b.cell_I2)
         assert all(torch.equal(a.draws[name], b.draws[name]) for name in a.draws)
 
 

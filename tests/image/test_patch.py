@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmgen.config import PatcherConfig
 from mmgen.image.patch import PixelPatcher, cut, raster
-from mmgen.objective.layers import PlaceEmbedding, build_projection
+from mmgen.objective.layers import CellEmbedding, build_projection
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import text_tokenizer
 
@@ -22,8 +22,8 @@ from tests.conftest import text_tokenizer
 def test_round_trip_is_exact(rows: int, columns: int, side: int, channels: int, seed: int) -> None:
     size = (rows * side, columns * side)
     patcher = PixelPatcher(PatcherConfig(channels=channels, patch_size=side, image_sizes=[size]))
-    levels = np.random.default_rng(seed).integers(0, 256, (*size, channels), dtype=np.uint8)
-    image = Image.fromarray(levels.squeeze(-1) if channels == 1 else levels)
+    values = np.random.default_rng(seed).integers(0, 256, (*size, channels), dtype=np.uint8)
+    image = Image.fromarray(values.squeeze(-1) if channels == 1 else values)
     x_NP, grid = patcher.encode(image)
     assert grid == (rows, columns)
     assert patcher.decode(x_NP, grid).tobytes() == image.tobytes()
@@ -51,11 +51,11 @@ def test_alpha_is_put_on_white() -> None:
     assert patcher.fit(clear).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_places_are_distinct_and_extend_to_any_grid() -> None:
+def test_cell_embeddings_are_distinct_and_extend_to_any_grid() -> None:
     torch.manual_seed(0)
-    place = PlaceEmbedding(32)
+    embed = CellEmbedding(32)
     grid = torch.from_numpy(raster((40, 30)))
-    embedded = place(grid)
+    embedded = embed(grid)
     assert embedded.shape == (1200, 32)
     assert torch.pdist(embedded).min() > 1e-3
 

@@ -154,7 +154,7 @@ def test_the_loss_is_flow_matching_patch_by_patch(config: Config, order: str) ->
 
 @pytest.mark.parametrize("order", ["random", "raster"])
 def test_causal_orders_leak_nothing(config: Config, order: str) -> None:
-    """The state that predicts a patch depends on that patch's place and on all earlier patches, on no later one."""
+    """The state that predicts a patch depends on the patch's cell and on all earlier patches, and on no later patch."""
     config = mar(config, order)
     model, tokenizer = awake(config)
     batch = first_batch(config, tokenizer, 1)
@@ -175,11 +175,11 @@ def test_causal_orders_leak_nothing(config: Config, order: str) -> None:
         changed = (read(moved) - base).abs().amax(1) > 1e-12
         assert not changed[: i + 1].any()
         assert changed[i + 1 : len(image)].all()
-        elsewhere = replace(batch, place_I2=batch.place_I2.clone(), first_M2=batch.first_M2.clone())
-        elsewhere.place_I2[i] += 5
+        elsewhere = replace(batch, cell_I2=batch.cell_I2.clone(), first_M2=batch.first_M2.clone())
+        elsewhere.cell_I2[i] += 5
         if i == 0:
             elsewhere.first_M2[0] += 5
-        assert (read(elsewhere)[i] - base[i]).abs().max() > 1e-12, "it is told which place it predicts"
+        assert (read(elsewhere)[i] - base[i]).abs().max() > 1e-12, "the input holds the cell of the predicted patch"
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -27,7 +27,7 @@ from mmgen.objective import (
     ImageSpec,
     TransfusionObjective,
 )
-from mmgen.objective.layers import PlaceEmbedding
+from mmgen.objective.layers import CellEmbedding
 from mmgen.objective.transfusion import TransfusionLayout
 from mmgen.sequence.attention import dense_visible
 from mmgen.sequence.batch import Batch
@@ -59,13 +59,13 @@ class RasterMAR(ImageObjective):
     def __init__(self, settings, patcher, width) -> None:
         super().__init__(settings, patcher, width)
         length = patcher.patch_length
-        self.enter, self.place = nn.Linear(length, width), PlaceEmbedding(width)
+        self.enter, self.place = nn.Linear(length, width), CellEmbedding(width)
         self.head = nn.Sequential(nn.Linear(width + length + 1, width), nn.SiLU(), nn.Linear(width, length))
 
     def embed(self, batch: Batch) -> Embedded:
         ends = torch.ones(len(batch.image_I), dtype=torch.bool)
         ends[:-1] = batch.image_I[1:] != batch.image_I[:-1]
-        following = self.place(batch.place_I2.roll(-1, 0)) * ~ends.unsqueeze(1)
+        following = self.place(batch.cell_I2.roll(-1, 0)) * ~ends.unsqueeze(1)
         at = torch.cat([batch.at_I, batch.size_at_M])
         values = torch.cat([self.enter(batch.x_IP) + following, self.place(batch.first_M2)])
         return Embedded(at, values, batch.at_I[batch.loss_at_J] - 1, batch)
@@ -91,8 +91,8 @@ class RasterMAR(ImageObjective):
 
             patches.append(solve(runge_kutta(spec.noise_RNP[:, i], times, scheme="euler"), velocity))
             if i + 1 < n:
-                place = self.place(torch.tensor(divmod(i + 1, spec.grid[1])))
-                inputs = self.enter(patches[-1]) + place
+                cell = self.place(torch.tensor(divmod(i + 1, spec.grid[1])))
+                inputs = self.enter(patches[-1]) + cell
                 hidden_RD = (yield BackboneCall(inputs.unsqueeze(1), bidirectional=False, keep=True))[0, :, 0]
         return torch.stack(patches, 1)
 
@@ -201,8 +201,8 @@ def test_a_noised_copy_is_seen_by_nobody_else(config: Config, monkeypatch: pytes
     assert noised.any()
     for k in torch.nonzero(noised).flatten().tolist():
         assert (block[seen[:, k]] == block[k]).all()
-    # Both copies of an image share their positions and places.
+    # Both copies of an image share their positions and cells.
     first, second = (batch.at_I[batch.image_I == i] for i in (0, 1))
     assert torch.equal(batch.position_BS.flatten()[first], batch.position_BS.flatten()[second])
-    assert torch.equal(batch.place_I2[batch.image_I == 0], batch.place_I2[batch.image_I == 1])
+    assert torch.equal(batch.cell_I2[batch.image_I == 0], batch.cell_I2[batch.image_I == 1])
     assert torch.equal(batch.loss_at_J, torch.nonzero(noised.flatten()[batch.at_I]).flatten())

@@ -191,15 +191,15 @@ def walked(rows: list, length: int) -> dict[str, list]:
                 token(t.size[segment.grid])
                 for copy in segment.blocks:
                     learned = np.broadcast_to(copy.loss, len(copy.order_N))
-                    for place, patch in enumerate(copy.order_N.tolist()):
-                        if learned[place]:
+                    for index, patch in enumerate(copy.order_N.tolist()):
+                        if learned[index]:
                             found["loss_at"].append(len(found["at"]))
                         found["at"].append(b * length + len(line))
                         found["x"].append(segment.x_NP[patch].tolist())
                         found["image"].append(images)
-                        found["place"].append([patch // segment.grid[1], patch % segment.grid[1]])
-                        found["t"].append(float(copy.draws["t"][place]))
-                        found["eps"].append(copy.draws["eps"][place].tolist())
+                        found["cell"].append([patch // segment.grid[1], patch % segment.grid[1]])
+                        found["t"].append(float(copy.draws["t"][index]))
+                        found["eps"].append(copy.draws["eps"][index].tolist())
                         line.append((t.pad, position, d, blocks, copy.bidirectional, copy.noised))
                     images, blocks = images + 1, blocks + 1
                 position += 1
@@ -247,7 +247,7 @@ def test_every_field_of_a_batch(seed: int) -> None:
         assert value.tolist() == expected[name], f.name
         kind = {"x_IP": torch.float32, "bidirectional_BS": torch.bool, "noised_BS": torch.bool}
         assert value.dtype == kind.get(f.name, torch.int64), f.name
-    assert batch.place_I2.shape[1:] == batch.first_M2.shape[1:] == (2,)
+    assert batch.cell_I2.shape[1:] == batch.first_M2.shape[1:] == (2,)
     assert batch.x_IP.shape[1] == P
     for name, draw in batch.draws.items():
         assert draw.tolist() == expected[name]

@@ -84,10 +84,10 @@ def decoded(corpus: Corpus, batch: Batch, given_S: NDArray[np.bool_]) -> list[Im
     images = []
     for block in batch.image_I.unique().tolist():
         here = batch.image_I == block
-        place, x = batch.place_I2[here].numpy(), batch.x_IP[here].numpy()
-        grid = (int(place[:, 0].max()) + 1, int(place[:, 1].max()) + 1)
+        cell, x = batch.cell_I2[here].numpy(), batch.x_IP[here].numpy()
+        grid = (int(cell[:, 0].max()) + 1, int(cell[:, 1].max()) + 1)
         raster = np.empty_like(x)
-        raster[place[:, 0] * grid[1] + place[:, 1]] = x
+        raster[cell[:, 0] * grid[1] + cell[:, 1]] = x
         image = enlarged(corpus.patcher.decode(raster, grid))
         framed = given_S[int(batch.at_I[here][0])]
         images.append(ImageOps.expand(image.convert("RGB"), FRAME, GIVEN) if framed else image)
@@ -115,15 +115,15 @@ def spelled(batch: Batch, tokenizer: Tokenizer, given_S: NDArray[np.bool_]) -> s
 
     parts = []
     for (_, image, special, is_given), run in groupby(range(len(ids)), run_of):
-        places = list(run)
+        positions = list(run)
         if special == "empty":
-            part = f"[{len(places)} empty]"
+            part = f"[{len(positions)} empty]"
         elif special:
-            part = names[ids[places[0]]]
+            part = names[ids[positions[0]]]
         elif image >= 0:
-            part = f"[{len(places)} patches]"
+            part = f"[{len(positions)} patches]"
         else:
-            part = repr(tokenizer.decode([ids[i] for i in places]))
+            part = repr(tokenizer.decode([ids[i] for i in positions]))
         parts.append(f"given({part})" if is_given and not special else part)
     return " ".join(parts).replace("EOS BOS", "EOS | BOS")
 
