@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from mmgen.cli.flags import Json
-from mmgen.cli.show import plus_minus, print_json, print_table, rounded, tell
+from mmgen.cli.show import log, plus_minus, print_json, print_table, rounded
 
 if TYPE_CHECKING:
     from mmgen.ablate import Comparison, Interval, Intervals
@@ -24,7 +24,7 @@ def ablate(
     """Train and score a grid of settings times seeds, and compare them; the same command goes on where it stopped."""
     from mmgen.ablate import ablate as run
 
-    found = run(file, tell)
+    found = run(file, log)
     if as_json:
         print_json(asdict(found))
     else:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from mmgen import __version__
 from mmgen.cli.commands import COMMANDS, GROUPS
 from mmgen.cli.flags import Choices, Overrides, with_flags
-from mmgen.cli.show import tell
+from mmgen.cli.show import log
 from mmgen.config import Config
 from mmgen.config_io import REGISTRIES, explain, load, override, registered
 
@@ -84,7 +84,7 @@ def _names_command(words: Sequence[str]) -> bool:
 
 def complain(message: str, code: int = USAGE) -> int:
     """Print an error for people and return the exit code."""
-    tell(f"mmgen: error: {message}")
+    log(f"mmgen: error: {message}")
     return code
 
 

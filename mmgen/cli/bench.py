@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from mmgen.cli.flags import Json, Rounds, Settings
-from mmgen.cli.show import show, tell
+from mmgen.cli.show import log, show
 from mmgen.config import Config
 
 
@@ -15,7 +15,7 @@ def step(*, config: Settings = Config(), rounds: Rounds = 30, as_json: Json = Fa
     """Time a training step over a bare loop with the same matrix products, eager and compiled."""
     from mmgen.bench.step import bench_step
 
-    show(bench_step(config, rounds, tell).as_dict(), as_json)
+    show(bench_step(config, rounds, log).as_dict(), as_json)
     return 0
 
 
@@ -37,7 +37,7 @@ def data(
     """Time reading against webdataset's pipeline, and packing, waiting and resuming."""
     from mmgen.bench.data import bench_data
 
-    show(bench_data(config, rounds, samples, tell).as_dict(), as_json)
+    show(bench_data(config, rounds, samples, log).as_dict(), as_json)
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from mmgen.cli.flags import Json, Settings
-from mmgen.cli.show import print_json, tell
+from mmgen.cli.show import log, print_json
 from mmgen.config import Config
 from mmgen.config_io import load
 
@@ -30,7 +30,7 @@ def parity(
         return 0 if holds else 1
     for result in results:
         largest = max(value for name, value in result.items() if name.startswith("largest"))
-        tell(
+        log(
             f"{'holds' if result['holds'] else 'FAILS'}  {result['variant']}: {result['positions']} positions, "
             f"largest relative difference {largest:.1e}{'; ' + result['first'] if result['first'] else ''}"
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from mmgen.cli.flags import DataSettings, Folder, Json
-from mmgen.cli.show import print_json, show, tell
+from mmgen.cli.show import log, print_json, show
 from mmgen.config import Config, SourceConfig
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def index(*shards: Shards, config: DataSettings = Config(), workers: Workers = 0
     """Write the index of every shard that has none; a second call goes on where a first one stopped."""
     from mmgen.data.tools.check import index_shards
 
-    show(index_shards(*_chosen(shards, config), config, workers or os.cpu_count() or 1, tell).as_dict(), as_json)
+    show(index_shards(*_chosen(shards, config), config, workers or os.cpu_count() or 1, log).as_dict(), as_json)
     return 0
 
 
@@ -62,7 +62,7 @@ def check(
 
     patterns, tokenizer = _chosen(shards, config)
     facts = known_facts(config)
-    options = whole.CheckOptions(tell, decode, inject, workers or os.cpu_count() or 1, world, facts)
+    options = whole.CheckOptions(log, decode, inject, workers or os.cpu_count() or 1, world, facts)
     report: whole.Report
     if config.data.streams and not shards:
         report = check_streams(tokenizer, config, options)

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from mmgen.cli.flags import Json
-from mmgen.cli.show import print_json, print_table, tell
+from mmgen.cli.show import log, print_json, print_table
 
 
 def list_experiments(*, as_json: Json = False) -> int:
@@ -49,13 +49,11 @@ def run_experiments(
     results = []
     for result in run_all(chosen, jobs, Options(fast, seed, out, inject)):
         results.append(result)
-        tell(f"{'holds' if result.holds else 'FAILS'}  {result.name}  {result.seconds} s  {result.picture}")
+        log(f"{'holds' if result.holds else 'FAILS'}  {result.name}  {result.seconds} s  {result.picture}")
         for bound in result.bounds:
-            tell(f"    {'  ' if bound.holds else '! '}{bound.figure}: {bound.value:.4g} ({bound.wanted})")
+            log(f"    {'  ' if bound.holds else '! '}{bound.figure}: {bound.value:.4g} ({bound.wanted})")
         for known in result.differences:
-            tell(
-                f"    ~ {known.figure}: {known.measured:.4g} (known difference, wanted {known.wanted}: {known.reason})"
-            )
+            log(f"    ~ {known.figure}: {known.measured:.4g} (known difference, wanted {known.wanted}: {known.reason})")
     if as_json:
         print_json([result.as_json() for result in results])
     return 0 if all(result.holds for result in results) else 1
