@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 
 def ablate(
-    file: Annotated[Path, Parameter(help="YAML file: base, out, equal, seeds, arms, grid (see mmgen/ablate.py).")],
+    file: Annotated[Path, Parameter(help="YAML file of arms and seeds, as described in mmgen/ablate.py.")],
     *,
     as_json: Json = False,
 ) -> int:
-    """Train and score a grid of settings times seeds, and compare them; the same command goes on where it stopped."""
+    """Train and score a grid of settings and seeds, and compare them.
+
+    The same command continues an ablation that was stopped: runs that are finished are not repeated.
+
+    Example:
+        mmgen ablate configs/ablations/objectives.yaml
+    """
     from mmgen.ablate import ablate as run
 
     found = run(file, log)

@@ -13,7 +13,13 @@ EvalSettings = Annotated[Config, Uses(("run", "sample", "eval"))]
 
 
 def evaluate(*, config: EvalSettings = Config(), as_json: Json = False) -> int:
-    """Score a trained run; writes report.json and samples/evaluation.png into its folder."""
+    """Score a trained run and write its report.json.
+
+    The run folder also gets samples/evaluation.png, a sheet of the first pictures that were drawn.
+
+    Example:
+        mmgen eval --config configs/scenes.yaml --eval.samples 200
+    """
     from mmgen.evaluate.report import evaluate as score
 
     trained = load_run(config)

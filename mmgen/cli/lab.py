@@ -14,7 +14,11 @@ from mmgen.cli.show import log, print_json, print_table
 
 
 def list_experiments(*, as_json: Json = False) -> int:
-    """Every experiment, its title, and the faults that turn it red."""
+    """List the experiments with the faults that each must detect.
+
+    Example:
+        mmgen lab list
+    """
     from mmgen.lab.catalog import EXPERIMENTS
 
     if as_json:
@@ -28,16 +32,22 @@ def list_experiments(*, as_json: Json = False) -> int:
 
 
 def run_experiments(
-    *names: Annotated[str, Parameter(help="Experiments, as `mmgen lab list` names them.")],
-    everything: Annotated[bool, Parameter(name="--all", help="Run all of them.", negative="")] = False,
-    fast: Annotated[bool, Parameter(help="Small sizes: minutes for all.", negative="")] = False,
-    out: Annotated[Path, Parameter(help="Folder for a JSON and a PNG per experiment.")] = Path("runs/lab"),
-    seed: int = 0,
-    inject: Annotated[str | None, Parameter(help="Make the toolbox wrong: sign, half, minus_s2 or shifted_t.")] = None,
-    jobs: Annotated[int, Parameter(help="Experiments at a time, one thread each.")] = os.cpu_count() or 1,
+    *names: Annotated[str, Parameter(help="Experiments, as listed by `mmgen lab list`.")],
+    everything: Annotated[bool, Parameter(name="--all", help="Run all experiments.", negative="")] = False,
+    fast: Annotated[bool, Parameter(help="Use small sizes: all experiments take minutes.", negative="")] = False,
+    out: Annotated[Path, Parameter(help="Folder for a JSON file and a picture of each experiment.")] = Path("runs/lab"),
+    seed: Annotated[int, Parameter(help="Seed of all random numbers.")] = 0,
+    inject: Annotated[
+        str | None, Parameter(help="Break the toolbox on purpose: sign, half, minus_s2 or shifted_t.")
+    ] = None,
+    jobs: Annotated[int, Parameter(help="Experiments that run at a time, each with one thread.")] = os.cpu_count() or 1,
     as_json: Json = False,
 ) -> int:
-    """Run experiments; ends with code 1 where a bound does not hold."""
+    """Run experiments; code 1 if a result is outside its bound.
+
+    Example:
+        mmgen lab run --all --fast
+    """
     from mmgen.lab.catalog import EXPERIMENTS, Options, check, run_all
 
     everyone = [e.name for e in EXPERIMENTS.values() if inject is None or inject in e.faults]
