@@ -211,7 +211,7 @@ def step_flops(config: Config) -> float:
     return float(counter.get_total_flops())
 
 
-def ablate(path: Path, tell: Callable[[str], None]) -> Comparison:
+def ablate(path: Path, report: Callable[[str], None]) -> Comparison:
     """Run what is missing, one process per run, and write `report.json` into the file's `out`.
 
     Raises:
@@ -220,7 +220,7 @@ def ablate(path: Path, tell: Callable[[str], None]) -> Comparison:
     """
     file, arms = read(path)
     for arm in arms:
-        tell(
+        report(
             f"{arm.name}: {arm.parameters:,} parameters, {arm.config.train.steps} steps of {arm.flops / 1e9:.2f} GFLOP"
         )
     reports: dict[str, list[Report]] = {arm.name: [] for arm in arms}
@@ -228,14 +228,14 @@ def ablate(path: Path, tell: Callable[[str], None]) -> Comparison:
         for arm in arms:
             folder = file.out / arm.name / f"seed-{seed}"
             config = override(arm.config, {"run": {"dir": folder, "seed": seed}})
-            reports[arm.name].append(_run(config, arm, tell))
+            reports[arm.name].append(_run(config, arm, report))
         done = len(reports[arms[0].name])
         found = Comparison(file.equal, file.seeds[:done], {name: summary(runs) for name, runs in reports.items()})
         write_report(file.out, asdict(found))
     return found
 
 
-def _run(config: Config, arm: Arm, tell: Callable[[str], None]) -> Report:
+def _run(config: Config, arm: Arm, report: Callable[[str], None]) -> Report:
     """The report of one run, which is trained and scored unless it has been."""
     folder = config.run.dir
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,10 +244,10 @@ def _run(config: Config, arm: Arm, tell: Callable[[str], None]) -> Report:
     if settings.exists() and yaml.safe_load(settings.read_text()) != wanted:
         raise ValueError(f"{settings} is of other settings than the file now asks for: choose another `out`")
     settings.write_text(yaml.safe_dump(wanted, sort_keys=False))
-    report = folder / "report.json"
-    if not report.exists():
+    scores = folder / "report.json"
+    if not scores.exists():
         for command in ("train", "eval"):
-            tell(f"{folder}: {command}")
+            report(f"{folder}: {command}")
             with (folder / f"{command}.log").open("w") as log:
                 words = [sys.executable, "-m", "mmgen.cli", command, "--config", str(settings)]
                 code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -255,7 +255,7 @@ def _run(config: Config, arm: Arm, tell: Callable[[str], None]) -> Report:
                 raise ChildProcessError(
                     f"{command} of {folder} ended with code {code}: see {log.name}. The same command goes on from here"
                 )
-    found = json.loads(report.read_text())
+    found = json.loads(scores.read_text())
     seconds = found["train_seconds"] / config.train.steps
     return {
         **found,

@@ -125,7 +125,7 @@ class DataTimes:
         }
 
 
-def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], None]) -> DataTimes:
+def bench_data(config: Config, rounds: int, samples: int, report: Callable[[str], None]) -> DataTimes:
     """Medians over interleaved rounds.
 
     Raises:
@@ -156,7 +156,7 @@ def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], 
     for number in range(rounds):
         for name, work in contestants.items():
             rates[name].append(_timed(work))
-        tell(f"round {number + 1} of {rounds}: " + ", ".join(f"{name} {rates[name][-1]:.0f}/s" for name in rates))
+        report(f"round {number + 1} of {rounds}: " + ", ".join(f"{name} {rates[name][-1]:.0f}/s" for name in rates))
     medians = {name: statistics.median(values) for name, values in rates.items()}
 
     lengths = [warm.length(0, index) for index in range(min(count, 2000))]

@@ -162,7 +162,7 @@ class StepTimes:
         return result | {name: getattr(self, name) for name in names}
 
 
-def bench_step(config: Config, rounds: int, tell: Callable[[str], None], compiled: bool | None = None) -> StepTimes:
+def bench_step(config: Config, rounds: int, report: Callable[[str], None], compiled: bool | None = None) -> StepTimes:
     """Time each kind of step; every round times all of them once.
 
     `compiled` says whether compiled steps are timed too; by default where the device can compile.
@@ -191,7 +191,7 @@ def bench_step(config: Config, rounds: int, tell: Callable[[str], None], compile
         if compiling:
             floor.decode = torch.compile(floor._decode)
         steps[f"floor{suffix}"] = floor.step
-    medians = _median_seconds(steps, rounds, device, tell)
+    medians = _median_seconds(steps, rounds, device, report)
     return StepTimes(
         **medians,
         peak_memory_bytes=peak,
@@ -211,13 +211,13 @@ def _first_batch(config: Config, tokenizer: Tokenizer, device: torch.device) -> 
 
 
 def _median_seconds(
-    steps: dict[str, Step], rounds: int, device: torch.device, tell: Callable[[str], None]
+    steps: dict[str, Step], rounds: int, device: torch.device, report: Callable[[str], None]
 ) -> dict[str, float]:
     """Of each step, over interleaved rounds behind two calls that warm up."""
     for name, step in steps.items():
         began = time.perf_counter()
         step()
-        tell(f"{name}: first call {time.perf_counter() - began:.1f} s")
+        report(f"{name}: first call {time.perf_counter() - began:.1f} s")
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):

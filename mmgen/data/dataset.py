@@ -173,7 +173,7 @@ class Dataset(Measured):
         sources = Sources(patterns)
         self.shards = [shard for part in sources.shards for shard in part]
         self.weights = sources.weights
-        ensure_all(self.shards, tokenizer, config.data, tell=_tell)
+        ensure_all(self.shards, tokenizer, config.data, report=_report)
         self.bad: list[BadRecord] = []
         self.hashes: list[str] = []
         self.pictures: str | None = None
@@ -266,7 +266,7 @@ class Dataset(Measured):
             self._fit(np.arange(len(facts.text)) + self.starts[shard], facts, facts.text)
 
 
-def _tell(done: int, total: int) -> None:
+def _report(done: int, total: int) -> None:
     if total > 1 and (done == total or done % max(1, total // 10) == 0):
         print(f"indexed {done} of {total} shards (`mmgen data index` does it ahead)", file=sys.stderr, flush=True)
 

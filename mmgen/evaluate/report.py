@@ -119,7 +119,7 @@ class Generator:
 
 
 def evaluate(
-    model: MMGenModel, tokenizer: Tokenizer, config: Config, trainer: TrainerState, tell: Callable[[str], None]
+    model: MMGenModel, tokenizer: Tokenizer, config: Config, trainer: TrainerState, report: Callable[[str], None]
 ) -> Report:
     """Score a model and write `report.json` and `samples/evaluation.png` into the run folder.
 
@@ -135,7 +135,7 @@ def evaluate(
     patcher = model.build_patcher()
     train, test = (Pictures(shards, patcher, bad) for shards in (config.data.train, settings.test))
     real = Real(task, train, test, settings.samples)
-    tell(f"{settings.task}: judging {settings.samples} images against {len(test.samples)} real ones")
+    report(f"{settings.task}: judging {settings.samples} images against {len(test.samples)} real ones")
 
     asked = repeated(test.samples, settings.samples)
     wanted = [truth(sample) for sample in asked]
@@ -144,7 +144,7 @@ def evaluate(
     drawing = time.monotonic() - drawing
     drawn = Drawn(shown(images), wanted, real, judge)
     scores = score(drawn)
-    tell(f"captions to images: {scores['t2i_accuracy']:.3f} right at guidance {scale}")
+    report(f"captions to images: {scores['t2i_accuracy']:.3f} right at guidance {scale}")
     plain = generator.draw(asked, 1.0)
     genuine = imitate(training_digit, wanted, real)
     combination = None
@@ -153,13 +153,13 @@ def evaluate(
         found = judge.read(shown(generator.draw(unseen, scale)))
         combination = agreement(found, [truth(sample) for sample in unseen])
     captions = caption_scores(generator.describe(test.images), task, test.truth)
-    tell(f"images to captions: {captions.i2t_accuracy:.3f} right")
+    report(f"images to captions: {captions.i2t_accuracy:.3f} right")
     losses = (
         held_out_losses(model, Corpus(config.data.val, tokenizer, config, model.autoencoder))
         if config.data.val
         else None
     )
-    report = Report(
+    result = Report(
         step=trainer.step,
         t2i_n=settings.samples,
         t2i_guidance=scale,
@@ -186,8 +186,8 @@ def evaluate(
     cells = images[:24]
     evaluation = config.run.dir / "samples" / "evaluation.png"
     sheet.save(sheet.grid(cells, [sample.caption for sample in asked[: len(cells)]]), evaluation)
-    write_report(config.run.dir, report.flat())
-    return report
+    write_report(config.run.dir, result.flat())
+    return result
 
 
 def repeated(samples: Sequence[Sample], count: int) -> list[Sample]:

@@ -44,7 +44,7 @@ SUFFIX = ".mmgen-index"
 TEXT, IMAGE = 0, 1
 """Kinds of segments; those of precomputed arrays have the numbers in `STORED`."""
 Ints = NDArray[np.int64]
-Tell = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 """Called with the number of shards done and of all shards."""
 
 
@@ -394,7 +394,7 @@ def _ensure_in_worker(shard: str) -> str:
 
 
 def ensure_all(
-    shards: Sequence[str], tokenizer: Tokenizer, data: DataConfig, workers: int = 0, tell: Tell | None = None
+    shards: Sequence[str], tokenizer: Tokenizer, data: DataConfig, workers: int = 0, report: Progress | None = None
 ) -> None:
     """Index all shards that need it, in `workers` processes; a second call continues where a first one stopped.
 
@@ -403,8 +403,8 @@ def ensure_all(
     """
     todo = [shard for shard in shards if (found := find(shard, data)) is None or tokens_column(tokenizer) not in found]
     for done, _ in enumerate(_each(todo, tokenizer, data, workers), len(shards) - len(todo) + 1):
-        if tell:
-            tell(done, len(shards))
+        if report:
+            report(done, len(shards))
 
 
 def _each(todo: list[str], tokenizer: Tokenizer, data: DataConfig, workers: int) -> Iterator[str]:

@@ -40,7 +40,7 @@ FINDINGS = {
 }
 SHOWN_KEYS = 1000
 """Duplicate keys that a report names."""
-Tell = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 class _Dropping(Plan):
@@ -54,7 +54,7 @@ class _Dropping(Plan):
 class CheckOptions:
     """How shards are checked."""
 
-    tell: Tell = lambda line: None
+    report: Progress = lambda line: None
     """Called with a line of progress."""
     decode: bool = True
     """Decode every sample."""
@@ -183,15 +183,15 @@ def check(patterns: Patterns, tokenizer: Tokenizer, config: Config, options: Che
     Raises:
         ValueError, FileNotFoundError: a missing shard, or no usable sample at all.
     """
-    shards, tell = expand(patterns), options.tell
+    shards, report = expand(patterns), options.report
     if options.inject == "duplicated_shard":
         patterns = [*patterns, shards[0]]
     config = config.model_copy(update={"data": config.data.model_copy(update={"cache_bytes": 0})})
-    ensure_all(shards, tokenizer, config.data, options.workers, _indexing(tell))
+    ensure_all(shards, tokenizer, config.data, options.workers, _indexing(report))
     corpus = Corpus(patterns, tokenizer, config, options.autoencoder)
     bad = list(corpus.bad)
     if options.decode:
-        bad += undecodable(corpus, options.workers, tell)
+        bad += undecodable(corpus, options.workers, report)
     seen, epoch = _epoch(_plan(corpus, 0, options.inject))
     return CheckReport(
         samples=len(corpus.samples),
@@ -209,8 +209,8 @@ def check(patterns: Patterns, tokenizer: Tokenizer, config: Config, options: Che
     )
 
 
-def _indexing(tell: Tell) -> Callable[[int, int], None]:
-    return lambda done, total: tell(f"indexed {done} of {total} shards")
+def _indexing(report: Progress) -> Callable[[int, int], None]:
+    return lambda done, total: report(f"indexed {done} of {total} shards")
 
 
 def totals(corpus: Corpus) -> Totals:
@@ -265,7 +265,7 @@ def _look(span: tuple[int, int]) -> list[BadRecord]:
     return bad
 
 
-def undecodable(corpus: Corpus, workers: int, tell: Tell) -> list[BadRecord]:
+def undecodable(corpus: Corpus, workers: int, report: Progress) -> list[BadRecord]:
     """Every sample that the index takes for sound but that cannot be decoded."""
     _CORPUS[:] = [corpus]  # inherited by the workers
     bounds = [*range(0, len(corpus.samples), 2048), len(corpus.samples)]
@@ -274,12 +274,12 @@ def undecodable(corpus: Corpus, workers: int, tell: Tell) -> list[BadRecord]:
     if workers < 2:
         for span in spans:
             bad += _look(span)
-            tell(f"decoded {span[1]} of {len(corpus.samples)} samples")
+            report(f"decoded {span[1]} of {len(corpus.samples)} samples")
         return bad
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         for span, found in zip(spans, pool.map(_look, spans), strict=True):
             bad += found
-            tell(f"decoded {span[1]} of {len(corpus.samples)} samples")
+            report(f"decoded {span[1]} of {len(corpus.samples)} samples")
     return bad
 
 
@@ -384,10 +384,12 @@ class IndexReport:
         return asdict(self)
 
 
-def index_shards(patterns: Patterns, tokenizer: Tokenizer, config: Config, workers: int, tell: Tell) -> IndexReport:
+def index_shards(
+    patterns: Patterns, tokenizer: Tokenizer, config: Config, workers: int, report: Progress
+) -> IndexReport:
     """Index all shards."""
     shards = expand(patterns)
-    ensure_all(shards, tokenizer, config.data, workers, _indexing(tell))
+    ensure_all(shards, tokenizer, config.data, workers, _indexing(report))
     found = [ensure(shard, tokenizer, config.data) for shard in shards]
     facts = "\n".join(f"{store.name(s)} {index.meta.sha256}" for s, index in zip(shards, found, strict=True))
     return IndexReport(

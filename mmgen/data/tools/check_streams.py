@@ -47,14 +47,14 @@ def check_streams(tokenizer: Tokenizer, config: Config, options: CheckOptions) -
     Raises:
         ValueError, FileNotFoundError: a missing shard, or no usable sample at all.
     """
-    inject, tell = options.inject, options.tell
+    inject, report = options.inject, options.report
     corpus = StreamCorpus(config.data.train, tokenizer, config, options.autoencoder)
     shards = corpus.dataset.shards
     if inject == "duplicated_shard":
         shards = [*shards, shards[0]]
     bad: list[BadRecord] = []
     there = Counter((sample.shard, sample.key) for sample in read(shards, bad, config.data))
-    tell(f"read {len(shards)} shards")
+    report(f"read {len(shards)} shards")
     duplicates = sorted("/".join(name) for name, count in there.items() if count > 1)
 
     def streams_of(rank: int) -> Streams:
@@ -70,7 +70,7 @@ def check_streams(tokenizer: Tokenizer, config: Config, options: CheckOptions) -
             seen.update(corpus.name(document) for document in row)
             if options.decode:
                 bad += undecodable(corpus, row)
-        tell(f"read stream {stream + 1} of {config.data.streams}")
+        report(f"read stream {stream + 1} of {config.data.streams}")
     return StreamReport(
         samples=sum(there.values()),
         shards=len(shards),
