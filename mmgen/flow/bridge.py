@@ -46,7 +46,7 @@ SCHEDULERS = (
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
 )
-"""Schedulers whose state is alpha x + sigma eps with the values of `alpha_sigma`; others scale the state differently."""
+"""Supported schedulers: those whose state is alpha x + sigma eps with the values of `alpha_sigma`."""
 
 
 def prediction_type(scheduler: Any) -> str:
@@ -105,8 +105,8 @@ def drive(
     kind, name = prediction_type(scheduler), type(scheduler).__name__
     predict = PREDICTIONS[kind]
     scheduler.set_timesteps(int(steps), device=noise.device, **(schedule or {}))
-    levels = [alpha_sigma(scheduler, index) for index in range(len(scheduler.timesteps))]
-    pairs = torch.tensor(levels, dtype=torch.float64)
+    marginals = [alpha_sigma(scheduler, index) for index in range(len(scheduler.timesteps))]
+    pairs = torch.tensor(marginals, dtype=torch.float64)
     ratios = 2 * (pairs[:, 0].log() - pairs[:, 1].log())
     if bool((ratios.diff() < 0).any()) or bool((pairs[:, 1] == 0).any()):
         raise ValueError(f"{name} evaluates the network on clean data or runs from data to noise: remove invert_sigmas")
@@ -122,7 +122,7 @@ def drive(
     factors = torch.where(ratios > 0, by_signal, by_noise).to(noise.device, noise.dtype)
     times = times.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
     clean, z = field("x"), noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    for (alpha, sigma), t, factor, timestep in zip(levels, times, factors, scheduler.timesteps, strict=True):
+    for (alpha, sigma), t, factor, timestep in zip(marginals, times, factors, scheduler.timesteps, strict=True):
         x = clean(z * factor, t)
         z = scheduler.step(predict(x, z, alpha, sigma), timestep, z, **step_options).prev_sample
     return z

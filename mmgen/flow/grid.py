@@ -95,7 +95,7 @@ class Grid:
             return numbers
         return coefficient.to(self.like.device, self.like.dtype).unbind()
 
-    def ask(self, t: Tensor, idle: Tensor) -> Tensor:
+    def yielded(self, t: Tensor, idle: Tensor) -> Tensor:
         """Return the times that a solver yields, [N] or [N, R, 1, ...], in single precision or better.
 
         Where a sample is at the data and `idle`, the time is its last one before the data, where every field is finite.
@@ -107,11 +107,11 @@ class Grid:
         return t.flatten() if self._flat else t
 
     def starts(self) -> Tensor:
-        """Return the times at which the steps begin, as `ask` gives them."""
-        return self.ask(self.t[:-1], self.still)
+        """Return the times at which the steps begin, as a solver yields them."""
+        return self.yielded(self.t[:-1], self.still)
 
     def to_clean(self) -> tuple[Tensor, Tensor]:
-        """Return (p, q), each [N, ...], such that p v + q z is the clean estimate for arriving samples and z for others.
+        """Return (p, q), each [N, ...]: p v + q z is the clean estimate for arriving samples and z for the others.
 
         Raises:
             ValueError: the times do not end at 1.

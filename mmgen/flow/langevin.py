@@ -15,7 +15,8 @@ class Corrector:
     """Applies `count` Langevin steps z + h score + sqrt(2 h) n at a time of a grid.
 
     The score follows from the denoised estimate x. Song et al. 2021 (algorithm 5) choose h = 2 (snr |n| / |score|)^2.
-    Here |score| is replaced by its size given x, |n| / sigma. Then h = 2 (snr sigma)^2 contains no norm that may vanish.
+    Here |score| is replaced by its size given x, |n| / sigma. The resulting h = 2 (snr sigma)^2 contains no norm, which
+    might vanish.
 
     Samples at the data are not corrected. With `after_step`, samples that the predictor's step did not move, or brought
     to their last time, are not corrected either.
@@ -32,7 +33,7 @@ class Corrector:
         there = grid.t == 1
         if after_step:
             there = there | (grid.t == grid.t[-1]) | torch.cat([grid.still[:1], grid.still])
-        self.count, self.noise, self.t = count, noise or normal(), grid.ask(grid.t, there).unbind()
+        self.count, self.noise, self.t = count, noise or normal(), grid.yielded(grid.t, there).unbind()
         pull = torch.where(there, 0 * grid.t, 2 * snr**2)
         self.keep, self.pull = grid.send(1 - pull), grid.send(pull * grid.path.alpha(grid.t))
         self.spread = grid.send(torch.where(there, 0.0, 2 * snr * grid.path.sigma(grid.t)))

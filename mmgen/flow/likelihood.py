@@ -138,14 +138,14 @@ class Ode:
             raise ValueError(f"unknown trace '{trace}' (one of: exact, hutchinson)")
         if x.ndim != 2:
             raise ValueError(f"x must be [R, D], got {tuple(x.shape)}: flatten each sample")
-        rows, dimension = x.shape
+        count, dimension = x.shape
         if trace == "hutchinson" and (probes < 2 or probes != int(probes)):
             raise ValueError(f"hutchinson needs two probes or more to estimate its error, got {probes}")
         with torch.inference_mode(False):  # autograd refuses tensors that are created in inference mode
             if trace == "exact":
-                vectors = torch.eye(dimension).to(x).unsqueeze(1).expand(-1, rows, -1)
+                vectors = torch.eye(dimension).to(x).unsqueeze(1).expand(-1, count, -1)
             else:
-                vectors = torch.randint(0, 2, (probes, rows, dimension), generator=generator).to(x) * 2 - 1
+                vectors = torch.randint(0, 2, (probes, count, dimension), generator=generator).to(x) * 2 - 1
 
         def augmented(state: Tensor, t: Tensor) -> Tensor:
             """Return d/dt of z and of one divergence per vector, [R, D + number of vectors]."""
@@ -159,11 +159,11 @@ class Ode:
                     )
                 products = []
                 for vector in vectors:
-                    (row,) = torch.autograd.grad(v, z, vector, retain_graph=True, allow_unused=True)
-                    products.append(torch.zeros(rows).to(x) if row is None else (row * vector).sum(1))
+                    (product,) = torch.autograd.grad(v, z, vector, retain_graph=True, allow_unused=True)
+                    products.append(torch.zeros(count).to(x) if product is None else (product * vector).sum(1))
             return torch.cat([v.detach(), torch.stack(products, 1)], 1)
 
-        start = torch.cat([x.detach(), x.new_zeros(rows, len(vectors))], 1)
+        start = torch.cat([x.detach(), x.new_zeros(count, len(vectors))], 1)
         end = self._solve(augmented, start, self.times.flip(0))
         z, minus_integrals = end[:, :dimension], end[:, dimension:]
         base = -(z / noise_std).square().sum(1) / 2 - dimension * math.log(noise_std * math.sqrt(2 * math.pi))

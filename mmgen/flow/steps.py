@@ -53,7 +53,7 @@ def add_noise(z: Tensor, coefficient: Coefficient, noise: Noise) -> Tensor:
     n = noise(z)
     if n.shape != z.shape:
         raise ValueError(
-            f"the noise has shape {tuple(n.shape)} and the state {tuple(z.shape)}: the noise must have the state's shape"
+            f"the noise has shape {tuple(n.shape)} but the state has shape {tuple(z.shape)}: they must be equal"
         )
     return add_to(z, coefficient, n)
 

@@ -45,8 +45,8 @@ SCORE = Hook(GaussianMixture, "score")
 LOG_JOINT = Hook(GaussianMixture, "log_joint")
 LOG_LIKELIHOOD = Hook(Ode, "log_likelihood")
 DDIM = Hook(Grid, "ddim")
-ASK = Hook(Grid, "ask")
-HOOKS = (COEFFICIENTS, SCORE, LOG_JOINT, LOG_LIKELIHOOD, DDIM, ASK)
+YIELDED = Hook(Grid, "yielded")
+HOOKS = (COEFFICIENTS, SCORE, LOG_JOINT, LOG_LIKELIHOOD, DDIM, YIELDED)
 
 
 def _scaled_conversion(factor: float) -> Wrap:
@@ -115,7 +115,7 @@ FAULTS: dict[str, Mapping[Hook, Wrap]] = {
     },
     "half": {COEFFICIENTS: _scaled_conversion(2.0), SCORE: _scaled_score(2.0)},
     "minus_s2": {DDIM: _whole_sigma},
-    "shifted_t": {ASK: _late, LOG_JOINT: _late_density},
+    "shifted_t": {YIELDED: _late, LOG_JOINT: _late_density},
 }
 """The sign of the score and of the divergence; w^2 score in place of w^2 score / 2; DDIM's noise; a late time."""
 
