@@ -43,7 +43,7 @@ class NoiseLevels:
 class AffineSteps:
     """Coefficients [N, ...] of steps z_j = by_estimate estimate + by_z z + std n, with n standard normal.
 
-    The estimate is what the solver receives: the velocity or the denoised estimate.
+    The estimate is the velocity or the denoised estimate that the solver requests.
     """
 
     by_estimate: Tensor
