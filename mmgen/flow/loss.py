@@ -86,7 +86,10 @@ def min_snr(gamma: float = 5.0) -> Weight:
         raise ValueError(f"gamma, the largest weight, must be positive, got {gamma}")
 
     def weight(path: Path, t: Tensor) -> Tensor:
-        """The signal-to-noise ratio, at most gamma (5 by default), for the error in x (Hang et al. 2023)."""
+        """The signal-to-noise ratio, at most gamma (5 by default), for the error in x.
+
+        Source: Hang et al. 2023.
+        """
         return path.snr(t).clamp(max=gamma)
 
     return weight

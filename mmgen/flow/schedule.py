@@ -179,9 +179,10 @@ class LinearBetaPath(VPPath):
 
 
 class DDPMPath(VPPath):
-    """DDPM's table beta_1 .. beta_K as a path: step k is at t = 1 - k / K exactly (Ho et al. 2020).
+    """DDPM's table of K steps as a variance-preserving path: step k is at t = 1 - k / K exactly.
 
-    The rate is constant from step k - 1 to step k, including k, which makes the table a path in continuous time.
+    Source: Ho et al. 2020. The rate is constant from step k - 1 to step k, including k, which makes the table a path in
+    continuous time.
 
     Args:
         betas: beta_1 .. beta_K, each in (0, 1), beginning next to the data; by default DDPM's 1,000 values from 1e-4
