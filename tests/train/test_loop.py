@@ -210,7 +210,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(config: Config) -> Non
     wider = override(config, {"model": {"backbone": {"intermediate_size": 64}}})
     with pytest.raises(ValueError, match=r"model\.backbone\.intermediate_size \(64 here, 48 there\)"):
         train(wider)
-    assert train(override(config, {"train": {"steps": 7, "log_every": 2}})) == 0, "more steps and other logging are allowed"
+    assert train(override(config, {"train": {"steps": 7, "log_every": 2}})) == 0, (
+        "more steps and other logging are allowed"
+    )
 
 
 def test_another_tokenizer_is_refused(config: Config) -> None:

@@ -30,7 +30,9 @@ def test_changed_shards_are_refused_on_resume(config: Config, tmp_path: Path) ->
         train(config)
 
 
-def test_a_hang_is_reported_and_ends_the_process(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_is_reported_and_ends_the_process(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended: list[int] = []
     monkeypatch.setattr(guard.faulthandler, "dump_traceback", lambda *_, **__: None)
     watchdog = guard.Watchdog(timeout=0.2, rank=3, end=ended.append)

@@ -65,7 +65,9 @@ def test_the_plain_loop_detects_wrong_gradients(fault: str) -> None:
     code, found = command("oracle", "--inject", fault, "--cells", 3)
     assert code == 1
     assert not any(cell["holds"] for cell in found["cells"]), found
-    assert not any(code for cell in found["cells"] for code in cell["codes"]), "the runs must finish, with wrong results"
+    assert not any(code for cell in found["cells"] for code in cell["codes"]), (
+        "the runs must finish, with wrong results"
+    )
 
 
 @pytest.mark.slow
@@ -118,7 +120,9 @@ def test_too_many_bytes_are_detected(fault: str) -> None:
     ("number", "to"), [(signal.SIGUSR1, "rank"), (signal.SIGTERM, "rank"), (signal.SIGINT, "rank"),
                        (signal.SIGTERM, "launcher")], ids=str,
 )  # fmt: skip
-def test_a_signal_to_one_process_saves_and_stops_all_ranks(config: Config, tmp_path: Path, number: int, to: str) -> None:
+def test_a_signal_to_one_process_saves_and_stops_all_ranks(
+    config: Config, tmp_path: Path, number: int, to: str
+) -> None:
     """Start torchrun, send a signal to one process only, and repeat the command."""
     settings = {"steps": 30, "save_every": 100, "zero_stage": 2, "timeout": 60}
     run = override(config, {"train": settings, "run": {"dir": str(tmp_path / "signalled")}})

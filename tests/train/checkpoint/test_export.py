@@ -45,7 +45,9 @@ def test_export_command(config: Config, tmp_path: Path) -> None:
         export_command(config=override(config, {"sample": {"weights": "ema_0.3"}}), out=tmp_path / "no")
 
 
-def test_a_new_run_starts_from_the_weights_of_another(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_new_run_starts_from_the_weights_of_another(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     train(config)
     found = checkpoint.latest(config.run.dir)
     other = {"run": {"dir": str(tmp_path / "next")}, "train": {"init_from": str(found), "lr": 1e-12, "steps": 1}}

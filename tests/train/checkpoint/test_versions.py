@@ -123,7 +123,9 @@ def test_statistics_that_a_user_sets_are_compared_with_those_of_the_run(
 
 
 @pytest.mark.parametrize("words", [["data", "show", "1"], ["data", "check"], ["check", "parity"]])
-def test_tools_use_the_latent_statistics_of_a_run(version1: Path, capsys: pytest.CaptureFixture, words: list[str]) -> None:
+def test_tools_use_the_latent_statistics_of_a_run(
+    version1: Path, capsys: pytest.CaptureFixture, words: list[str]
+) -> None:
     """The statistics were measured when the run started; neither the settings nor the autoencoder's files hold them."""
     code, _, err = run(capsys, *words, "--config", "latent.yaml", "--json")
     assert code == 0, err
