@@ -161,12 +161,12 @@ def _tree_ticks(proc: Path, root: int) -> int:
                 continue  # the process ended meanwhile
             children[int(fields[1])].append(int(folder.name))
             ticks[int(folder.name)] = sum(int(value) for value in fields[11:15])  # with children that ended
-    found, open_ = 0, [root]
-    while open_:
-        process = open_.pop()
-        found += ticks.get(process, 0)
-        open_ += children[process]
-    return found
+    total, pending = 0, [root]
+    while pending:
+        process = pending.pop()
+        total += ticks.get(process, 0)
+        pending += children[process]
+    return total
 
 
 def _print(message: str) -> None:

@@ -46,13 +46,13 @@ class Log:
         self.heartbeat = heartbeat or Heartbeat()
         self._sinks = _sinks(config, first) if main else []
         self._display = Display(first, config.train.steps, quiet=not main)
-        self.heartbeat.write = self._display.say
+        self.heartbeat.write = self._display.print
         self._quarantined = {(bad["shard"], bad["key"]) for bad in _lines(self.run / "quarantine.jsonl")}
 
-    def say(self, message: str) -> None:
+    def print(self, message: str) -> None:
         """Print one line for people, from the main process only."""
         self.heartbeat.touch()
-        self._display.say(message)
+        self._display.print(message)
 
     def advance(self, step: int) -> None:
         """Count a step, and move the progress bar."""
@@ -82,7 +82,7 @@ class Log:
                 file.writelines(json.dumps(item.as_dict()) + "\n" for item in fresh)
             self._quarantined |= {(item.shard, item.key) for item in fresh}
             first = fresh[0]
-            self.say(f"skipped {len(fresh)} bad sample(s), such as {first.shard}/{first.key}: {first.reason}")
+            self.print(f"skipped {len(fresh)} bad sample(s), such as {first.shard}/{first.key}: {first.reason}")
         return len(self._quarantined)
 
     def event(self, file: str, record: Mapping[str, object]) -> None:
@@ -121,7 +121,7 @@ class Display:
         if self._console.is_terminal and not quiet:
             self._bar.start()
 
-    def say(self, message: str) -> None:
+    def print(self, message: str) -> None:
         """Print one line."""
         self._console.print(message, highlight=False, soft_wrap=True)
 
@@ -149,7 +149,7 @@ class Display:
         if self._bar.live.is_started:
             self._bar.update(self._task, description=losses)
         elif losses:
-            self.say(f"step {step}/{self.total}  {losses}  {self._timing(step)}")
+            self.print(f"step {step}/{self.total}  {losses}  {self._timing(step)}")
 
     def _timing(self, step: int) -> str:
         if self.pace is None:

@@ -49,19 +49,19 @@ def train(config: Config) -> int:
         torch.manual_seed(config.run.seed)
         tokenizer = Tokenizer.of(config)
         heartbeat.begin("verifying the newest checkpoint")
-        found = checkpoint.newest_good(config.run.dir, ranks=ranks)
+        resumed = checkpoint.newest_good(config.run.dir, ranks=ranks)
         heartbeat.begin("reading the autoencoder and its statistics")
-        facts = ranks.gather_objects(found.state.autoencoder if found else first_facts(config, tokenizer))[0]
-        if found:
-            checkpoint.check_same_run(found, config, tokenizer)
-            if found.state.step >= config.train.steps:
-                done = f"{found.state.step} of {config.train.steps} steps"
-                ranks.say(f"{config.run.dir} is trained: {done} (raise train.steps to train longer)")
+        facts = ranks.gather_objects(resumed.state.autoencoder if resumed else first_facts(config, tokenizer))[0]
+        if resumed:
+            checkpoint.check_same_run(resumed, config, tokenizer)
+            if resumed.state.step >= config.train.steps:
+                done = f"{resumed.state.step} of {config.train.steps} steps"
+                ranks.print(f"{config.run.dir} is trained: {done} (raise train.steps to train longer)")
                 finish()
                 return 0
         with closing(Watchdog(config.train.timeout, ranks.rank, heartbeat=heartbeat)) as watchdog:
-            run = open_run(Start(config, ranks, tokenizer, facts, found), watchdog, heartbeat)
-            code = loop(run, found.folder if found else None)
+            run = open_run(Start(config, ranks, tokenizer, facts, resumed), watchdog, heartbeat)
+            code = loop(run, resumed.folder if resumed else None)
             run.log.close()
             run.engine.close()
     finish()
@@ -122,8 +122,8 @@ def loop(run: Run, resumed: Path | None) -> int:
             watchdog.phase("step", step)
             norm, taken = engine.step(allow=math.isfinite(total) and step not in progress.left_out)
             values = {"loss": total, "loss/text": text, "loss/image": image, "grad_norm": norm}
-            if not taken and (found := recovery.react(run, step, values)):
-                stream = run.batches(found.folder)
+            if not taken and (restored := recovery.react(run, step, values)):
+                stream = run.batches(restored.folder)
                 continue
             clock.stop()
             before = progress.position
@@ -138,7 +138,7 @@ def loop(run: Run, resumed: Path | None) -> int:
                 run.log.progress(step, values)
             if totals.signals:
                 run.save(must=True)
-                run.log.say(f"interrupted: step {step} is saved; the same command continues from it")
+                run.log.print(f"interrupted: step {step} is saved; the same command continues from it")
                 return INTERRUPTED
             if step % settings.save_every == 0 or step == settings.steps:
                 run.save(must=step == settings.steps)
@@ -155,7 +155,7 @@ class Start:
     ranks: Ranks
     tokenizer: Tokenizer
     autoencoder: AutoencoderFacts | None
-    found: Checkpoint | None
+    resumed: Checkpoint | None
     """The checkpoint that the run continues from; None for a new run."""
 
 
@@ -165,7 +165,7 @@ def open_run(start: Start, watchdog: Watchdog, heartbeat: Heartbeat) -> Run:
     Raises:
         ValueError, FileNotFoundError: settings, shards and checkpoint do not fit together; no file is changed.
     """
-    config, ranks, tokenizer, found = start.config, start.ranks, start.tokenizer, start.found
+    config, ranks, tokenizer, resumed = start.config, start.ranks, start.tokenizer, start.resumed
     known = [*ema_decays(config.train), "weight"]
     if config.sample.weights not in known:
         raise ValueError(
@@ -179,11 +179,11 @@ def open_run(start: Start, watchdog: Watchdog, heartbeat: Heartbeat) -> Run:
     patcher.load()  # now, so that a missing autoencoder is an error before the first step
     heartbeat.begin("loading weights")
     progress = Progress(corpus.start)
-    if found is not None:
-        recovery.resume(found, engine, progress, corpus.dataset.fingerprint)
+    if resumed is not None:
+        recovery.resume(resumed, engine, progress, corpus.dataset.fingerprint)
     elif config.train.init_from is not None:
         fresh = checkpoint.start_from(config.train.init_from, engine)
-        ranks.say(
+        ranks.print(
             f"weights from {config.train.init_from}" + (f"; these start fresh: {', '.join(fresh)}" if fresh else "")
         )
     heartbeat.begin("opening the run folder")
@@ -194,13 +194,13 @@ def open_run(start: Start, watchdog: Watchdog, heartbeat: Heartbeat) -> Run:
         (config.run.dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     log = Log(config, progress.step, ranks.rank == 0, heartbeat)
     reporter = Reporter(engine, corpus, log)
-    log.say(
+    log.print(
         f"{config.run.dir}: steps {progress.step + 1} to {config.train.steps} on {engine.device}, "
         f"{corpus.description}, {'bf16' if engine.bf16 else 'fp32'}"
         + (", compiled in the first step" if engine.model.compiled else "")
         + (f", {ranks.world} processes, ZeRO stage {config.train.zero_stage}" if shard(config) else "")
     )
-    saver = Saver(config.run.dir / "checkpoints", engine, tokenizer, log.say)
+    saver = Saver(config.run.dir / "checkpoints", engine, tokenizer, log.print)
     probe = Probe(engine, tokenizer, log)
     return Run(engine, corpus, patcher, progress, log, reporter, saver, probe, watchdog)
 

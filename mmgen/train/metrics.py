@@ -24,18 +24,18 @@ BUCKETS = 5
 
 def by_time(batch: Batch, losses: Losses) -> Tensor:
     """Sums and counts [2, BUCKETS] of the losses of learned patches per range of t; zero if a patch has several t."""
-    found = torch.zeros(2, BUCKETS, device=losses.image_J.device)
+    sums = torch.zeros(2, BUCKETS, device=losses.image_J.device)
     t_I = batch.draws.get("t")
     if t_I is not None and t_I.numel() == len(t_I) > 0:  # one draw per patch
         bucket = (t_I.flatten()[batch.loss_at_J] * BUCKETS).long().clamp(0, BUCKETS - 1)
-        found[0].index_add_(0, bucket, losses.image_J.float())
-        found[1].index_add_(0, bucket, torch.ones_like(losses.image_J, dtype=torch.float32))
-    return found
+        sums[0].index_add_(0, bucket, losses.image_J.float())
+        sums[1].index_add_(0, bucket, torch.ones_like(losses.image_J, dtype=torch.float32))
+    return sums
 
 
-def time_losses(found: Tensor, prefix: str = "loss") -> dict[str, float]:
-    """Mean image loss of each range of t that occurred; `found` is the result of `by_time`, summed over batches."""
-    sums, counts = found.tolist()
+def time_losses(sums_and_counts: Tensor, prefix: str = "loss") -> dict[str, float]:
+    """Mean image loss of each range of t that occurred; the argument is a sum of results of `by_time`."""
+    sums, counts = sums_and_counts.tolist()
     edges = [i / BUCKETS for i in range(BUCKETS + 1)]
     return {
         f"{prefix}/image_t{edges[i]:.1f}-{edges[i + 1]:.1f}": sums[i] / counts[i]

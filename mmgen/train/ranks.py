@@ -37,10 +37,10 @@ class Ranks:
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
-        found = torch.tensor(values, dtype=torch.float64)
+        tensor = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(found, how, group=self.side)
-        reduced: list[float] = found.tolist()
+            dist.all_reduce(tensor, how, group=self.side)
+        reduced: list[float] = tensor.tolist()
         return reduced
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -57,7 +57,7 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def say(self, message: str) -> None:
+    def print(self, message: str) -> None:
         """Print one line on standard output, from rank 0 only."""
         if self.rank == 0:
             print(message, flush=True)

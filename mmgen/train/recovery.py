@@ -11,15 +11,15 @@ from mmgen.train.run import Run
 from mmgen.train.state import Progress
 
 
-def resume(found: Checkpoint, engine: Engine, progress: Progress, data: str) -> None:
+def resume(stored: Checkpoint, engine: Engine, progress: Progress, data: str) -> None:
     """Restore engine and counters from a checkpoint; `data` is the fingerprint of the training shards.
 
     Raises:
         ValueError: the training shards have changed, or the checkpoint lacks some of the weights.
     """
-    checkpoint.check_same_data(found, data)
-    checkpoint.restore(found, engine)
-    progress.resume(found.state)
+    checkpoint.check_same_data(stored, data)
+    checkpoint.restore(stored, engine)
+    progress.resume(stored.state)
 
 
 def react(run: Run, step: int, values: dict[str, float]) -> Checkpoint | None:
@@ -46,7 +46,7 @@ def react(run: Run, step: int, values: dict[str, float]) -> Checkpoint | None:
     event = {"step": step, "policy": settings.non_finite, "position": progress.position.as_dict()}
     run.log.event("skipped.jsonl", {**event, **{name: str(value) for name, value in values.items()}})
     if settings.non_finite == "skip":
-        run.log.say(f"{problem}: step skipped")
+        run.log.print(f"{problem}: step skipped")
         return None
     return _roll_back(run, step, problem)
 
@@ -54,13 +54,13 @@ def react(run: Run, step: int, values: dict[str, float]) -> Checkpoint | None:
 def _roll_back(run: Run, step: int, problem: str) -> Checkpoint:
     """Go back to the newest checkpoint; `step` is skipped from now on."""
     run.saver.finish()
-    found = checkpoint.newest_good(run.config.run.dir, run.log.say, run.ranks)
-    if found is None:
+    stored = checkpoint.newest_good(run.config.run.dir, run.log.print, run.ranks)
+    if stored is None:
         raise FloatingPointError(
             f"{problem}, and there is no checkpoint to go back to: lower train.lr, or set train.save_every"
         )
     run.progress.left_out.add(step)
-    resume(found, run.engine, run.progress, run.corpus.dataset.fingerprint)
+    resume(stored, run.engine, run.progress, run.corpus.dataset.fingerprint)
     run.log.rewind(run.progress.step)
-    run.log.say(f"{problem}: back to step {run.progress.step}; step {step} will be skipped")
-    return found
+    run.log.print(f"{problem}: back to step {run.progress.step}; step {step} will be skipped")
+    return stored

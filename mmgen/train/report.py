@@ -104,7 +104,7 @@ class Reporter:
         if median is not None:
             where = {"from": outcome.before.as_dict(), "to": outcome.data.after.as_dict()}
             self.log.event("spikes.jsonl", {"step": outcome.step, "loss": loss, "median": median, **where})
-            self.log.say(
+            self.log.print(
                 f"step {outcome.step}: the loss {loss:.4g} is a spike, the median is {median:.4g} (see spikes.jsonl)"
             )
         self.log.advance(outcome.step)

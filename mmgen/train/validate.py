@@ -90,7 +90,7 @@ class Probe:
             self.log.heartbeat.begin(f"drawing samples of step {step}")
             path = config.run.dir / "samples" / f"step-{step}.png"
             self._draw(path)
-            self.log.say(f"samples: {path}")
+            self.log.print(f"samples: {path}")
         due = step == settings.steps or (settings.val_every and step % settings.val_every == 0)
         if config.data.val and due:
             self.log.heartbeat.begin(f"validation of step {step}")
@@ -98,7 +98,7 @@ class Probe:
             with self.engine.averaged(config.sample.weights):
                 losses = validation(self.engine.model, corpus, self.engine.ranks, self.log.heartbeat.count)
             self.log.record(step, losses)
-            self.log.say(
+            self.log.print(
                 f"validation of step {step}: loss/text {losses['val_loss/text']:.4g}  "
                 f"loss/image {losses['val_loss/image']:.4g}"
             )

@@ -169,7 +169,7 @@ class ZeroEngine(Engine):
         rank, world = self.ranks.rank, self.ranks.world
         if self.stage == 0:
             return [Fragment(n, 0, p.numel(), p, 0, i % world == rank) for i, (n, p) in enumerate(named)]
-        found = []
+        fragments = []
         for i, (name, p) in enumerate(named):
             if self.stage == 3:
                 share = p.ds_tensor.numel()
@@ -181,14 +181,16 @@ class ZeroEngine(Engine):
                     group, at, _ = self._zero.grad_position[self._zero.get_param_id(p)]
                     flat = self._zero.fp32_partitioned_groups_flat[group]
                 if numel > 0:
-                    found.append(Fragment(name, start, numel, flat, at))
+                    fragments.append(Fragment(name, start, numel, flat, at))
             elif not p.requires_grad:
-                found.append(Fragment(name, 0, p.numel(), p, 0, i % world == rank))
+                fragments.append(Fragment(name, 0, p.numel(), p, 0, i % world == rank))
             elif p._hp_mapping is not None:
                 mapping = p._hp_mapping
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                found.append(Fragment(name, low.start, high.numel, self._flats[mapping.param_group_index], high.start))
-        return found
+                fragments.append(
+                    Fragment(name, low.start, high.numel, self._flats[mapping.param_group_index], high.start)
+                )
+        return fragments
 
     @property
     def _flats(self) -> list[Tensor]:
@@ -264,8 +266,11 @@ def _gathered_initialisation() -> Iterator[None]:
     original = PreTrainedModel._initialize_weights
 
     def initialise(self: PreTrainedModel, module: torch.nn.Module, *args: Any) -> None:
-        own = [*module.parameters(recurse=False), *(p for c in module.children() for p in c.parameters(recurse=False))]
-        with deepspeed.zero.GatheredParameters(own, modifier_rank=0) if own else nullcontext():
+        weights = [
+            *module.parameters(recurse=False),
+            *(p for c in module.children() for p in c.parameters(recurse=False)),
+        ]
+        with deepspeed.zero.GatheredParameters(weights, modifier_rank=0) if weights else nullcontext():
             original(self, module, *args)
 
     PreTrainedModel._initialize_weights = initialise

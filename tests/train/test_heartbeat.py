@@ -76,7 +76,7 @@ def display(clock: Clock, total: int = 100) -> tuple[log.Display, list[str]]:
     lines: list[str] = []
     shown = log.Display(0, total, quiet=False, clock=clock)
     shown._console = Console(quiet=True)
-    shown.say = lines.append
+    shown.print = lines.append
     return shown, lines
 
 
@@ -116,7 +116,7 @@ def test_steps_that_are_not_logged_print_a_line_if_none_was_printed(config: Conf
     config.run.dir.mkdir(parents=True)
     opened = log.Log(config, 0, heartbeat=Heartbeat(clock=clock))
     opened._display, shown = display(clock)
-    opened._display.say = lambda line: lines.append((clock.now, line))
+    opened._display.print = lambda line: lines.append((clock.now, line))
     for step in range(1, 31):
         clock.now = float(step)
         opened.advance(step)

@@ -38,8 +38,8 @@ class Checkpoint:
 
 def latest(run: Path) -> Path | None:
     """The checkpoint that `latest` points to, else the newest one of a run folder; None if there is none."""
-    found = candidates(run)
-    return found[0] if found else None
+    folders = candidates(run)
+    return folders[0] if folders else None
 
 
 def candidates(run: Path) -> list[Path]:
@@ -50,7 +50,9 @@ def candidates(run: Path) -> list[Path]:
     return first + [path for path in steps if path.resolve() not in first]
 
 
-def newest_good(run: Path, say: Callable[[str], None] | None = None, ranks: Ranks | None = None) -> Checkpoint | None:
+def newest_good(
+    run: Path, report: Callable[[str], None] | None = None, ranks: Ranks | None = None
+) -> Checkpoint | None:
     """The first candidate without damage, or None if the run has no checkpoint; each rank verifies some of the files.
 
     Raises:
@@ -65,11 +67,11 @@ def newest_good(run: Path, say: Callable[[str], None] | None = None, ranks: Rank
             state = read_trainer(folder, ranks.rank, ranks.world)
         except ValueError as error:
             problem = str(error)
-        found = [text for text in ranks.gather_objects(problem) if text]
-        if state is not None and not found:
+        damage = [text for text in ranks.gather_objects(problem) if text]
+        if state is not None and not damage:
             return Checkpoint(folder, state)
-        problems.append(found[0])
-        (say or ranks.say)(f"{found[0]}; trying an older one")
+        problems.append(damage[0])
+        (report or ranks.print)(f"{damage[0]}; trying an older one")
     if problems:
         raise ValueError(
             f"all checkpoints of {run} are damaged: {problems[0]}. Choose another run.dir to start a new run"
@@ -107,7 +109,7 @@ def read_trainer(folder: Path, rank: int = 0, world: int = 1) -> TrainerState:
         raise ValueError(f"{folder / 'trainer.json'} cannot be read ({error})") from None
 
 
-def check_same_run(found: Checkpoint, config: Config, tokenizer: Tokenizer) -> None:
+def check_same_run(stored: Checkpoint, config: Config, tokenizer: Tokenizer) -> None:
     """Raise ValueError if the tokenizer, or a setting that affects weights or data order, has changed."""
 
     def shape(settings: Config) -> dict[str, object]:
@@ -118,34 +120,34 @@ def check_same_run(found: Checkpoint, config: Config, tokenizer: Tokenizer) -> N
             "train": {"batch_rows": settings.train.batch_rows},
         }
 
-    _refuse(differences(shape(config), shape(_settings(found))), found.folder)
-    check_same_model(found, config)
-    path = found.folder / "tokenizer.json"
+    _refuse(differences(shape(config), shape(_settings(stored))), stored.folder)
+    check_same_model(stored, config)
+    path = stored.folder / "tokenizer.json"
     if Tokenizer.load(path, config.model.patcher.grids) != tokenizer:
         raise ValueError(
-            f"{config.data.tokenizer} is not the tokenizer of the checkpoint {found.folder}: the same ids mean other "
+            f"{config.data.tokenizer} is not the tokenizer of the checkpoint {stored.folder}: the same ids mean other "
             f"words. Copy {path} to {config.data.tokenizer}, or choose another run.dir to start a new run"
         )
 
 
-def check_same_data(found: Checkpoint, fingerprint: str) -> None:
+def check_same_data(stored: Checkpoint, fingerprint: str) -> None:
     """Raise ValueError if the training shards, which determine the order of documents, differ from the checkpoint's."""
-    if found.state.data not in ("", fingerprint):
+    if stored.state.data not in ("", fingerprint):
         raise ValueError(
-            f"the training shards are not those of the checkpoint {found.folder}: names or contents have changed, and "
+            f"the training shards are not those of the checkpoint {stored.folder}: names or contents have changed, and "
             "so has the order of documents. Restore the shards, or start a new run from its weights (train.init_from)"
         )
 
 
-def check_same_model(found: Checkpoint, config: Config) -> None:
+def check_same_model(stored: Checkpoint, config: Config) -> None:
     """Raise ValueError if the settings of the model or the objective differ from the checkpoint's."""
-    _refuse(differences(_model_shape(config), _model_shape(_settings(found))), found.folder)
-    facts, vae = found.state.autoencoder, config.model.patcher.vae
+    _refuse(differences(_model_shape(config), _model_shape(_settings(stored))), stored.folder)
+    facts, vae = stored.state.autoencoder, config.model.patcher.vae
     for name in ("mean", "std"):
         value = getattr(vae, name)
         if facts is not None and value is not None and value != getattr(facts, name):
             changed = f"model.patcher.vae.{name} ({value} here, {getattr(facts, name)} there)"
-            _refuse([changed], found.folder)
+            _refuse([changed], stored.folder)
 
 
 def _model_shape(settings: Config) -> dict[str, object]:
@@ -175,14 +177,14 @@ def stored_facts(folder: Path) -> AutoencoderFacts | None:
         raise ValueError(f"{folder / 'trainer.json'} cannot be read ({error})") from None
 
 
-def _settings(found: Checkpoint) -> Config:
+def _settings(stored: Checkpoint) -> Config:
     """The settings stored with a checkpoint; settings that were added later have their defaults."""
     try:
-        return Config.model_validate(found.state.config)
+        return Config.model_validate(stored.state.config)
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
         raise ValueError(
-            f"the checkpoint {found.folder} has settings that this version of mmgen does not have: {fields}. "
+            f"the checkpoint {stored.folder} has settings that this version of mmgen does not have: {fields}. "
             "Use the version that wrote it"
         ) from None
 
@@ -195,7 +197,7 @@ def _refuse(changed: list[str], folder: Path) -> None:
         )
 
 
-def restore(found: Checkpoint, engine: Engine) -> None:
+def restore(stored: Checkpoint, engine: Engine) -> None:
     """Load weights, moments, averaged weights and buffers into an engine.
 
     Each rank reads the stored fragments that overlap its own. The checkpoint may come from another number of processes
@@ -204,10 +206,10 @@ def restore(found: Checkpoint, engine: Engine) -> None:
     Raises:
         ValueError: the checkpoint lacks some of the weights.
     """
-    store = Store(found.folder)
+    store = Store(stored.folder)
     kinds = store.kinds()
     if "exp_avg" in kinds:
-        engine.create_state(found.state.optimizer_steps)
+        engine.create_state(stored.state.optimizer_steps)
     states = engine.optimizer.state
     with torch.no_grad():
         for fragment in engine.fragments:
@@ -287,8 +289,8 @@ def _number(path: Path) -> int:
 def differences(one: object, other: object, prefix: str = "") -> list[str]:
     """Descriptions `name (value here, value there)` of all dotted names under which two nested mappings differ."""
     if isinstance(one, dict) and isinstance(other, dict):
-        found: list[str] = []
+        names: list[str] = []
         for key in sorted({*one, *other}):
-            found += differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else str(key))
-        return found
+            names += differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return names
     return [] if one == other else [f"{prefix} ({one!r} here, {other!r} there)"]

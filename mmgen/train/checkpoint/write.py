@@ -30,8 +30,8 @@ from mmgen.train.state import TrainerState
 class Saver:
     """Writes the checkpoints of one run to `folder/step-N`; every rank must make the same calls."""
 
-    def __init__(self, folder: Path, engine: Engine, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
-        self.folder, self.engine, self.tokenizer, self.say = folder, engine, tokenizer, say
+    def __init__(self, folder: Path, engine: Engine, tokenizer: Tokenizer, report: Callable[[str], None]) -> None:
+        self.folder, self.engine, self.tokenizer, self.report = folder, engine, tokenizer, report
         self._host = HostCopy(engine)
         self._save: Save | None = None
 
@@ -76,7 +76,7 @@ class Saver:
         `unwritten` and `failed` are the sums of `progress` over ranks.
         """
         if problem := self._conclude(unwritten, failed):
-            self.say(problem)
+            self.report(problem)
 
     def finish(self, must: bool = False) -> None:
         """Wait on all ranks until the save is published. A failure is printed, unless `must` is set.
@@ -91,7 +91,7 @@ class Saver:
         if problem and must:
             raise OSError(problem)
         if problem:
-            self.say(problem)
+            self.report(problem)
 
     def _conclude(self, unwritten: float, failed: float) -> str | None:
         """Publish the save if all ranks have written their parts; returns a message if one of them failed."""
