@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 
 
 def inner(t_a: Floats, gamma_a: Floats, t_b: Floats, gamma_b: Floats) -> Floats:
-    """Inner products of averaging profiles tau^gamma (gamma + 1) / t^(gamma + 1) on [0, t] (ibid., eq. 132)."""
+    """Inner products of averaging profiles tau^gamma (gamma + 1) / t^(gamma + 1) on [0, t] (eq. 132)."""
     ratio = (t_a / t_b) ** np.where(t_a < t_b, gamma_b, -gamma_a)
     return (gamma_a + 1) * (gamma_b + 1) * ratio / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
 

@@ -170,7 +170,7 @@ def known_facts(config: Config) -> AutoencoderFacts | None:
 
 
 def stored_facts(folder: Path) -> AutoencoderFacts | None:
-    """What a checkpoint knows of its autoencoder, without a look at its other files; raises ValueError."""
+    """Facts of the autoencoder from a checkpoint's trainer.json; raises ValueError if it cannot be read."""
     try:
         return TrainerState.from_json((folder / "trainer.json").read_text()).autoencoder
     except (OSError, ValueError) as error:
