@@ -14,7 +14,7 @@ from mmgen.objective import build_layout
 from mmgen.sequence.tokenizer import SPECIAL, Tokenizer
 from mmgen.train.engine import uses_bf16
 from mmgen.train.memory import Shape, theory
-from mmgen.train.optimizer import averages
+from mmgen.train.optimizer import ema_decays
 
 BYTES = 4
 
@@ -66,7 +66,7 @@ def plan(config: Config) -> Plan:
     rows, length = config.train.batch_rows, config.data.row_length
     micro = min(config.train.micro_rows or rows, -(-rows // world))
     shape = Shape(parameters, config.train.zero_stage, world, uses_bf16(config))
-    state = theory(shape, len(averages(config.train)))
+    state = theory(shape, len(ema_decays(config.train)))
     fields = model.backbone.config
     per_position = fields.num_hidden_layers * (16 * fields.hidden_size + 5 * fields.intermediate_size)
     copies = build_layout(config.objective, config.model.patcher).copies
