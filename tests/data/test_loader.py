@@ -228,7 +228,7 @@ def test_missing_and_truncated_shards_are_named(tmp_path: Path) -> None:
 def test_a_caption_longer_than_a_row(config: Config, tmp_path: Path) -> None:
     members = {**pairs(3), "0001.json": json.dumps({"caption": "long " * 20}).encode()}
     long = override(config, {"data": {"train": [str(write_tar(tmp_path / "long.tar", members))]}})
-    with pytest.raises(ValueError, match=r"sample long\.tar/0001 needs \d+ positions but data\.row_length is 48"):
+    with pytest.raises(ValueError, match=r"sample long\.tar/0001 needs \d+ positions, but data\.row_length is 48"):
         corpus_of(long)
     corpus = corpus_of(override(long, {"data": {"overlong": "truncate"}}))
     assert max(corpus.length(0, i) for i in range(3)) <= 48

@@ -127,9 +127,9 @@ def damaged(content: bytes) -> str:
 
 def test_damaged_headers_are_named() -> None:
     whole = bytearray(tar_of({"a.txt": b"1", "b.txt": b"2"}))
-    assert damaged(b"PK\3\4" + bytes(600)) == "no tar header at 0 bytes"
-    assert "no tar header at 1024 bytes" in damaged(bytes(whole[:1024] + b"\xff" * 512 + whole[1024:]))
-    assert "behind the end mark" in damaged(bytes(whole) + bytes(whole))
+    assert damaged(b"PK\3\4" + bytes(600)) == "no tar header at byte 0"
+    assert "no tar header at byte 1024" in damaged(bytes(whole[:1024] + b"\xff" * 512 + whole[1024:]))
+    assert "after the end mark" in damaged(bytes(whole) + bytes(whole))
     assert "not octal" in damaged(with_size(whole, b"99999999999\0"))
     assert "negative" in damaged(with_size(whole, b"\xff" * 12))
     assert "ends inside a.txt" in damaged(with_size(whole, b"77777777777\0"))
