@@ -238,7 +238,7 @@ class Dataset(Measured):
             why = ": the shards are empty"
             if self.bad:
                 first = self.bad[0]
-                why = f". The first of {len(self.bad)} bad samples is {first.shard}/{first.key}: {first.reason}"
+                why = f". Bad samples: {len(self.bad)}, the first is {first.name}: {first.reason}"
             raise ValueError(f"no usable sample in {', '.join(map(str, patterns))}{why}")
         self.index = lru_cache(OPEN_SHARDS)(self._index)
         self.facts = lru_cache(OPEN_SHARDS)(self._facts)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,15 @@ from mmgen.config_io import override
 from mmgen.data.dataset import Overlong
 from mmgen.data.shards.index import pool_of
 from mmgen.data.shards.samples import BadRecord
-from mmgen.data.tools.check import CheckOptions, check
+from mmgen.data.tools.check import CheckOptions, CheckReport, check
 from mmgen.data.tools.check_streams import check_streams
 from mmgen.data.tools.findings import KINDS, folded, folded_bad, folded_overlong
 from mmgen.sequence.tokenizer import Tokenizer
 from tests.conftest import pairs, picture, png, run, write_tar
 
 
-def checked(capsys: pytest.CaptureFixture[str], config: Config, *words: object) -> tuple[int, str, str]:
-    return run(capsys, "data", "check", *words, "--data.tokenizer", config.data.tokenizer,
-               "--model.patcher.patch_size", 2, "--model.patcher.image_sizes", "[[4, 4], [6, 4]]",
-               "--data.row_length", 48, "--workers", 1)  # fmt: skip
+def report_of(config: Config, *shards: object) -> CheckReport:
+    return check([*map(str, shards)], Tokenizer.of(config), config, CheckOptions())
 
 
 def test_a_thousand_duplicates_are_one_line(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,15 +36,14 @@ def test_a_thousand_duplicates_are_one_line(config: Config, tmp_path: Path, caps
         (tmp_path / folder).mkdir()
         texts = {f"{i:04d}.txt": b"text" for i in range(1200)}
         shards.append(write_tar(tmp_path / folder / "train-000000.tar", texts))
-    code, out, _ = checked(capsys, config, *shards)
+    code, out, _ = run(capsys, "data", "check", *shards, "--data.tokenizer", config.data.tokenizer)
     assert code == 1
     (line,) = [line for line in out.splitlines() if "duplicate key" in line]
     assert line.startswith("1,200 duplicate keys, such as train-000000.tar/0000, train-000000.tar/0001, train")
     assert "--name" in line, "the line names the remedy"
     assert len(out.splitlines()) < 40
-    code, out, _ = checked(capsys, config, *shards, "--json")
-    report = json.loads(out)
-    assert (report["duplicates"], len(report["duplicate_keys"])) == (1200, 1000)
+    report = report_of(config, *shards).as_dict()
+    assert (report["duplicates"], len(report["duplicate_keys"])) == (1200, 1000)  # type: ignore[arg-type]
     assert report["duplicate_shards"] == [str(shards[1])]
 
 
@@ -53,23 +51,25 @@ def long_captions() -> dict[str, bytes]:
     return {**pairs(8), **{f"000{i}.json": json.dumps({"caption": "long " * (20 + i)}).encode() for i in range(1, 6)}}
 
 
-def test_all_overlong_documents_are_reported_and_the_check_continues(
-    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_overlong_documents_are_reported_and_the_check_continues(config: Config, tmp_path: Path) -> None:
     members = long_captions()
     members["0007.png"] = members["0007.png"][:60]
     shard = write_tar(tmp_path / "long.tar", members)
-    code, out, _ = checked(capsys, config, shard)
-    assert code == 1
-    assert "5 documents are longer than a row, such as long.tar/0001 (" in out
-    assert "raise data.row_length, shorten the text, or set data.overlong to truncate" in out
-    assert "1 bad sample: long.tar/0007 (image cannot be decoded" in out
-    report = json.loads(checked(capsys, config, shard, "--json")[1])
-    assert (report["overlong"], report["bad"], report["samples"]) == (5, 1, 8)
-    assert {document["key"] for document in report["overlong_documents"]} == {f"000{i}" for i in range(1, 6)}
+    found = report_of(config, shard)
+    lines = "\n".join(found.findings())
+    assert "5 documents are longer than a row, such as long.tar/0001 (" in lines
+    assert "raise data.row_length, shorten the text, or set data.overlong to truncate" in lines
+    assert "1 bad sample: long.tar/0007 (image cannot be decoded" in lines
+    report = found.as_dict()
+    assert (report["overlong"], report["bad"], report["samples"], report["holds"]) == (5, 1, 8, False)
+    assert [document.key for document in found.overlong] == [f"000{i}" for i in range(1, 6)]
+    assert report["overlong_documents"][0] == {
+        "shard": "long.tar",
+        "key": "0001",
+        "positions": found.overlong[0].positions,
+    }
     assert report["coverage_exact"]
-    cut = json.loads(checked(capsys, config, shard, "--json", "--data.overlong", "truncate")[1])
-    assert (cut["overlong"], cut["overlong_documents"]) == (0, [])
+    assert not report_of(override(config, {"data": {"overlong": "truncate"}}), shard).overlong
 
 
 def test_streams_report_overlong_documents_too(streamed: Config, tmp_path: Path) -> None:
@@ -84,10 +84,9 @@ def test_streams_report_overlong_documents_too(streamed: Config, tmp_path: Path)
 def test_lengths_are_those_that_training_needs(config: Config, tmp_path: Path) -> None:
     """A row of the longest reported length takes every document."""
     shard = str(write_tar(tmp_path / "long.tar", long_captions()))
-    longest = max(d.positions for d in check([shard], Tokenizer.of(config), config, CheckOptions()).overlong)
+    longest = max(document.positions for document in report_of(config, shard).overlong)
     for length, count in ((longest, 0), (longest - 1, 1)):
-        wide = override(config, {"data": {"row_length": length}})
-        assert len(check([shard], Tokenizer.of(wide), wide, CheckOptions()).overlong) == count
+        assert len(report_of(override(config, {"data": {"row_length": length}}), shard).overlong) == count
 
 
 def test_lines_are_folded_by_kind() -> None:
@@ -126,14 +125,16 @@ RAW = ("Traceback", "<_io", "0x7", "pydantic", "UnbalancedBraces", "Errno")
     ],
 )
 def test_wrong_shards_are_named_in_words(
-    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], make: object, messages: list[str]
+    config: Config, tmp_path: Path, make: Callable[[Path], object], messages: list[str]
 ) -> None:
-    code, out, error = checked(capsys, config, make(tmp_path))  # type: ignore[operator]
-    assert code in (1, 2)
+    try:
+        found = "\n".join(report_of(config, make(tmp_path)).findings())
+    except (ValueError, OSError) as error:
+        found = str(error)
     for message in messages:
-        assert message in out + error
+        assert message in found
     for raw in RAW:
-        assert raw not in out + error
+        assert raw not in found
 
 
 def empty(path: Path) -> Path:

@@ -31,6 +31,11 @@ class BadRecord:
     key: str
     reason: str
 
+    @property
+    def name(self) -> str:
+        """Shard and key, as messages print them; a damaged shard may have no key."""
+        return f"{self.shard}/{self.key}" if self.key else self.shard
+
     def as_dict(self) -> dict[str, str]:
         """The fields as a dictionary, for JSON."""
         return asdict(self)

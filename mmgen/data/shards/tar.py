@@ -148,7 +148,9 @@ def _check_sum(header: bytes, offset: int) -> None:
     blank = header[:148] + b" " * 8 + header[156:]
     total = sum(blank)
     signed = total - 256 * sum(byte > 127 for byte in blank)
-    if header[148:149] >= b"\x80" or _number(header[148:156]) not in (total, signed):
+    digits = header[148:156].split(b"\0", 1)[0].strip()
+    octal = all(byte in b"01234567" for byte in digits)
+    if not octal or int(digits or b"0", 8) not in (total, signed):
         raise Damaged(f"no tar header at byte {offset}")
 
 

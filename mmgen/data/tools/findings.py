@@ -30,9 +30,9 @@ def folded_bad(bad: Sequence[BadRecord]) -> Iterator[str]:
         kinds.setdefault(kind_of(record.reason), []).append(record)
     by_count = sorted(kinds.values(), key=len, reverse=True)
     for records in by_count[:KINDS]:
-        names = [f"{record.shard}/{record.key}" for record in records]
+        names = [record.name for record in records]
         yield from (f"{line} ({records[0].reason})" for line in folded("bad sample", "bad samples", names))
-    rest = [f"{record.shard}/{record.key} ({record.reason})" for records in by_count[KINDS:] for record in records]
+    rest = [f"{record.name} ({record.reason})" for records in by_count[KINDS:] for record in records]
     yield from folded("bad sample for another reason", "bad samples for other reasons", rest, "--json lists all")
 
 
