@@ -1,4 +1,4 @@
-"""The order of documents without an index: V streams, each of which reads its shards forward.
+"""The order of documents without an index: V streams that each read their shards forward.
 
 In each epoch the shards are shuffled and assigned to the streams in turn. A stream reads its shards in sequence,
 collects its share of `data.window` samples, and shuffles and packs this window alone. A global step takes the same
@@ -173,7 +173,7 @@ class Streams:
                     bad = []
                 at = following
             at = Cursor(epoch=at.epoch + 1, met=following.met)
-        last = f": the last bad one is {bad[-1]}" if bad else ""
+        last = f": the last bad one is {bad[-1].name}: {bad[-1].reason}" if bad else ""
         raise ValueError(f"stream {stream} finds no usable sample in its shards{last}")
 
     def indexed(self, held: Sequence[Held]) -> Window:

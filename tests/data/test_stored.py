@@ -139,7 +139,7 @@ def test_codes_are_refused_where_they_are_not_taken(coded: Config, tmp_path: Pat
     ):
         Corpus([latents], words(coded), coded)
     images = write_tar(tmp_path / "i.tar", {"a.png": png(picture(np.random.default_rng(0))), "a.txt": b"a"})
-    with pytest.raises(ValueError, match="holds codes and .* images: name shards of one kind"):
+    with pytest.raises(ValueError, match="holds codes, but .* holds images: name shards of one kind"):
         Corpus([*coded.data.train, str(images)], words(coded), coded)
     random = override(coded, {"data": {"crop": "random"}})
     with pytest.raises(ValueError, match="stored codes have one crop"):
@@ -163,14 +163,17 @@ def test_codes_that_do_not_fit_are_bad_samples(coded: Config, tmp_path: Path) ->
     assert reasons.keys() == arrays.keys() - {"good"}
     assert "none of: floating point [channels, height, width] (latent), integers [height, width]" in reasons["flat"]
     assert "not in the codebook" in reasons["huge"]
-    assert "stands for 10x4 pixels, which model.patcher.image_sizes does not declare" in reasons["odd"]
+    assert "represents an image of 10x4 pixels, which model.patcher.image_sizes does not declare" in reasons["odd"]
     assert "negative" in reasons["negative"]
     assert "too large" in reasons["unsigned"]
 
 
 def test_streams_refuse_arrays(coded: Config) -> None:
     streamed = override(coded, {"data": {"streams": 1}})
-    with pytest.raises(ValueError, match="finds no usable sample in its shards.*read through the index alone"):
+    with pytest.raises(
+        ValueError,
+        match="finds no usable sample in its shards: the last bad one is codes.tar/d: .*read only through an index",
+    ):
         next(steps(StreamCorpus(streamed.data.train, words(streamed), streamed), 0, 1, Cursors()))
 
 

@@ -34,8 +34,8 @@ UNDECODABLE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-# A larger image is refused by `data.limits.pixels`; Pillow's warning repeats that in other words.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Warnings about damaged metadata and large images repeat, in other words, the reasons that bad samples have.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)

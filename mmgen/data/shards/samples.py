@@ -226,8 +226,8 @@ def assemble(shard: str, key: str, found: Mapping[str, bytes], data: DataConfig)
     if "txt" in found:
         try:
             caption = found["txt"].decode("utf-8")
-        except ValueError as error:
-            raise BadSample(f"caption cannot be read, because .txt is not UTF-8: {error}") from None
+        except UnicodeDecodeError as error:
+            raise BadSample(f"caption cannot be read: .txt is not UTF-8 ({position(error)})") from None
     caption = "" if caption is None else _clean(caption, data)
     array = next((found[name] for name in found if name.rsplit(".", 1)[-1] in ARRAYS), None)
     image = next((found[name] for name in IMAGES if name in found), None)
@@ -246,8 +246,15 @@ def assemble(shard: str, key: str, found: Mapping[str, bytes], data: DataConfig)
 def _json(data: bytes) -> Any:
     try:
         return json.loads(data)
+    except UnicodeDecodeError as error:
+        raise BadSample(f"caption cannot be read: .json is not UTF-8 ({position(error)})") from None
     except (ValueError, RecursionError) as error:
-        raise BadSample(f"caption cannot be read, because .json is not valid JSON: {error}") from None
+        raise BadSample(f"caption cannot be read: .json is not valid JSON ({error})") from None
+
+
+def position(error: UnicodeDecodeError) -> str:
+    """The byte that cannot be decoded, and its position, for messages."""
+    return f"byte {error.object[error.start]:#04x} at position {error.start}"
 
 
 def _interleaved(listed: list[Any], key: str, found: Mapping[str, bytes], data: DataConfig) -> tuple[Segment, ...]:
