@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from mmgen.config import Config
@@ -172,3 +173,34 @@ def test_pillow_does_not_warn_of_large_images(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "image of 10000x10000 has more than" in done.stdout
     assert "DecompressionBomb" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", 0], "0 rows are requested: ask for at least one"),
+        (["show", 1, "--out", "{at}/tokenizer.json"], "tokenizer.json is a file: name a folder"),
+        (["check", "--world", 0], "--world is 0: it must be at least 1"),
+        (["check", "--inject", "nothing"], "unknown fault 'nothing' (one of: per_rank_seed"),
+        (
+            ["index", "--data.cache_dir", "{at}/tokenizer.json"],
+            "the index of {at}/train-000.tar can be written neither",
+        ),
+        (["buckets", "--pixels", "1x1"], "hold no patch of 2x2: raise --pixels"),
+        (["index", "--data.tokenizer", "{at}/train-000.tar"], "is not a tokenizer.json"),
+    ],
+)
+def test_wrong_options_are_named_in_words(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[object], message: str
+) -> None:
+    (tmp_path / "train-000.tar.mmgen-index").mkdir()  # no index can be written next to the shard
+    file = tmp_path / "run.yaml"
+    settings = config.model_dump(mode="json")
+    settings["data"]["cache_dir"] = str(tmp_path / "cache")
+    file.write_text(yaml.safe_dump(settings))
+    words = [str(word).format(at=tmp_path) for word in words]
+    code, out, error = run(capsys, "data", *words, "--config", file)
+    assert code == 2
+    assert message.format(at=tmp_path) in error
+    for raw in RAW:
+        assert raw not in out + error

@@ -319,7 +319,13 @@ def _write(shard: str, cached: Path, content: bytes) -> Path:
         store.write(shard + SUFFIX, content)
     except (OSError, NotImplementedError):  # the folder or store is read-only
         pass
-    return _replace(cached, content)
+    try:
+        return _replace(cached, content)
+    except OSError as error:
+        raise OSError(
+            f"the index of {shard} can be written neither next to it nor to {cached.parent} ({error.strerror}): set "
+            "data.cache_dir to a writable folder"
+        ) from None
 
 
 def _replace(path: Path, content: bytes) -> Path:

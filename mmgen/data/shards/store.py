@@ -17,6 +17,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from mmgen.config import LimitsConfig, SourceConfig
+from mmgen.data.progress import Progress
 from mmgen.data.shards.tar import CHUNK, Damaged, Readable
 
 Patterns = Sequence[str | SourceConfig]
@@ -279,13 +280,22 @@ def unpacked(shard: str, cache_dir: Path, limits: LimitsConfig) -> Path:
     path = folder / (hashlib.sha256(f"{shard}\0{stamp(shard)}".encode()).hexdigest()[:32] + ".tar")
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.part")
     try:
-        with stream(shard, limits) as source, temporary.open("wb") as out:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"data.cache_dir {folder} cannot be created ({error.strerror}): set it to another folder"
+        ) from None
+    try:
+        with (
+            Progress(f"decompressing {name(shard)}", "MiB", quiet=True) as progress,
+            stream(shard, limits) as source,
+            temporary.open("wb") as out,
+        ):
             try:
                 while part := source.read(CHUNK):
-                    out.write(part)
+                    progress.done = (out.tell() + out.write(part)) >> 20
             except Damaged:
                 pass  # the index lists the loss; samples before the damage are still read
         os.replace(temporary, path)

@@ -72,6 +72,8 @@ class CheckOptions:
     def __post_init__(self) -> None:
         if self.inject is not None and self.inject not in FAULTS:
             raise ValueError(f"unknown fault '{self.inject}' (one of: {', '.join(FAULTS)})")
+        if self.world < 1:
+            raise ValueError(f"--world is {self.world}: it must be at least 1")
 
 
 @dataclass(frozen=True)

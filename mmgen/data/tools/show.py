@@ -45,7 +45,15 @@ class ShownRow:
 
 
 def show(corpus: Corpus, count: int, out: Path) -> list[ShownRow]:
-    """Write a PNG with the mask and the images of each of the first `count` rows, and describe the rows."""
+    """Write a PNG with the mask and the images of each of the first `count` rows, and describe the rows.
+
+    Raises:
+        ValueError: `count` is less than 1, or `out` is a file.
+    """
+    if count < 1:
+        raise ValueError(f"{count} rows are requested: ask for at least one")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
     out.mkdir(parents=True, exist_ok=True)
     shown: list[ShownRow] = []
     planned = next(planned_steps(corpus.plan, count, 0, 1, Position()))
