@@ -52,7 +52,7 @@ def listed(content: bytes, most: int = 1 << 20) -> list[Member]:
     ),
     st.sampled_from(["gnu", "pax"]),
 )
-def test_members_are_those_of_tarfile(names: dict[str, bytes], form: str) -> None:
+def test_members_equal_those_of_tarfile(names: dict[str, bytes], form: str) -> None:
     content = tar_of(names, FORMATS[form])
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         expected = [(info.name, info.offset_data, info.size) for info in tar.getmembers()]
@@ -103,7 +103,7 @@ def test_sparse_members_of_gnu_tar(tmp_path: Path, form: str) -> None:
 
 
 def test_truncation_at_every_block(tmp_path: Path) -> None:
-    """Whatever is cut off, the samples before it are read, and one line tells of the loss."""
+    """At any cut, the samples before it are read, and the loss is reported once."""
     whole = tar_of(pairs(4))
     complete = [sample.key for sample in read([str(write(tmp_path / "w.tar", whole))])]
     lost = []
@@ -145,7 +145,7 @@ def test_damaged_headers_are_named() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_mutated_archive_never_breaks_the_reader(data: st.DataObject) -> None:
-    """Whatever bytes change, the reader ends with samples, named losses, or both."""
+    """For any change of bytes, the reader returns samples, reported losses, or both."""
     form = data.draw(st.sampled_from(sorted(FORMATS)))
     members = {**pairs(2), "long" * (20 if form == "ustar" else 60) + ".txt": b"text"}
     content = bytearray(tar_of(members, FORMATS[form]))
@@ -154,11 +154,11 @@ def test_a_mutated_archive_never_breaks_the_reader(data: st.DataObject) -> None:
         content[at : at + 1] = data.draw(st.binary(max_size=3))
         if not content:
             break
-    assert survive(bytes(content)) <= len(members), "a change may lose or split samples, not make members up"
+    assert survive(bytes(content)) <= len(members), "a change may lose or split samples, but not add members"
 
 
 def survive(content: bytes) -> int:
-    """Samples that are read; anything but `Damaged` and `BadSample` escapes."""
+    """Number of samples that are read; only `Damaged` and `BadSample` are caught."""
     count = 0
     try:
         for group in groups(io.BytesIO(content), LimitsConfig()):
@@ -211,7 +211,7 @@ def test_a_compression_bomb_stops_early(tmp_path: Path, kind: str) -> None:
     assert time.process_time() - began < 10
 
 
-def test_webdatasets_reader_agrees(tmp_path: Path) -> None:
+def test_keys_agree_with_the_webdataset_reader(tmp_path: Path) -> None:
     """Keys and extensions are cut as webdataset cuts them."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 

@@ -293,9 +293,11 @@ def unpacked(shard: str, cache_dir: Path, limits: LimitsConfig) -> Path:
             stream(shard, limits) as source,
             temporary.open("wb") as out,
         ):
+            size = 0
             try:
                 while part := source.read(CHUNK):
-                    progress.done = (out.tell() + out.write(part)) >> 20
+                    size += out.write(part)
+                    progress.done = size >> 20
             except Damaged:
                 pass  # the index lists the loss; samples before the damage are still read
         os.replace(temporary, path)
