@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmgen.config import SampleConfig
-from mmgen.generate.exchange import Chosen, Draw, Drawn, Feed, Known, RequestCoroutine, Action
+from mmgen.generate.exchange import Action, Chosen, Draw, Drawn, Feed, Known, RequestCoroutine
 from mmgen.generate.parts import REAL, Parts, Setup
 from mmgen.generate.request import Event, Inpaint, Request, Result
 from mmgen.generate.scheduler import Budget, Schedule

@@ -64,7 +64,7 @@ class Lanes:
         """Sites [lanes, capacity] of every slot."""
 
     def of(self, requests: Sequence[int]) -> list[list[int]]:
-        """Return the lanes [G][R] of these requests: the conditional ones, then with guidance the unconditional ones."""
+        """Return the lanes [G][R] of these requests: conditional ones first, then with guidance unconditional ones."""
         unconditional = [[self.shape.requests + r for r in requests]] if self.shape.guided else []
         return [list(requests), *unconditional]
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mmgen.generate.drawing import Drawings
-from mmgen.generate.exchange import Outcome, Chosen, Draw, Feed, RequestCoroutine, Action
+from mmgen.generate.exchange import Action, Chosen, Draw, Feed, Outcome, RequestCoroutine
 from mmgen.generate.lanes import Lanes, LaneShape
 from mmgen.generate.parts import Setup
 from mmgen.generate.tokens import TokenChooser
