@@ -214,10 +214,10 @@ def step_flops(config: Config) -> float:
     return float(counter.get_total_flops())
 
 
-def ablate(path: Path, log: Callable[[str], None]) -> Comparison:
+def ablate(path: Path, report: Callable[[str], None]) -> Comparison:
     """Train and score the runs that are not finished, one process per command, and write `report.json` into `out`.
 
-    `log` is called with lines of progress.
+    `report` is called with lines of progress.
 
     Raises:
         ValueError: the file is invalid, or a run in `out` has other settings.
@@ -225,20 +225,22 @@ def ablate(path: Path, log: Callable[[str], None]) -> Comparison:
     """
     file, arms = read(path)
     for arm in arms:
-        log(f"{arm.name}: {arm.parameters:,} parameters, {arm.config.train.steps} steps of {arm.flops / 1e9:.2f} GFLOP")
+        report(
+            f"{arm.name}: {arm.parameters:,} parameters, {arm.config.train.steps} steps of {arm.flops / 1e9:.2f} GFLOP"
+        )
     reports: dict[str, list[Report]] = {arm.name: [] for arm in arms}
     for seed in file.seeds:  # seeds are the outer loop, so that a table of all arms exists after the first seed
         for arm in arms:
             folder = file.out / arm.name / f"seed-{seed}"
             config = override(arm.config, {"run": {"dir": folder, "seed": seed}})
-            reports[arm.name].append(_run(config, arm, log))
+            reports[arm.name].append(_run(config, arm, report))
         done = len(reports[arms[0].name])
         comparison = Comparison(file.equal, file.seeds[:done], {name: summary(runs) for name, runs in reports.items()})
         write_report(file.out, asdict(comparison))
     return comparison
 
 
-def _run(config: Config, arm: Arm, log: Callable[[str], None]) -> Report:
+def _run(config: Config, arm: Arm, report: Callable[[str], None]) -> Report:
     """Return the report of one run, after training and scoring it if that is not done yet."""
     folder = config.run.dir
     folder.mkdir(parents=True, exist_ok=True)
@@ -247,10 +249,10 @@ def _run(config: Config, arm: Arm, log: Callable[[str], None]) -> Report:
     if settings.exists() and yaml.safe_load(settings.read_text()) != wanted:
         raise ValueError(f"{settings} has other settings than the ablation file now has: choose another `out`")
     settings.write_text(yaml.safe_dump(wanted, sort_keys=False))
-    report = folder / "report.json"
-    if not report.exists():
+    scores_file = folder / "report.json"
+    if not scores_file.exists():
         for command in ("train", "eval"):
-            log(f"{folder}: {command}")
+            report(f"{folder}: {command}")
             with (folder / f"{command}.log").open("w") as output:
                 words = [sys.executable, "-m", "mmgen.cli", command, "--config", str(settings)]
                 code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT).returncode
@@ -259,7 +261,7 @@ def _run(config: Config, arm: Arm, log: Callable[[str], None]) -> Report:
                     f"{command} of {folder} ended with code {code}: see {output.name}. "
                     "Repeat the command to resume the ablation"
                 )
-    scores = json.loads(report.read_text())
+    scores = json.loads(scores_file.read_text())
     seconds = scores["train_seconds"] / config.train.steps
     return {
         **scores,
@@ -273,7 +275,7 @@ def summary(reports: Sequence[Report]) -> dict[str, Interval | Intervals]:
     """Return the interval over runs of every number, or list of numbers, that all of them report."""
     result: dict[str, Interval | Intervals] = {}
     for key in reports[0]:
-        values = [report.get(key) for report in reports]
+        values = [run.get(key) for run in reports]
         numbers = [value for value in values if _number(value)]
         lists = [value for value in values if isinstance(value, list) and value and all(map(_number, value))]
         if len(numbers) == len(values):

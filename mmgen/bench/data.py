@@ -140,7 +140,7 @@ class DataTimes:
         }
 
 
-def bench_data(config: Config, rounds: int, samples: int, log: Callable[[str], None]) -> DataTimes:
+def bench_data(config: Config, rounds: int, samples: int, report: Callable[[str], None]) -> DataTimes:
     """Time all readers in `rounds` alternating rounds of `samples` samples; rates are medians over the rounds.
 
     Raises:
@@ -173,7 +173,7 @@ def bench_data(config: Config, rounds: int, samples: int, log: Callable[[str], N
     for number in range(rounds):
         for name, work in readers.items():
             rates[name].append(_timed(work))
-        log(f"round {number + 1} of {rounds}: " + ", ".join(f"{name} {rates[name][-1]:.0f}/s" for name in rates))
+        report(f"round {number + 1} of {rounds}: " + ", ".join(f"{name} {rates[name][-1]:.0f}/s" for name in rates))
     medians = {name: statistics.median(values) for name, values in rates.items()}
 
     lengths = [warm.length(0, index) for index in range(min(count, 2000))]

@@ -164,11 +164,11 @@ class StepTimes:
         return result | {name: getattr(self, name) for name in names}
 
 
-def bench_step(config: Config, rounds: int, log: Callable[[str], None], compiled: bool | None = None) -> StepTimes:
+def bench_step(config: Config, rounds: int, report: Callable[[str], None], compiled: bool | None = None) -> StepTimes:
     """Time training steps and steps of the bare loop; every round times each of them once.
 
-    `compiled` adds compiled steps; by default they are timed if the device can compile. `log` is called with lines of
-    progress.
+    `compiled` adds compiled steps; by default they are timed if the device can compile. `report` is called with
+    lines of progress.
 
     Raises:
         ValueError: the configuration is invalid.
@@ -195,7 +195,7 @@ def bench_step(config: Config, rounds: int, log: Callable[[str], None], compiled
         if compiling:
             floor.decode = torch.compile(floor._decode)
         steps[f"floor{suffix}"] = floor.step
-    medians = _median_seconds(steps, rounds, device, log)
+    medians = _median_seconds(steps, rounds, device, report)
     return StepTimes(
         **medians,
         peak_memory_bytes=peak,
@@ -215,13 +215,13 @@ def _first_batch(config: Config, tokenizer: Tokenizer, device: torch.device) -> 
 
 
 def _median_seconds(
-    steps: dict[str, Step], rounds: int, device: torch.device, log: Callable[[str], None]
+    steps: dict[str, Step], rounds: int, device: torch.device, report: Callable[[str], None]
 ) -> dict[str, float]:
     """Return the median seconds of each step over alternating rounds, after two warm-up calls."""
     for name, step in steps.items():
         began = time.perf_counter()
         step()
-        log(f"{name}: first call {time.perf_counter() - began:.1f} s")
+        report(f"{name}: first call {time.perf_counter() - began:.1f} s")
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):

@@ -128,11 +128,11 @@ class Generator:
 
 
 def evaluate(
-    model: MMGenModel, tokenizer: Tokenizer, config: Config, trainer: TrainerState, log: Callable[[str], None]
+    model: MMGenModel, tokenizer: Tokenizer, config: Config, trainer: TrainerState, report: Callable[[str], None]
 ) -> Report:
     """Score a model and write `report.json` and `samples/evaluation.png` into the run folder.
 
-    `log` is called with lines of progress.
+    `report` is called with lines of progress.
 
     Raises:
         ValueError: `eval.task` is unknown, or the JSON of a sample lists no objects.
@@ -147,7 +147,7 @@ def evaluate(
     patcher = model.build_patcher()
     train, test = (Pictures(shards, patcher, bad) for shards in (config.data.train, settings.test))
     real = Real(task, train, test, settings.samples)
-    log(f"{settings.task}: drawing {settings.samples} captions, to compare with {len(test.samples)} real pictures")
+    report(f"{settings.task}: drawing {settings.samples} captions, to compare with {len(test.samples)} real pictures")
 
     prompts = repeated(test.samples, settings.samples)
     wanted = [truth(sample) for sample in prompts]
@@ -156,7 +156,7 @@ def evaluate(
     drawing = time.monotonic() - drawing
     drawn = Drawn(arrays(images), wanted, real, judge)
     scores = score(drawn)
-    log(f"captions to images: accuracy {scores['t2i_accuracy']:.3f} at guidance {scale}")
+    report(f"captions to images: accuracy {scores['t2i_accuracy']:.3f} at guidance {scale}")
     unguided = generator.draw(prompts, 1.0)
     genuine = draw_baseline(training_digit, wanted, real)
     combination = None
@@ -165,13 +165,13 @@ def evaluate(
         shown = judge.read(arrays(generator.draw(unseen, scale)))
         combination = agreement(shown, [truth(sample) for sample in unseen])
     captions = caption_scores(generator.describe(test.images), task, test.truth)
-    log(f"images to captions: accuracy {captions.i2t_accuracy:.3f}")
+    report(f"images to captions: accuracy {captions.i2t_accuracy:.3f}")
     losses = (
         held_out_losses(model, Corpus(config.data.val, tokenizer, config, model.autoencoder))
         if config.data.val
         else None
     )
-    report = Report(
+    result = Report(
         step=trainer.step,
         t2i_n=settings.samples,
         t2i_guidance=scale,
@@ -198,8 +198,8 @@ def evaluate(
     first = images[:24]
     evaluation = config.run.dir / "samples" / "evaluation.png"
     sheet.save(sheet.grid(first, [sample.caption for sample in prompts[: len(first)]]), evaluation)
-    write_report(config.run.dir, report.flat())
-    return report
+    write_report(config.run.dir, result.flat())
+    return result
 
 
 def repeated(samples: Sequence[Sample], count: int) -> list[Sample]:
