@@ -46,7 +46,7 @@ Decoder = Callable[[dict[str, Any]], Any]
 
 
 def decoder(corpus: Corpus) -> Decoder:
-    """Return the function with which every reader decodes a captioned image."""
+    """Return the function that every reader uses to decode a captioned image."""
     data, patcher = corpus.config.data, corpus.config.model.patcher
 
     def decode(sample: dict[str, Any]) -> Any:

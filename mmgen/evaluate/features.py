@@ -1,4 +1,4 @@
-"""Reads the pictures of shards and computes the features with which sets of pictures are compared."""
+"""Reads the pictures of shards and computes the features for comparing sets of pictures."""
 
 from __future__ import annotations
 
