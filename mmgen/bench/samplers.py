@@ -38,7 +38,7 @@ class SamplerTimes:
 def bench_samplers(rounds: int) -> SamplerTimes:
     """Time each solver with a network of 24 matrix products, which takes some milliseconds per call.
 
-    The state has 64 rows of 64 numbers; the width of the network is 512. The clock runs around each network call and
+    The state is 64 vectors of 64 numbers; the width of the network is 512. The clock runs around each network call and
     around the whole solution, so that other load on the machine affects both equally.
     """
     sizes = [64, *[512] * 23, 64]

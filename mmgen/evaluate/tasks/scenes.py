@@ -53,17 +53,17 @@ class Scenes(Task):
     def marks(self, pixels: Pixels) -> list[Mark] | None:
         marks = []
         for place, (row, column) in PLACES.items():
-            cell = pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL].astype(np.float64)
-            peak = cell.max()
+            quadrant = pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL].astype(np.float64)
+            peak = quadrant.max()
             if peak < BLANK:
                 continue
             if peak < INK:
                 return None
             # The colour is the palette direction with the most energy of the pixels; grey is the projection onto it.
-            ink = cell.reshape(-1, 3).T @ cell.reshape(-1, 3)
+            ink = quadrant.reshape(-1, 3).T @ quadrant.reshape(-1, 3)
             palette = {name: np.array(rgb) / np.linalg.norm(rgb) for name, rgb in COLOURS.items()}
             colour = max(palette, key=lambda name: palette[name] @ ink @ palette[name])
-            grey = cell @ palette[colour] / (np.linalg.norm(COLOURS[colour]) / 255)
+            grey = quadrant @ palette[colour] / (np.linalg.norm(COLOURS[colour]) / 255)
             marks.append(Mark(np.clip(np.rint(grey), 0, 255).astype(np.uint8), colour, place))
         return marks
 
@@ -83,6 +83,6 @@ def paint(digits: Sequence[tuple[Pixels, Object]]) -> Pixels:
             raise ValueError(f"{thing} needs a `colour` of {list(COLOURS)} and a `place` of {list(PLACES)}")
         row, column = PLACES[thing.place]
         tint = np.array(COLOURS[thing.colour]) / 255
-        cell = np.rint(grey[:, :, None] * tint).astype(np.uint8)
-        picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = cell
+        coloured = np.rint(grey[:, :, None] * tint).astype(np.uint8)
+        picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = coloured
     return picture
