@@ -1,4 +1,4 @@
-"""Ablations: the runs of a file, how arms are made equal, and that no finished run is repeated."""
+"""Ablations: the runs of a file, arms made equal, intervals, and resuming without repeating a run."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_equal_flops(tmp_path: Path, config: Config) -> None:
     assert arms[0].flops == counter.get_total_flops()
 
 
-def test_intervals_follow_students_t() -> None:
+def test_intervals_equal_those_of_scipys_t_distribution() -> None:
     values = [0.9, 0.95, 0.97]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
-    found = ablate.interval(values)
-    assert found.mean == pytest.approx((low + high) / 2)
-    assert found.half_width == pytest.approx((high - low) / 2)
+    interval = ablate.interval(values)
+    assert interval.mean == pytest.approx((low + high) / 2)
+    assert interval.half_width == pytest.approx((high - low) / 2)
     assert ablate.intervals([[1.0, 2.0], [3.0, 2.0]]).mean == [2.0, 2.0]
-    assert ablate.intervals([[1.0, 0.9], [3.0, 0.95], [2.0, 0.97]]).at(1) == found
+    assert ablate.intervals([[1.0, 0.9], [3.0, 0.95], [2.0, 0.97]]).at(1) == interval
     assert ablate.interval([1.0]) == ablate.Interval(1.0, None)
 
 
@@ -89,29 +89,27 @@ def test_the_summary_has_numbers_that_all_runs_report() -> None:
     assert set(ablate.summary(runs)) == {"a", "b", "c"}
 
 
-def test_dotted_keys_become_nested() -> None:
-    found = ablate.nested({"train.lr": 1, "train": {"steps": 2}, "sample.steps": 3, "run": {"seed": 1}, "run.seed": 2})
-    assert found == {"train": {"lr": 1, "steps": 2}, "sample": {"steps": 3}, "run": {"seed": 2}}
+def test_nested_keys() -> None:
+    tree = ablate.nested({"train.lr": 1, "train": {"steps": 2}, "sample.steps": 3, "run": {"seed": 1}, "run.seed": 2})
+    assert tree == {"train": {"lr": 1, "steps": 2}, "sample": {"steps": 3}, "run": {"seed": 2}}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"equal": "wishes"}, "equal"),
+        ({"equal": "minutes"}, "equal"),
         ({"arm": {}}, "arm"),
         ({"arms": {"a": {"train.stepz": 3}}}, "arm 'a': unknown key 'train.stepz', did you mean 'train.steps'"),
         ({"seeds": []}, "seeds"),
     ],
 )
-def test_errors_in_a_file_name_the_key(tmp_path: Path, config: Config, fields: dict, message: str) -> None:
+def test_invalid_files_raise_with_the_key(tmp_path: Path, config: Config, fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ablate.read(written(tmp_path, config, **fields))
 
 
-def test_finished_runs_are_kept_and_failures_are_reported(
-    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each command of a run is a process; a finished run is not repeated, and a failed one stops the ablation."""
+def test_runs_resume_and_failures_are_named(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command is one process; finished runs are not repeated, and a failed run stops the ablation."""
     commands: list[tuple[str, str]] = []
     broken = {"seed": 1}
 

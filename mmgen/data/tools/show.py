@@ -93,7 +93,7 @@ def decoded(corpus: Corpus, batch: Batch, given_S: NDArray[np.bool_]) -> list[Im
     images = []
     for block in batch.image_I.unique().tolist():
         here = batch.image_I == block
-        cell, x = batch.place_I2[here].numpy(), batch.x_IP[here].numpy()
+        cell, x = batch.cell_I2[here].numpy(), batch.x_IP[here].numpy()
         grid = (int(cell[:, 0].max()) + 1, int(cell[:, 1].max()) + 1)
         raster = np.empty_like(x)
         raster[cell[:, 0] * grid[1] + cell[:, 1]] = x
