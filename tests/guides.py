@@ -33,6 +33,7 @@ REGISTRIES = {
     "solvers": "mmgen.flow.solvers:SOLVERS",
     "distributions": "mmgen.flow.time:TIMES",
     "weights": "mmgen.flow.loss:WEIGHTS",
+    "conversions": "mmgen.flow.path:KINDS",
     "objectives": "mmgen.objective:OBJECTIVES",
     "patchers": "mmgen.image.latent:PATCHERS",
     "projections": "mmgen.objective.layers:PROJECTIONS",
@@ -41,6 +42,7 @@ REGISTRIES = {
     "baselines": "mmgen.evaluate.baselines:BASELINES",
     "experiments": "mmgen.lab.catalog:EXPERIMENTS",
 }
+HEADINGS = {"conversions": "quantity", "distributions": "timestep distribution"}
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def first_sentence(text: str | None) -> str:
 
 def described(module: Any, name: str, entry: Any) -> str:
     """What a registry's entry is, from the docstring of its function or class."""
+    if isinstance(entry, str):
+        return first_sentence(entry)
     candidates = [entry, getattr(entry, "make", None), getattr(module, name, None)]
     if title := getattr(entry, "title", None):
         return str(title)
@@ -125,7 +129,7 @@ def rows_of_registry(name: str) -> Iterable[tuple[str, ...]]:
     module_name, variable = REGISTRIES[name].split(":")
     module = import_module(module_name)
     registry: Mapping[str, Any] = getattr(module, variable)
-    yield name.removesuffix("s"), "what it is"
+    yield HEADINGS.get(name, name.removesuffix("s")), "what it is"
     for key, entry in registry.items():
         source = import_module(function.__module__) if (function := getattr(entry, "make", None)) else module
         yield f"`{key}`", described(source, key, entry)
