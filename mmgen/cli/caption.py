@@ -31,7 +31,7 @@ def caption(
     trained = load_run(config)
     decoder = Decoder(trained.model, trained.tokenizer, config.sample)
     for path, image in zip(images, opened, strict=True):
-        if changes := _changes(image, decoder.patcher):
+        if changes := describe_changes(image, decoder.patcher):
             print(f"{path} {changes}", file=sys.stderr, flush=True)
     results = decoder.generate([Request([image], "text") for image in opened])
     captions = [{"image": str(path), "caption": result.text} for path, result in zip(images, results, strict=True)]
@@ -43,7 +43,7 @@ def caption(
     return 0
 
 
-def _changes(image: Image.Image, patcher: Patcher) -> str:
+def describe_changes(image: Image.Image, patcher: Patcher) -> str:
     """Describe how an image is fitted to a declared size and to the model's colours; empty if it does not change."""
     from mmgen.image.resize import upright_size
 

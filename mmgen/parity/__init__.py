@@ -81,7 +81,7 @@ def check_parity(config: Config, inject: str | None = None) -> list[Report]:
     variants = VARIANTS if known else {kind: {"kind": kind}}
     if not known and not can_replay(config):
         raise ValueError(
-            f"objective.kind '{kind}' has no method `replay`, so its sampling cannot be compared with training: "
+            f"objective.kind '{kind}' has no `replay`, so its sampling cannot be compared with training: "
             "implement `ImageObjective.replay`"
         )
     return [_check_variant(name, config, change, parts) for name, change in variants.items()]

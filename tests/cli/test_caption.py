@@ -28,14 +28,14 @@ from tests.conftest import awake, run
 )
 def test_changes_of_a_picture(size: tuple[int, int], mode: str, channels: int, changes: str) -> None:
     patcher = PixelPatcher(PatcherConfig(channels=channels, patch_size=4, image_sizes=[(16, 16)]))
-    assert command._changes(Image.new(mode, size), patcher) == changes
+    assert command.describe_changes(Image.new(mode, size), patcher) == changes
 
 
 def test_a_turned_picture_is_described_upright() -> None:
     picture = Image.new("RGB", (100, 60))
     picture.getexif()[0x0112] = 6
     patcher = PixelPatcher(PatcherConfig(channels=3, patch_size=4, image_sizes=[(16, 16)]))
-    assert command._changes(picture, patcher) == "is 60x100; it was scaled and cropped to 16x16"
+    assert command.describe_changes(picture, patcher) == "is 60x100; it was scaled and cropped to 16x16"
 
 
 def test_the_note_is_one_line_on_standard_error(
