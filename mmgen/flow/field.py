@@ -93,7 +93,7 @@ class GaussianMixture:
         fit = weights.shape == (len(means),) and bool((weights >= 0).all()) and bool((self.std >= 0).all())
         if means.ndim != 2 or not fit or not 0 < float(weights.sum()) < math.inf:
             raise ValueError(
-                "a mixture needs means [K, D] with K weights and stds, none negative and at least one weight above zero; "
+                "a mixture needs means [K, D] and K weights and stds, none negative and one weight or more above zero; "
                 f"the means have shape {tuple(means.shape)}"
             )
         self.log_weights = (weights / weights.sum()).log()
