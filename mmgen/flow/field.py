@@ -55,7 +55,7 @@ class Field:
     `times` divides by; exact fields need a clip that small.
     """
     clean_range: tuple[float, float] | None = None
-    """Range to which the denoised estimate is clipped before it is converted to the requested quantity."""
+    """Lowest and highest value of the denoised estimate, which is clipped before any conversion."""
 
     def __post_init__(self) -> None:
         if self.prediction not in KINDS:
