@@ -111,9 +111,7 @@ def described(module: Any, name: str, entry: Any) -> str:
     """What a registry's entry is, from the docstring of its function or class."""
     if isinstance(entry, str):
         return first_sentence(entry)
-    candidates = [entry, getattr(entry, "make", None), getattr(module, name, None)]
-    if title := getattr(entry, "title", None):
-        return str(title)
+    candidates = [entry, getattr(entry, "make", None), getattr(entry, "run", None), getattr(module, name, None)]
     for candidate in candidates:
         options = ""
         while isinstance(candidate, partial):

@@ -55,7 +55,7 @@ class Field:
     `times` divides by; exact fields need a clip that small.
     """
     clean_range: tuple[float, float] | None = None
-    """Range to which the denoised estimate is clipped before it is converted to the requested quantity."""
+    """Lowest and highest value of the denoised estimate, which is clipped before any conversion."""
 
     def __post_init__(self) -> None:
         if self.prediction not in KINDS:
@@ -93,7 +93,7 @@ class GaussianMixture:
         fit = weights.shape == (len(means),) and bool((weights >= 0).all()) and bool((self.std >= 0).all())
         if means.ndim != 2 or not fit or not 0 < float(weights.sum()) < math.inf:
             raise ValueError(
-                "a mixture needs means [K, D] with K weights and stds, none negative and at least one above zero; "
+                "a mixture needs means [K, D] and K weights and stds, none negative and one weight or more above zero; "
                 f"the means have shape {tuple(means.shape)}"
             )
         self.log_weights = (weights / weights.sum()).log()

@@ -107,8 +107,8 @@ def classifier(
         velocity: (z, t) to v, of the shape of z.
         log_likelihood: (z, t) to log p(y | z_t) of each sample, [R]; it must be differentiable in z.
         scale: the weight of the gradient.
-        clip: the smallest alpha by which the gradient is divided. On paths that begin with pure noise alpha is zero at
-            t = 0, where z is independent of y and the exact gradient vanishes.
+        clip: the smallest alpha of the conversion, which divides by alpha. On paths that begin with pure noise alpha is
+            zero at t = 0, where z is independent of y and the exact gradient vanishes.
 
     Returns:
         A function (z, t) to the guided velocity, of the shape of z.

@@ -46,7 +46,7 @@ class LogLikelihood:
     standard_error: Tensor
     """Standard error of Hutchinson's estimate over its probes, [R]; zero with the exact trace."""
     z: Tensor
-    """The noise to which x is encoded, [R, D]."""
+    """The encoded x: the noise from which the ODE generates it, [R, D]."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class Ode:
     ) -> LogLikelihood:
         """Compute log p_1(x) = log N(z_0; 0, noise_std^2 I) - integral of div v over t from 0 to 1.
 
-        z_0 is the noise to which x is encoded (Chen et al. 2018, eq. 8). If the times end before 1, as they must where
-        the velocity diverges at t = 1, the result is the density of z at the last time.
+        z_0 is the encoded x (Chen et al. 2018, eq. 8). If the velocity diverges at t = 1, the times must end before 1;
+        the result is then the density of z at the last time.
 
         Args:
             x: [R, D]; flatten each sample.

@@ -12,11 +12,11 @@ from torch import Tensor
 
 KINDS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "x": "Clean data.",
-        "eps": "Noise, standard normal on every path.",
-        "v": "The velocity dz/dt = alpha' x + sigma' eps.",
-        "score": "The gradient of log p_t(z), with regression target -eps / sigma.",
-        "v_sh": "alpha eps - sigma x, the quantity that Salimans and Ho 2022 call v.",
+        "x": "Clean data",
+        "eps": "Noise, standard normal on every path",
+        "v": "The velocity dz/dt = alpha' x + sigma' eps",
+        "score": "The gradient of log p_t(z), with regression target -eps / sigma",
+        "v_sh": "alpha eps - sigma x, the quantity that Salimans and Ho 2022 call v",
     }
 )
 """The quantities that a network may output and in which an error may be measured."""

@@ -231,7 +231,7 @@ def nine_pairs(run: Run) -> Figure:
     return draw.bar_grid({"sliced W2 in the plane": w2, "RMS distance from the plane": off})
 
 
-@experiment("Bottleneck on the way in: x-prediction in 512 dimensions")
+@experiment("A linear bottleneck before the network: x-prediction in 512 dimensions")
 def bottleneck(run: Run) -> Figure:
     """Does a linear bottleneck before the network hurt x-prediction in 512 dimensions?
 
