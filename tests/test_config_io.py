@@ -10,8 +10,8 @@ import pytest
 from mmgen.config import Config, PatcherConfig, SampleConfig
 from mmgen.config_io import REGISTRIES, check_names, field_names, load, merged, override
 
-NAMES = """run.dir run.seed data.train data.val data.row_length train.steps train.batch_rows train.log_every train.save_every
-train.zero_stage train.lr train.warmup_steps model.backbone model.patcher.kind objective.kind objective.prediction
+NAMES = """run.dir run.seed data.train data.val data.row_length train.steps train.batch_rows train.log_every
+train.save_every train.zero_stage train.lr train.warmup_steps model.backbone model.patcher.kind objective.kind objective.prediction
 objective.loss_space objective.lambda_image sample.steps sample.guidance_scale sample.solver"""
 
 
