@@ -1,4 +1,4 @@
-"""Prints the oldest versions that pyproject.toml allows, one requirement per line: `python -m tests.oldest > oldest.txt`.
+"""Prints the oldest versions that pyproject.toml allows, one per line: `python -m tests.oldest > oldest.txt`.
 
 Continuous integration installs them and runs the tests, so each lower bound in pyproject.toml is a tested version.
 """

@@ -105,10 +105,12 @@ class Spikes:
     def __init__(self, factor: float, memory: int = 64) -> None:
         self.factor = factor
         self._recent: deque[float] = deque(maxlen=memory)
+        self._least = memory // 4
+        """Losses that are needed for a median."""
 
     def seen(self, loss: float) -> float | None:
         """The median of recent losses if `loss` is a spike above it, else None; the first steps are never spikes."""
-        median = statistics.median(self._recent) if len(self._recent) >= self._recent.maxlen // 4 else None  # type: ignore[operator]
+        median = statistics.median(self._recent) if len(self._recent) >= self._least else None
         if median is not None and loss > self.factor * median:
             return median
         self._recent.append(loss)

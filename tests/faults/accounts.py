@@ -167,12 +167,12 @@ def main() -> int:
     parser.add_argument("--world", type=int, choices=(1, 2, 4), help="only the cells with this number of processes")
     parser.add_argument("--inject", choices=FAULTS)
     parser.add_argument("--json", action="store_true")
-    words = parser.parse_args()
-    chosen = [cell for cell in CELLS if words.world in (None, cell[1])]
+    options = parser.parse_args()
+    chosen = [cell for cell in CELLS if options.world in (None, cell[1])]
     with tempfile.TemporaryDirectory() as folder:
-        results = check(chosen, words.inject, Path(folder))
+        results = check(chosen, options.inject, Path(folder))
     holds = all(result["holds"] for result in results)
-    if words.json:
+    if options.json:
         print(json.dumps({"holds": holds, "cells": results}))
     else:
         for r in results:

@@ -1,9 +1,9 @@
 """Kills a run with SIGKILL in every phase of a step and of a save, and checks that the same command continues it.
 
 `python -m tests.faults.kill_matrix [--points 40] [--inject moments|early_prune] [--json]`. Each point kills one or both
-of two processes, verifies the checkpoint that `latest` points to, and starts the run again. The losses of all steps, and
-weights, moments and averaged weights after the last one, must equal those of an uninterrupted run bit for bit. Points
-use ZeRO stages 0 to 3 in turn.
+of two processes, verifies the checkpoint that `latest` points to, and starts the run again. The losses of all steps,
+and weights, moments and averaged weights after the last one, must equal those of an uninterrupted run bit for bit.
+Points use ZeRO stages 0 to 3 in turn.
 """
 
 from __future__ import annotations
@@ -192,18 +192,18 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=40, help="number of points, spread evenly over all")
     parser.add_argument("--inject", choices=FAULTS)
     parser.add_argument("--json", action="store_true")
-    words = parser.parse_args()
+    options = parser.parse_args()
     known = points()
-    number = min(words.points, len(known))
+    number = min(options.points, len(known))
     chosen = [known[i * len(known) // number] for i in range(number)]
     with tempfile.TemporaryDirectory() as folder:
-        results = check(chosen, words.inject, Path(folder))
+        results = check(chosen, options.inject, Path(folder))
     summary = {
         "points": len(results),
         "resumed": sum(result["resumed"] for result in results),
         "bit_equal": sum(result["bit_equal"] for result in results),
     }
-    if words.json:
+    if options.json:
         print(json.dumps({**summary, "results": results}))
     else:
         for result in results:

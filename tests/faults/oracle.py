@@ -293,12 +293,12 @@ def main() -> int:
     )
     parser.add_argument("--inject", choices=FAULTS)
     parser.add_argument("--json", action="store_true")
-    words = parser.parse_args()
-    chosen = [c for c in cells() if words.inject is None or (c.stage and c.world > 1)][: words.cells]
-    chosen = variants() if words.variants else chosen
+    options = parser.parse_args()
+    chosen = [c for c in cells() if options.inject is None or (c.stage and c.world > 1)][: options.cells]
+    chosen = variants() if options.variants else chosen
     with tempfile.TemporaryDirectory() as folder:
-        results = check(chosen, words.inject, Path(folder))
-    return report(results, "cell", words.json)
+        results = check(chosen, options.inject, Path(folder))
+    return report(results, "cell", options.json)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,8 @@ def configure(folder: Path, stage: int, steps: int, width: int, save_every: int)
         "save_every": save_every, "peak_tflops": 1.0,
     }  # fmt: skip
     folder.mkdir()
-    shard = str(
-        write_tar(folder / "many-000.tar", pairs(2000))
-    )  # an epoch of a few samples would be planned again at every step
+    # An epoch of a few samples would be planned again at every step.
+    shard = str(write_tar(folder / "many-000.tar", pairs(2000)))
     data = {"row_length": 64, "workers": 1, "window": 1024, "train": [shard]}
     return small(folder, data=data, train=settings, model={"backbone": backbone})
 
@@ -89,13 +88,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--json", action="store_true")
-    words = parser.parse_args()
-    result: dict[str, Any] = {"world": words.world, "stage": words.stage, "width": words.width}
+    options = parser.parse_args()
+    result: dict[str, Any] = {"world": options.world, "stage": options.stage, "width": options.width}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "times.json"
         for name, prepared in (("", True), ("_with_loader", False)):
-            config = configure(Path(folder) / f"bare{name}", words.stage, words.steps, words.width, 10**6)
-            assert not any(run_ranks(words.world, partial(timed, config, True, prepared, out), timeout=3000))
+            config = configure(Path(folder) / f"bare{name}", options.stage, options.steps, options.width, 10**6)
+            assert not any(run_ranks(options.world, partial(timed, config, True, prepared, out), timeout=3000))
             times = json.loads(out.read_text())
             ours, bare = times["ours"][5:-1], times["bare"][5:-1]
             result |= {
@@ -103,16 +102,16 @@ def main() -> int:
                 f"trainer_seconds{name}": statistics.median(ours),
                 f"overhead{name}": statistics.median(a / b for a, b in zip(ours, bare, strict=True)) - 1,
             }
-        steps = 2 * WINDOW * words.windows + WINDOW
-        config = configure(Path(folder) / "saving", words.stage, steps + 1, words.width, 2 * WINDOW)
-        assert not any(run_ranks(words.world, partial(timed, config, False, True, out), timeout=3000))
+        steps = 2 * WINDOW * options.windows + WINDOW
+        config = configure(Path(folder) / "saving", options.stage, steps + 1, options.width, 2 * WINDOW)
+        assert not any(run_ranks(options.world, partial(timed, config, False, True, out), timeout=3000))
         times = json.loads(out.read_text())["ours"]
         # Steps 51 to 99 save nothing. The save of step 100 is copied at its end and written during the next steps.
         plain = [sum(times[i + WINDOW : i + 2 * WINDOW - 1]) for i in range(0, steps - WINDOW, 2 * WINDOW)]
         saving = [sum(times[i + 2 * WINDOW - 1 : i + 3 * WINDOW - 2]) for i in range(0, steps - WINDOW, 2 * WINDOW)]
         stalls = [b / a - 1 for a, b in zip(plain, saving, strict=True)]
         result |= {"stall": statistics.median(stalls), "stalls": stalls, "threads": torch.get_num_threads()}
-    print(json.dumps(result) if words.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    print(json.dumps(result) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
     return 0
 
 

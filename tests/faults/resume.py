@@ -115,12 +115,12 @@ def main() -> int:
     parser.add_argument("--inject", choices=FAULTS)
     parser.add_argument("--cases", type=int, default=len(LAYOUTS))
     parser.add_argument("--json", action="store_true")
-    words = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         # Another number of processes has other random numbers by design; only the first cases, with dropout, can
         # detect the fault.
-        results = check(LAYOUTS[: 2 if words.inject else words.cases], words.inject, Path(folder))
-    return report(results, "case", words.json)
+        results = check(LAYOUTS[: 2 if options.inject else options.cases], options.inject, Path(folder))
+    return report(results, "case", options.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Compares what two commits compute: `python -m tests.golden.compare fa834f0 HEAD [--case digits ...]`.
 
-Each commit is checked out into a temporary folder and recorded on this machine by the script of the working tree, so the
-results must be equal bit for bit. The exit code is 1 if they differ or if a commit cannot be recorded.
+Each commit is checked out into a temporary folder and recorded on this machine by the script of the working tree, so
+the results must be equal bit for bit. The exit code is 1 if they differ or if a commit cannot be recorded.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def trained(case: str, config: str, words: list[str], run: Path) -> list[list[fl
 
 
 def sampled(config: str, words: list[str], test: Path, folder: Path) -> dict[str, list[str]]:
-    """Digests of images drawn from the first captions of a test shard, and of captions generated for its first images."""
+    """Digests of images drawn from the first captions of a test shard, and of captions of its first images."""
     from PIL import Image
 
     found = members(test)[: 2 * DRAWN]

@@ -162,7 +162,7 @@ def test_an_undisturbed_run_gets_no_warning(after: Usage | None, why: str) -> No
 
 
 def test_usage_is_read_from_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of three processors may be used; this process 10 has a child 11 and a grandchild 12, 13 is another program."""
+    """Two of three processors may be used; process 10 is this one, 11 and 12 descend from it, 13 does not."""
     monkeypatch.setattr(heartbeat.os, "sched_getaffinity", lambda process: {0, 2})
     monkeypatch.setattr(heartbeat.os, "sysconf", lambda name: 100)
     monkeypatch.setattr(heartbeat.os, "getpid", lambda: 10)

@@ -63,7 +63,7 @@ OBJECTIVES = [
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("content", ["text", "pictures", "nothing"])
 def test_every_parameter_takes_part(config: Config, tmp_path: Path, objective: dict, content: str) -> None:
-    """Every parameter has a gradient, whatever a rank's rows contain: otherwise ZeRO-1 and 2 abort, and ZeRO-3 hangs."""
+    """Every parameter has a gradient, whatever a rank's rows contain; else ZeRO-1 and 2 abort, and ZeRO-3 hangs."""
     kept = {"text": ".json", "pictures": ".png", "nothing": ""}[content]
     members = {name: data for name, data in pairs(8).items() if name.endswith(kept)}
     shard = str(write_tar(tmp_path / "some.tar", members))

@@ -54,7 +54,7 @@ def test_every_layout_equals_a_plain_loop() -> None:
 
 @pytest.mark.slow
 def test_settings_that_must_not_change_the_result() -> None:
-    """Offloading, activation checkpointing, small buckets, samples during training; a NaN step is skipped in all stages."""
+    """Offloading, activation checkpointing, small buckets, samples; a NaN step is skipped in all stages."""
     code, found = command("oracle", "--variants")
     assert code == 0, found
 
