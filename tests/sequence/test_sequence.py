@@ -300,7 +300,7 @@ def test_a_row_that_is_too_short_is_refused() -> None:
 
 
 def test_an_undeclared_grid_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^patch grid 5x4 was never declared \(declared: 2x2, 3x2\)$"):
+    with pytest.raises(ValueError, match=r"^patch grid 5x4 is not one of the declared grids \(2x2, 3x2\): add its image"):
         Writer(TOK).open_image((5, 4))
 
 
