@@ -1,4 +1,4 @@
-"""Settings from files and overrides, and the checks that hold wherever settings come from."""
+"""Settings from files and overrides, their checks, and their error messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_settings_that_scripts_rely_on_exist() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_shipped_configs_load_and_say_what_they_give(path: Path) -> None:
+def test_shipped_configs_load_and_have_a_header(path: Path) -> None:
     assert load(path).run.dir == Path("runs") / path.stem
     assert path.read_text().startswith("# "), "a header with command, minutes and result"
 
@@ -37,7 +37,7 @@ def test_overrides_keep_the_rest(config: Config) -> None:
         override(config, {"train": {"lrr": 0.5}})
 
 
-def test_merged_keeps_what_is_not_named() -> None:
+def test_merged_keeps_keys_that_are_not_named() -> None:
     old = {"a": {"b": 1, "c": [1, 2]}, "d": 2}
     assert merged(old, {"a": {"c": [3]}, "e": {"f": 4}}) == {"a": {"b": 1, "c": [3]}, "d": 2, "e": {"f": 4}}
     assert old == {"a": {"b": 1, "c": [1, 2]}, "d": 2}

@@ -1,4 +1,4 @@
-"""The model: no leaks, every parameter trained in every batch, any cut of a batch gives one gradient."""
+"""The model: no leaks between positions, gradients for every parameter, packing, loading and backbones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 
 
 def batch_of(model: MMGenModel, tokenizer, rows: list, length: int = 30, clean: bool = False) -> Batch:
-    """Rows of documents given as lists of text (a list of ids) and grids; images with random pixels and noise."""
+    """A batch of documents, each a list of texts (lists of ids) and grids; images have random pixels and noise."""
     objective, patch = model.objective, model.patcher.patch_length
     rng = np.random.default_rng(1)
 
@@ -48,7 +48,7 @@ ROWS = [[[[1, 2], (2, 2), [3]]], [[(3, 2), [4, 5]], [[6]]]]
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_no_information_leaks(config: Config, bidirectional: bool) -> None:
-    """Perturb the input at each position: exactly the positions the rule lets see it change, after two layers."""
+    """If the input at one position changes, exactly the positions that attend to it over two layers change."""
     model, tokenizer = awake(override(config, {"objective": {"bidirectional": bidirectional}}))
     batch = batch_of(model, tokenizer, ROWS, 24)
     inputs, _ = model.embed(batch)
@@ -65,7 +65,7 @@ def test_no_information_leaks(config: Config, bidirectional: bool) -> None:
 
 @pytest.mark.parametrize("rows", [ROWS, [[[[1, 2, 3]]]], [[[(2, 2)]]], [[]]], ids=["mixed", "text", "image", "empty"])
 def test_every_parameter_takes_part(config: Config, rows: list) -> None:
-    """A parameter without a gradient would make sharded training abort or hang."""
+    """Sharded training would abort or hang if a parameter had no gradient."""
     model, tokenizer = awake(config, torch.float32)
     model.train()
     losses = model(batch_of(model, tokenizer, rows))
@@ -76,7 +76,7 @@ def test_every_parameter_takes_part(config: Config, rows: list) -> None:
 
 
 def test_neighbours_in_a_row_change_nothing(config: Config) -> None:
-    """Two documents packed into one row lose what each loses in a row of its own."""
+    """Two documents in one row have the same losses as in two rows."""
     model, tokenizer = awake(config)
     first, second = [[1, 2, 3], (2, 2), [9]], [(3, 2), [4, 5]]
     parts = [model(batch_of(model, tokenizer, [[doc]], 20, clean=True)).text for doc in (first, second)]
@@ -87,7 +87,7 @@ def test_neighbours_in_a_row_change_nothing(config: Config) -> None:
 
 
 def test_fresh_model_predicts_zero_patches(config: Config) -> None:
-    """Zero-initialised output: the first image loss is the mean square of the target."""
+    """The output is zero at initialisation, so the first image loss is the mean square of the target."""
     torch.manual_seed(0)
     model, tokenizer = awake(config)
     fresh = MMGenModel(model.config).double()
@@ -144,7 +144,7 @@ def awake_pretrained(config: Config):
 
 
 def test_flex_attention_is_the_same_attention(config: Config) -> None:
-    """The kernel that CUDA uses, with its BlockMask, run forward on this device."""
+    """FlexAttention with a BlockMask, as on CUDA, gives the same hidden states on this device."""
     model, tokenizer = awake(config, torch.float32)
     batch = batch_of(model, tokenizer, ROWS, 32)
     B, S = batch.ids_BS.shape

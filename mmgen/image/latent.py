@@ -1,7 +1,7 @@
 """Patches of latents: the patcher for a frozen autoencoder (diffusers' `AutoencoderKL`), and the registry of patchers.
 
-A latent is the mean of the encoder's Gaussian, never a draw from it, so an image has the same latent wherever it is
-computed. Loader workers send pixel values, and `mmgen.sequence.batch.prepare` encodes those of a whole batch on the
+A latent is the mean of the encoder's Gaussian, never a draw from it, so an image always has the same latent.
+Loader workers send pixel values, and `mmgen.sequence.batch.prepare` encodes those of a whole batch on the
 device of the model. Precomputed latents are normalised by the workers.
 
 Suffixes: as in `mmgen.image.patch`, and h and w for the height and width of a latent.
