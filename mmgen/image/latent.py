@@ -240,7 +240,7 @@ def known_statistics(settings: PatcherConfig, autoencoder: Autoencoder) -> Stati
 
 
 def _pixels(settings: PatcherConfig, device: Device, facts: AutoencoderFacts | None) -> Patcher:
-    """Patches of pixels."""
+    """Patches of pixels, scaled to [-1, 1]."""
     return PixelPatcher(settings)
 
 
