@@ -26,7 +26,7 @@ COUNT = 80
 
 
 class Upper(Task):
-    """A digit in the upper half of a grey picture of 16 rows; captions say `upper 7`."""
+    """A digit in the upper half of a grey picture of 16 rows; captions are like `upper 7`."""
 
     def parse(self, caption: str) -> frozenset[Object] | None:
         words = caption.split()
