@@ -1,4 +1,4 @@
-"""Sections of objectives, and keys and settings of earlier versions, which are still read."""
+"""Settings of an objective are in its own section, and keys of earlier versions are still read."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_flat_keys_of_the_chosen_kind_are_read_with_a_note(tmp_path: Path, capsy
         ),
     ],
 )
-def test_misplaced_and_wrong_keys_are_rejected(tmp_path: Path, objective: dict, message: str) -> None:
+def test_settings_of_another_objective_are_refused(tmp_path: Path, objective: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(written(tmp_path, objective=objective))
 
 
-def test_one_line_flips_the_objective(tmp_path: Path) -> None:
-    """The section of the other kind is validated and ignored, so that arms of an ablation share a base."""
+def test_one_line_switches_the_objective(tmp_path: Path) -> None:
+    """The section of the other kind is checked and ignored, so that the arms of an ablation can share a base."""
     shared = {"transfusion": {"cap": 0.3}, "mar": {"order": "random"}}
     for kind in ("transfusion", "mar"):
         assert load(written(tmp_path, objective={"kind": kind, **shared})).objective.mar.order == "random"
@@ -63,8 +63,8 @@ def test_one_line_flips_the_objective(tmp_path: Path) -> None:
         load(written(tmp_path, objective={"kind": "transfusion", "mar": {"order": "spiral"}}))
 
 
-def test_settings_that_earlier_versions_stored_are_read() -> None:
-    """They stored the keys of both kinds without sections, with null for an absent context."""
+def test_all_settings_that_earlier_versions_stored_are_read() -> None:
+    """Earlier versions stored the keys of both kinds without sections, and null for an absent context."""
     stored = {
         "kind": "mar", "order": "raster", "head": {"kind": "flow", "depth": 2, "width": 64}, "draws_per_patch": 2,
         "mask_ratio": {"mean": 1.0, "std": 0.25, "low": 0.7}, "context": None, "cap": 0.2,
@@ -83,9 +83,7 @@ def test_a_flat_override_changes_one_field_of_its_section() -> None:
     assert changed.objective.mar.order == "raster"
 
 
-def test_facts_that_earlier_versions_wrote_into_settings_are_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_facts_in_settings_of_earlier_versions_are_ignored(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     vae = {"name": "vae", "fingerprint": "0123", "mean": [0.0] * 4, "std": [1.0] * 4}
     patcher = {"kind": "vae", "patch_size": 2, "vae": vae}
     found = load(written(tmp_path, model={"patcher": patcher})).model.patcher.vae
@@ -93,10 +91,10 @@ def test_facts_that_earlier_versions_wrote_into_settings_are_left_out(
     assert "now kept with the model" in capsys.readouterr().err
     del vae["fingerprint"]
     found = load(written(tmp_path, model={"patcher": patcher})).model.patcher.vae
-    assert found.std == [1.0] * 4, "statistics that a user sets are settings"
+    assert found.std == [1.0] * 4, "statistics that a user sets remain settings"
 
 
-def test_flat_flags_are_read_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_flat_flags_are_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = written(tmp_path, objective=NEW, data={"tokenizer": str(tmp_path / "none.json")})
     words = ("train", "--config", file, "--dry-run", "--json", "--objective.order", "random")
     code, out, err = run(capsys, *words, "--objective.head.depth", 2)

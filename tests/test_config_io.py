@@ -1,4 +1,4 @@
-"""Settings from files and overrides, their checks, and their error messages."""
+"""Settings from files and overrides, and the checks that apply to settings of any origin."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def test_settings_that_scripts_rely_on_exist() -> None:
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configs_load_and_have_a_header(path: Path) -> None:
     assert load(path).run.dir == Path("runs") / path.stem
-    assert path.read_text().startswith("# "), "a header with command, minutes and result"
+    assert path.read_text().startswith("# "), "the file starts with a header: command, minutes and result"
 
 
-def test_overrides_keep_the_rest(config: Config) -> None:
+def test_overrides_change_nothing_else(config: Config) -> None:
     changed = override(config, {"train": {"lr": 0.5}})
     assert changed.train.lr == 0.5
     assert changed.train.steps == config.train.steps
@@ -37,7 +37,7 @@ def test_overrides_keep_the_rest(config: Config) -> None:
         override(config, {"train": {"lrr": 0.5}})
 
 
-def test_merged_keeps_keys_that_are_not_named() -> None:
+def test_merged_keeps_all_other_keys() -> None:
     old = {"a": {"b": 1, "c": [1, 2]}, "d": 2}
     assert merged(old, {"a": {"c": [3]}, "e": {"f": 4}}) == {"a": {"b": 1, "c": [3]}, "d": 2, "e": {"f": 4}}
     assert old == {"a": {"b": 1, "c": [1, 2]}, "d": 2}
@@ -168,7 +168,7 @@ def test_a_wrong_flag_of_the_command_line_is_explained(capsys: pytest.CaptureFix
     assert "unknown objective.time.distribution '5'" in err
 
 
-def test_sections_are_checked_when_they_are_made() -> None:
+def test_sections_are_checked_on_construction() -> None:
     with pytest.raises(ValueError, match="not divisible by patch_size 5"):
         PatcherConfig(patch_size=5)
     with pytest.raises(ValueError, match="guidance_interval must rise"):

@@ -1,4 +1,4 @@
-"""The model: no leaks between positions, gradients for every parameter, packing, loading and backbones."""
+"""The model: visibility, gradients of all parameters, backbones, attention kernels, saving and loading."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 
 
 def batch_of(model: MMGenModel, tokenizer, rows: list, length: int = 30, clean: bool = False) -> Batch:
-    """A batch of documents, each a list of texts (lists of ids) and grids; images have random pixels and noise."""
+    """A batch of rows of documents; a document is a list of texts (lists of ids) and images (grids), with random pixels."""
     objective, patch = model.objective, model.patcher.patch_length
     rng = np.random.default_rng(1)
 
@@ -47,8 +47,8 @@ ROWS = [[[[1, 2], (2, 2), [3]]], [[(3, 2), [4, 5]], [[6]]]]
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_no_information_leaks(config: Config, bidirectional: bool) -> None:
-    """If the input at one position changes, exactly the positions that attend to it over two layers change."""
+def test_a_change_reaches_exactly_the_visible_positions(config: Config, bidirectional: bool) -> None:
+    """Change the input at each position: after two layers, exactly the positions that see it by the rule change."""
     model, tokenizer = awake(override(config, {"objective": {"bidirectional": bidirectional}}))
     batch = batch_of(model, tokenizer, ROWS, 24)
     inputs, _ = model.embed(batch)
@@ -64,8 +64,8 @@ def test_no_information_leaks(config: Config, bidirectional: bool) -> None:
 
 
 @pytest.mark.parametrize("rows", [ROWS, [[[[1, 2, 3]]]], [[[(2, 2)]]], [[]]], ids=["mixed", "text", "image", "empty"])
-def test_every_parameter_takes_part(config: Config, rows: list) -> None:
-    """Sharded training would abort or hang if a parameter had no gradient."""
+def test_every_parameter_has_a_gradient(config: Config, rows: list) -> None:
+    """A parameter without a gradient would make sharded training abort or hang."""
     model, tokenizer = awake(config, torch.float32)
     model.train()
     losses = model(batch_of(model, tokenizer, rows))
@@ -75,8 +75,8 @@ def test_every_parameter_takes_part(config: Config, rows: list) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_neighbours_in_a_row_change_nothing(config: Config) -> None:
-    """Two documents in one row have the same losses as in two rows."""
+def test_other_documents_in_a_row_change_nothing(config: Config) -> None:
+    """The loss of two documents packed into one row is the sum of their losses in separate rows."""
     model, tokenizer = awake(config)
     first, second = [[1, 2, 3], (2, 2), [9]], [(3, 2), [4, 5]]
     parts = [model(batch_of(model, tokenizer, [[doc]], 20, clean=True)).text for doc in (first, second)]
@@ -87,7 +87,7 @@ def test_neighbours_in_a_row_change_nothing(config: Config) -> None:
 
 
 def test_fresh_model_predicts_zero_patches(config: Config) -> None:
-    """The output is zero at initialisation, so the first image loss is the mean square of the target."""
+    """The output is initialised to zero, so the first image loss is the mean square of the target."""
     torch.manual_seed(0)
     model, tokenizer = awake(config)
     fresh = MMGenModel(model.config).double()
@@ -143,8 +143,8 @@ def awake_pretrained(config: Config):
     return build_model(config, len(tokenizer)), tokenizer
 
 
-def test_flex_attention_is_the_same_attention(config: Config) -> None:
-    """FlexAttention with a BlockMask, as on CUDA, gives the same hidden states on this device."""
+def test_flex_attention_equals_dense_attention(config: Config) -> None:
+    """The kernel for CUDA with its BlockMask, run forward on this device."""
     model, tokenizer = awake(config, torch.float32)
     batch = batch_of(model, tokenizer, ROWS, 32)
     B, S = batch.ids_BS.shape
@@ -159,7 +159,7 @@ def test_flex_attention_is_the_same_attention(config: Config) -> None:
     assert not torch.allclose(attention(layer, q, k, v, blocks, 0.25)[0], causal, atol=1e-3)
 
 
-def test_compiled_attention_in_half_precision_is_the_same_attention(config: Config) -> None:
+def test_compiled_attention_in_bf16_equals_attention(config: Config) -> None:
     model, tokenizer = awake(config, torch.float32)
     batch, layer = batch_of(model, tokenizer, ROWS, 32), model.backbone.get_decoder().layers[0].self_attn
     mask = attention_mask(batch.sites)
@@ -191,12 +191,12 @@ def test_sliding_windows_are_refused(config: Config) -> None:
         ({"model": {"backbone": "no/such-folder"}}, "cannot be loaded"),
     ],
 )
-def test_wrong_names_are_refused(config: Config, changes: dict, message: str) -> None:
+def test_unknown_names_are_refused(config: Config, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MMGenModel(MMGenConfig.of(override(config, changes), 300))
 
 
-def test_compiling_serves_training_alone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_training_is_compiled(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
