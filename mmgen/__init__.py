@@ -1,3 +1,3 @@
-"""One transformer over text and images: training, generation and honest comparison of objectives."""
+"""One transformer for text and images: training, generation and fair comparison of objectives."""
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
-"""Any Hugging Face decoder as the transformer: construction, attention and the key-value cache.
+"""The backbone, any decoder of Hugging Face: construction, attention and the key-value cache.
 
-Suffixes: B rows, S positions, Q queries, K keys, H heads, D width.
+Suffixes: B rows, S positions, Q queries, K keys, H attention heads, L lanes, d width of an attention head.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ ATTENTION = "mmgen"
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask, scaling: float, **other: Any
 ) -> tuple[Tensor, None]:
-    """Attention for transformers' interface: [B, H, Q, d] to [B, Q, H, d] under an additive mask or a BlockMask."""
+    """Attention in the interface of transformers: [B, H, Q, d] to [B, Q, H, d], with an additive mask or a BlockMask.
+
+    Raises:
+        ValueError: the backbone needs soft caps or attention sinks.
+    """
     if other.get("softcap") is not None or other.get("s_aux") is not None:
-        raise ValueError("this backbone needs attention with soft caps or sinks, which mmgen's attention lacks")
+        raise ValueError(
+            "this backbone needs soft caps or attention sinks, which mmgen does not support: choose another backbone"
+        )
     grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
         attend = _compiled_flex if query.is_cuda else flex_attention
-        # Norms on queries and keys leave them in fp32 under autocast; the kernel wants one type.
+        # Under autocast, norms leave queries and keys in fp32, but the kernel needs one type.
         query, key = query.to(value.dtype), key.to(value.dtype)
         out = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
         assert isinstance(out, Tensor)
@@ -47,7 +53,7 @@ def attention(
 
 
 def _matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Two products around a softmax in fp32, for a CPU's compiler: faster there than the fused kernel in fp32."""
+    """Two products around a softmax in fp32. Compiled on a CPU, this is faster than the fused kernel in fp32."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = (query.to(value.dtype) @ key.to(value.dtype).mT) * scaling
@@ -56,12 +62,12 @@ def _matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
 
 AttentionInterface.register(ATTENTION, attention)
 
-# Wrapped here, not inside a traced region, where compiling again would do nothing. No work until the first call.
+# Wrapped here, because torch.compile has no effect inside a traced region. Nothing is compiled before the first call.
 _compiled_flex: Any = torch.compile(flex_attention, dynamic=False)
 
 
 def attention_mask(sites: Sites) -> Tensor | BlockMask:
-    """The rule for a whole batch in the form the device wants: a BlockMask on CUDA, else [B, 1, S, S] of 0 and -inf."""
+    """The attention mask of a batch: a BlockMask on CUDA, else an additive mask [B, 1, S, S] of 0 and -inf."""
     batch, length = sites.slot.shape
     if sites.slot.is_cuda:
         return create_block_mask(flex_rule(sites), batch, None, length, length, device=sites.slot.device)
@@ -69,15 +75,15 @@ def attention_mask(sites: Sites) -> Tensor | BlockMask:
 
 
 def additive(seen_BQK: Tensor) -> Tensor:
-    """Boolean visibility to an additive mask [B, 1, Q, K]: 0 where seen, -inf elsewhere."""
+    """Boolean visibility [B, Q, K] to an additive mask [B, 1, Q, K]: 0 where true, -inf elsewhere."""
     return torch.zeros(seen_BQK.shape, device=seen_BQK.device).masked_fill_(~seen_BQK, -torch.inf).unsqueeze(1)
 
 
 class RowCache(Cache):
-    """Keys and values of L lanes with a length each; positions that were not committed are overwritten.
+    """Keys and values of L lanes, each with its own length. Positions that are not committed are overwritten.
 
-    `begin` says which lanes the next forward pass serves and where its positions go; `commit` keeps some of
-    them. Nothing is ever copied or cropped.
+    `begin` selects the lanes and slots of the next forward pass. `commit` keeps some of its positions. Keys and values
+    are never copied or cropped.
     """
 
     def __init__(self, layers: int, lanes: int, capacity: int, device: torch.device) -> None:
@@ -89,20 +95,26 @@ class RowCache(Cache):
         self._reach = 0
 
     def begin(self, lanes: Tensor, width: int) -> Tensor:
-        """Place `width` new positions after the committed ones of each lane; returns their slots [lanes, width]."""
+        """Reserve `width` positions after the committed ones of each lane, and return their slots [lanes, width].
+
+        Raises:
+            ValueError: a lane would exceed the capacity.
+        """
         self._lanes, self._slots = lanes, self.length[lanes].unsqueeze(1) + torch.arange(width, device=lanes.device)
         self._reach = int(self._slots.max()) + 1
         if self._reach > self.capacity:
-            raise ValueError(f"a sequence of {self._reach} positions exceeds the decoder's capacity of {self.capacity}")
+            raise ValueError(
+                f"a sequence of {self._reach} positions exceeds the capacity of the decoder, {self.capacity}"
+            )
         return self._slots
 
     @property
     def reach(self) -> int:
-        """Slots that the current forward pass can see."""
+        """Number of slots to which the current forward pass can attend."""
         return self._reach
 
     def commit(self, counts: Tensor) -> None:
-        """Keep the first `counts` new positions of each lane of the last forward pass."""
+        """Keep the first `counts` [lanes] positions of each lane of the last forward pass."""
         self.length[self._lanes] += counts
 
     def update(
@@ -116,20 +128,20 @@ class RowCache(Cache):
             self._store[layer_idx] = stored
         for old, new in zip(stored, (key_states, value_states), strict=True):
             old[self._lanes.unsqueeze(1), :, self._slots] = new.transpose(1, 2)
-        everyone = len(self._lanes) == len(self.length)
-        keys, values = (old if everyone else old[self._lanes] for old in stored)
+        all_lanes = len(self._lanes) == len(self.length)
+        keys, values = (old if all_lanes else old[self._lanes] for old in stored)
         return keys[:, :, : self._reach], values[:, :, : self._reach]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Longest committed length."""
+        """The longest committed length of all lanes."""
         return int(self.length.max())
 
 
 def backbone_config(settings: BackboneConfig, vocabulary: int) -> dict[str, Any]:
-    """The Hugging Face configuration of the transformer that `model.backbone` describes.
+    """The transformers configuration of `model.backbone`, for a vocabulary of `vocabulary` ids.
 
     Raises:
-        ValueError: the architecture is unknown or the folder or name cannot be loaded.
+        ValueError: the architecture is unknown, sizes do not fit each other, or the pretrained model cannot be loaded.
     """
     if settings.pretrained is not None:
         try:
@@ -141,11 +153,11 @@ def backbone_config(settings: BackboneConfig, vocabulary: int) -> dict[str, Any]
     heads, kv_heads, hidden = settings.num_attention_heads, settings.num_key_value_heads, settings.hidden_size
     if heads % kv_heads or hidden % (2 * heads):
         raise ValueError(
-            f"model.backbone: {kv_heads} key-value heads must divide {heads} heads, and hidden_size {hidden} must be a "
-            "multiple of twice the heads (rotary positions turn pairs)"
+            f"model.backbone: num_key_value_heads {kv_heads} must divide num_attention_heads {heads}, and hidden_size "
+            f"{hidden} must be a multiple of {2 * heads}, twice num_attention_heads (rotary embedding rotates pairs)"
         )
     sizes = settings.model_dump(exclude={"pretrained", "model_type", "extra"})
-    # The libraries' fixed 0.02 suits widths near 1,000; small models start better in proportion to their width.
+    # The fixed 0.02 of transformers suits widths near 1,000. Small models train better with a std of 0.5 / sqrt(width).
     width = {
         "head_dim": settings.hidden_size // settings.num_attention_heads,
         "initializer_range": 0.5 * settings.hidden_size**-0.5,
@@ -159,7 +171,7 @@ def backbone_config(settings: BackboneConfig, vocabulary: int) -> dict[str, Any]
 
 
 def build_backbone(config: dict[str, Any]) -> PreTrainedModel:
-    """A decoder with random weights and mmgen's attention, from a configuration dictionary."""
+    """A decoder with random weights and the attention of mmgen, from a configuration dictionary."""
     fields = {name: value for name, value in config.items() if name != "model_type"}
     model_config = AutoConfig.for_model(config["model_type"], **fields)
     refuse_windows(model_config)
@@ -170,21 +182,21 @@ def build_backbone(config: dict[str, Any]) -> PreTrainedModel:
 
 
 def load_pretrained(model: PreTrainedModel, name: str) -> None:
-    """Copy the weights of a pretrained decoder into `model`, whose vocabulary may be larger."""
+    """Copy the weights of a pretrained decoder into `model`, which may have a larger vocabulary."""
     source = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     source.resize_token_embeddings(model.config.vocab_size)
     model.load_state_dict(source.state_dict())
 
 
 def refuse_windows(config: PretrainedConfig) -> None:
-    """Raise ValueError for decoders with sliding-window layers: an explicit mask would silently replace the window."""
+    """Raise ValueError for decoders with sliding-window layers, because the explicit mask would replace the window."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and not getattr(config, "layer_types", None):
         kinds.add("sliding_attention")
     if kinds != {"full_attention"}:
         raise ValueError(
-            f"backbone '{config.model_type}' has layers of kind {sorted(kinds - {'full_attention'})}: mmgen's mask "
-            "would replace them silently. Set sliding_window to null and layer_types to full attention "
-            "(model.backbone.extra), or choose another backbone"
+            f"backbone '{config.model_type}' has layers of kind {sorted(kinds - {'full_attention'})}: the mask of "
+            "mmgen would replace them silently. Set sliding_window to null and layer_types to full attention in "
+            "model.backbone.extra, or choose another backbone"
         )

@@ -36,7 +36,7 @@ class RunConfig(Settings):
     """Folder and seed of a run."""
 
     dir: Path = Path("runs/default")
-    """Run folder, which receives the config, metrics, samples, checkpoints and reports."""
+    """Run folder: config, metrics, samples, checkpoints and reports."""
     seed: int = 0
     """Seed of the initial weights, of the data order and of every random draw."""
 
@@ -348,7 +348,7 @@ class ObjectiveConfig(Settings):
     then ignored."""
 
     kind: str = "transfusion"
-    """The backbone itself denoises (`transfusion`), or the backbone conditions a small denoiser (`mar`)."""
+    """How images are learned: the backbone denoises (Transfusion), or it conditions a small denoiser (MAR)."""
     transfusion: TransfusionConfig = TransfusionConfig()
     """Settings that only Transfusion has."""
     mar: MARConfig = MARConfig()

@@ -90,7 +90,7 @@ class Setting:
     name: str
     type: str
     default: object
-    """The default, as it is written in YAML."""
+    """The default, in the form of YAML."""
     choices: tuple[str, ...]
     """Every name that the setting may have; empty for a setting that is not a name. An optional one also takes null."""
     description: str

@@ -1,4 +1,7 @@
-"""The model: token embeddings and image inputs -> backbone -> language head and image objective -> joint loss."""
+"""The model: token embeddings and image inputs, the backbone, the language head, the objective and the joint loss.
+
+Suffixes: B rows, S positions, D width, V vocabulary, J learned patches.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from mmgen.sequence.batch import Batch
 
 
 class MMGenConfig(PretrainedConfig):
-    """Everything that rebuilds the model: backbone, patcher, objective, and what was found of its autoencoder."""
+    """The configuration of the model: backbone, patcher, objective, and the facts about its autoencoder."""
 
     model_type = "mmgen"
 
@@ -36,8 +39,8 @@ class MMGenConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.backbone = backbone or {}
-        found = AutoencoderFacts(**autoencoder) if autoencoder else AutoencoderFacts.of_settings(patcher or {})
-        self.autoencoder = asdict(found) if found else None
+        facts = AutoencoderFacts(**autoencoder) if autoencoder else AutoencoderFacts.of_settings(patcher or {})
+        self.autoencoder = asdict(facts) if facts else None
         self.patcher = PatcherConfig.model_validate(patcher or {}).model_dump(mode="json")
         self.objective = ObjectiveConfig.model_validate(objective or {}).model_dump(mode="json")
         kwargs.setdefault("tie_word_embeddings", self.backbone.get("tie_word_embeddings", True))
@@ -45,7 +48,7 @@ class MMGenConfig(PretrainedConfig):
 
     @classmethod
     def of(cls, config: Config, vocabulary: int, autoencoder: AutoencoderFacts | None = None) -> MMGenConfig:
-        """The model that a run's configuration describes, for a tokenizer of `vocabulary` ids."""
+        """The configuration of the model of a run, for a tokenizer with `vocabulary` ids."""
         return cls(
             backbone=backbone_config(config.model.backbone, vocabulary),
             patcher=config.model.patcher.model_dump(mode="json"),
@@ -56,16 +59,18 @@ class MMGenConfig(PretrainedConfig):
 
 @dataclass
 class Losses:
-    """Sums over one batch and the counts they belong to; dividing by global counts is the trainer's part."""
+    """Loss sums over one batch, and the number of terms in each. The trainer divides by global counts."""
 
     text: Tensor
-    """Cross-entropy summed over text targets, nats."""
+    """Sum of the cross-entropy over text targets, in nats."""
     image: Tensor
-    """Loss of learned patches, each averaged over its entries, summed."""
+    """Sum of the losses of learned patches, each averaged over the values of the patch."""
     text_count: int
+    """Number of text targets."""
     image_count: int
+    """Number of learned patches."""
     image_J: Tensor
-    """The learned patches one by one, without gradient."""
+    """Loss of each learned patch, without gradient."""
 
 
 def _compiled_in_training(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,7 +83,7 @@ def _compiled_in_training(layer: nn.Module, compiled: Callable[..., Any]) -> Cal
 
 
 class MMGenModel(PreTrainedModel):
-    """One transformer over text and images."""
+    """One transformer for text and images."""
 
     config_class = MMGenConfig
     base_model_prefix = "backbone"
@@ -96,9 +101,9 @@ class MMGenModel(PreTrainedModel):
         self.post_init()
 
     def compile_backbone(self) -> None:
-        """Compile the transformer for training batches, whose shapes are fixed; generation stays eager.
+        """Compile the transformer for training batches, whose shapes are fixed. Generation stays eager.
 
-        Layer by layer: all layers share the code of the first, so that the time to compile does not grow with depth.
+        All layers share the compiled code of the first layer, so the time to compile does not grow with depth.
         """
         layers = next(part for part in self.backbone.get_decoder().modules() if isinstance(part, nn.ModuleList))
         compiled = torch.compile(type(layers[0]).forward)
@@ -108,7 +113,7 @@ class MMGenModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights of mmgen's own layers; the backbone initialises itself."""
+        """Initialise the layers of mmgen. The backbone initialises its own weights."""
         if isinstance(module, OutputLinear):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
@@ -119,11 +124,11 @@ class MMGenModel(PreTrainedModel):
 
     @property
     def autoencoder(self) -> AutoencoderFacts | None:
-        """What the run found of its autoencoder; None for pixels."""
+        """The facts about the autoencoder of the run; None for a model of pixels."""
         return AutoencoderFacts(**self.config.autoencoder) if self.config.autoencoder else None
 
     def build_patcher(self) -> Patcher:
-        """A patcher for the model's images, on its device."""
+        """A patcher for the images of the model, on its device."""
         return build_patcher(self.patcher, self.device, self.autoencoder)
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -131,7 +136,7 @@ class MMGenModel(PreTrainedModel):
         return embeddings
 
     def embed(self, batch: Batch) -> tuple[Tensor, Embedded]:
-        """Backbone inputs [B, S, D], and what the objective keeps for its loss."""
+        """Backbone inputs [B, S, D], and what the objective needs for its loss."""
         tokens_BSD: Tensor = self.get_input_embeddings()(batch.ids_BS)
         embedded = self.objective.embed(batch)
         flat = tokens_BSD.flatten(0, 1) * (batch.block_BS < 0).flatten().unsqueeze(-1).to(tokens_BSD.dtype)
@@ -148,7 +153,7 @@ class MMGenModel(PreTrainedModel):
     ) -> Tensor:
         """Last hidden states [B, S, D] under an explicit mask.
 
-        `modality_BS` is 1 at patches and 0 elsewhere. Every layer of the backbone is called with it as `modality`.
+        `modality_BS` is 1 at patches and 0 elsewhere. Every layer of the backbone receives it as `modality`.
         """
         out: Tensor = self.backbone.get_decoder()(
             inputs_embeds=inputs_BSD,
@@ -161,17 +166,17 @@ class MMGenModel(PreTrainedModel):
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Token scores [..., V]."""
+        """Logits [..., V] of hidden states [..., D]."""
         scores: Tensor = self.backbone.get_output_embeddings()(hidden)
         return scores
 
     def _varying_shapes(self) -> AbstractContextManager[Any]:
-        """Autocast off on a CPU, where bf16 products are compiled anew for every shape: patch and label counts vary."""
+        """Disable autocast on a CPU, which compiles a bf16 product for every new shape; numbers of patches vary."""
         whole = self.device.type == "cpu" and self.get_input_embeddings().weight.dtype == torch.float32
         return torch.autocast("cpu", enabled=False) if whole else nullcontext()
 
     def forward(self, batch: Batch) -> Losses:
-        """Loss sums of a batch. Every parameter takes part, also where the batch holds no image or no text."""
+        """Loss sums of a batch. Every parameter takes part, also if the batch contains no image or no text."""
         with self._varying_shapes():
             inputs_BSD, embedded = self.embed(batch)
         hidden_BSD = self.hidden(inputs_BSD, batch.position_BS, attention_mask(batch.sites), batch.modality)
@@ -185,9 +190,9 @@ class MMGenModel(PreTrainedModel):
 
 
 def build_model(config: Config, vocabulary: int, autoencoder: AutoencoderFacts | None = None) -> MMGenModel:
-    """A new model for a run: random weights, or the pretrained backbone that the settings name.
+    """A new model for a run, with random weights or with the pretrained backbone of the settings.
 
-    `autoencoder` is what the run found of the autoencoder of its patcher.
+    `vocabulary` is the number of token ids, and `autoencoder` has the facts about the autoencoder of the patcher.
 
     Raises:
         ValueError: a name in the settings is unknown, or the pretrained backbone cannot be loaded.

@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 
 
 def batch_of(model: MMGenModel, tokenizer, rows: list, length: int = 30, clean: bool = False) -> Batch:
-    """A batch of rows of documents, which are lists of texts (lists of ids) and images (grids); pixels are random."""
+    """A batch of rows of documents; a document is a list of texts (lists of ids) and images (grids), with random pixels."""
     objective, patch = model.objective, model.patcher.patch_length
     rng = np.random.default_rng(1)
 

@@ -1,1 +1,1 @@
-"""Images of any origin as rows of patches, and back."""
+"""Images of any size and kind, as patches of a model and back."""

@@ -1,10 +1,10 @@
-"""Images as latents of a frozen autoencoder: patch rows are cut out of what diffusers' `AutoencoderKL` makes of them.
+"""Patches of latents: the patcher for a frozen autoencoder (diffusers' `AutoencoderKL`), and the registry of patchers.
 
-A latent is the mean of the encoder's Gaussian, never a draw, so that an image has one latent wherever and whenever it
-is computed. Loader workers send pixels, one row per patch; `prepare` turns those of a whole batch into latents on the
-model's device. Patches of precomputed latents are sent normalised.
+A latent is the mean of the encoder's Gaussian, never a draw from it, so an image always has the same latent.
+Loader workers send pixel values, and `mmgen.sequence.batch.prepare` encodes those of a whole batch on the
+device of the model. Precomputed latents are normalised by the workers.
 
-Suffixes: as in `patch`, and M images, C channels, h and w cells of a latent.
+Suffixes: as in `mmgen.image.patch`, and h and w for the height and width of a latent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Device = torch.device | str
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of latents, per channel."""
+    """Mean and standard deviation of each channel of latents."""
 
     mean: list[float]
     std: list[float]
@@ -37,9 +37,9 @@ class Statistics:
 
 @dataclass(frozen=True)
 class AutoencoderFacts:
-    """What a run found of its autoencoder: which weights, and how their latents are normalised.
+    """The autoencoder of a run, as measured: a fingerprint of its weights, and the statistics of its latents.
 
-    These are facts of a run, not settings: they are kept in the model's configuration and in its checkpoints.
+    These are facts of a run, not settings. The configuration of the model and its checkpoints keep them.
     """
 
     fingerprint: str
@@ -48,7 +48,7 @@ class AutoencoderFacts:
 
     @classmethod
     def of_settings(cls, patcher: Mapping[str, Any]) -> AutoencoderFacts | None:
-        """Facts that earlier versions wrote into the settings of the patcher; None where there are none."""
+        """The facts that earlier versions wrote into the settings of the patcher; None if there are none."""
         vae = patcher.get("vae") or {}
         if not isinstance(vae, Mapping) or not (vae.get("fingerprint") and vae.get("mean") and vae.get("std")):
             return None
@@ -57,12 +57,12 @@ class AutoencoderFacts:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """A loaded autoencoder and what is known of it."""
+    """A loaded autoencoder."""
 
     module: Any
     fingerprint: str
     statistics: Statistics | None
-    """What its own configuration says of its latents."""
+    """The statistics of its latents in its own configuration; None if it has none."""
 
 
 @lru_cache(maxsize=2)
@@ -70,7 +70,9 @@ def _load(name: str, subfolder: str, device: str) -> Autoencoder:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise ValueError(f"model.patcher.kind 'vae' needs the package diffusers: {error}") from None
+        raise ValueError(
+            f"model.patcher.kind 'vae' needs the package diffusers, which cannot be imported: {error}"
+        ) from None
     where = {"subfolder": subfolder} if subfolder else {}
     try:
         written = AutoencoderKL.load_config(name, **where)
@@ -96,9 +98,10 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def _written_statistics(written: dict[str, Any], channels: int) -> Statistics | None:
-    """(x - mean) / std as diffusers' pipelines scale: by `latents_mean` and `latents_std`, or shift and scaling factor.
+    """Mean and std with which diffusers' pipelines scale latents as (x - mean) / std.
 
-    Defaults that a configuration does not spell out say nothing of these weights and are not taken.
+    They come from `latents_mean` and `latents_std`, or from the shift and scaling factors. Only values that the file
+    contains are used, because the defaults of the class do not describe these weights.
     """
     scaling = written.get("scaling_factor")
     if written.get("latents_mean") and written.get("latents_std"):
@@ -109,7 +112,7 @@ def _written_statistics(written: dict[str, Any], channels: int) -> Statistics | 
 
 
 class LatentPatcher(Patcher):
-    """Latents, normalised per channel and cut into square patches; within a patch the order is row, column, channel."""
+    """Square patches of latents, normalised per channel. Values of a patch are ordered by row, column and channel."""
 
     stored = "latent"
 
@@ -120,25 +123,30 @@ class LatentPatcher(Patcher):
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
-        """The autoencoder of the settings; raises ValueError where it cannot be loaded or is another one."""
+        """The autoencoder `model.patcher.vae`.
+
+        Raises:
+            ValueError: it cannot be loaded, or does not match the settings or the facts of the run.
+        """
         vae = self.settings.vae
         loaded = _load(vae.name, vae.subfolder, str(self.device))
-        found = loaded.module.config
-        factor = 2 ** (len(found.block_out_channels) - 1)
-        for setting, said, is_ in (
-            ("channels", self.settings.channels, found.in_channels),
-            ("vae.channels", vae.channels, found.latent_channels),
+        config = loaded.module.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        for setting, value, actual in (
+            ("channels", self.settings.channels, config.in_channels),
+            ("vae.channels", vae.channels, config.latent_channels),
             ("vae.factor", vae.factor, factor),
         ):
-            if said != is_:
+            if value != actual:
                 raise ValueError(
-                    f"model.patcher.{setting} is {said}, but that of the autoencoder '{vae.name}' is {is_}"
+                    f"model.patcher.{setting} is {value}, but that of the autoencoder '{vae.name}' is {actual}: "
+                    f"set model.patcher.{setting} to {actual}"
                 )
         if self.facts is not None and self.facts.fingerprint != loaded.fingerprint:
             raise ValueError(
                 f"the weights of the autoencoder '{vae.name}' are not those that this model was trained with "
-                f"(fingerprint {loaded.fingerprint}, wanted {self.facts.fingerprint}): put the old ones back, or train "
-                "anew"
+                f"(fingerprint {loaded.fingerprint}, expected {self.facts.fingerprint}): restore the old weights, or "
+                "train a new model"
             )
         return loaded
 
@@ -147,22 +155,27 @@ class LatentPatcher(Patcher):
 
     @property
     def fingerprint(self) -> str:
-        """Of the autoencoder's weights."""
+        """The fingerprint of the weights of the autoencoder."""
         return self.facts.fingerprint if self.facts is not None else self.autoencoder.fingerprint
 
     @cached_property
     def statistics(self) -> tuple[Floats, Floats]:
-        """Mean and standard deviation [C]: what the run found, else as settings and the autoencoder's files say."""
-        found = self.facts or known_statistics(self.settings, self.autoencoder)
-        if found is None:
+        """Mean and standard deviation [C]: those of the run, else of the settings, else of the autoencoder's files."""
+        known = self.facts or known_statistics(self.settings, self.autoencoder)
+        if known is None:
             raise ValueError(
                 f"the configuration of the autoencoder '{self.settings.vae.name}' has neither scaling_factor nor "
-                "latents_mean and latents_std: a training run measures them, else set model.patcher.vae.mean and .std"
+                "latents_mean and latents_std: set model.patcher.vae.mean and model.patcher.vae.std, or train a model, "
+                "which measures them"
             )
-        return np.array(found.mean, dtype=np.float32), np.array(found.std, dtype=np.float32)
+        return np.array(known.mean, dtype=np.float32), np.array(known.std, dtype=np.float32)
 
     def encode_stored(self, stored: NDArray[Any]) -> tuple[NDArray[Any], Grid]:
-        """Patches [N, P] of a precomputed latent [C, h, w] and their grid; raises ValueError for a wrong shape."""
+        """Normalised patches [N, P] of a precomputed latent [C, h, w], and the patch grid.
+
+        Raises:
+            ValueError: the latent has another number of channels, or cannot be cut into patches.
+        """
         latent_Chw, channels = stored, self.settings.vae.channels
         if len(latent_Chw) != channels:
             raise ValueError(
@@ -173,7 +186,7 @@ class LatentPatcher(Patcher):
 
     @torch.no_grad()
     def latents(self, pixels_MCHW: Tensor) -> Tensor:
-        """Latents [M, C, h, w], not normalised, of pixels 0..255 on any device; float32 on this patcher's device."""
+        """Latents [M, C, h, w] of pixel values 0..255 [M, C, H, W]: float32, not normalised, on `self.device`."""
         parts = []
         for part in pixels_MCHW.split(self.settings.vae.batch):
             pixels = part.to(self.device, non_blocking=True).float() / 127.5 - 1
@@ -182,18 +195,18 @@ class LatentPatcher(Patcher):
         return torch.cat(parts)
 
     def images(self, pixels_MNL: Tensor, grid: Grid) -> Tensor:
-        """Images [M, C, H, W] of rows of pixels in raster order."""
+        """Join patches of pixel values [M, N, L] in raster order into images [M, C, H, W]."""
         return _joined(pixels_MNL, grid, self.settings.side)
 
     @cached_property
     def _normal(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [C, 1, 1] on this patcher's device."""
+        """Mean and standard deviation [C, 1, 1] on the device of the patcher."""
         mean, std = (torch.from_numpy(values).to(self.device).view(-1, 1, 1) for values in self.statistics)
         return mean, std
 
     @torch.no_grad()
     def encode_pixels(self, pixels_MNL: Tensor, grid: Grid) -> Tensor:
-        """Rows of pixels 0..255 in raster order, as `pixels` returns them, to patch rows [M, N, P]."""
+        """Patches [M, N, P] of normalised latents, from pixel values 0..255 [M, N, L] in raster order."""
         (rows, columns), patch, (mean, std) = grid, self.settings.patch_size, self._normal
         latents = (self.latents(self.images(pixels_MNL, grid)) - mean) / std
         blocks = latents.view(len(latents), -1, rows, patch, columns, patch)
@@ -211,15 +224,15 @@ class LatentPatcher(Patcher):
         return images
 
 
-def _joined(rows_MNP: Tensor, grid: Grid, side: int) -> Tensor:
-    """Patch rows [M, N, P] in raster order to [M, C, H, W]: what `patch.join` does, for a batch on any device."""
-    (rows, columns), m = grid, len(rows_MNP)
-    blocks = rows_MNP.view(m, rows, columns, side, side, -1).permute(0, 5, 1, 3, 2, 4)
+def _joined(patches_MNP: Tensor, grid: Grid, side: int) -> Tensor:
+    """Patches [M, N, P] in raster order to [M, C, H, W]: `patch.join` for a batch on any device."""
+    (rows, columns), m = grid, len(patches_MNP)
+    blocks = patches_MNP.view(m, rows, columns, side, side, -1).permute(0, 5, 1, 3, 2, 4)
     return blocks.reshape(m, -1, rows * side, columns * side)
 
 
 def known_statistics(settings: PatcherConfig, autoencoder: Autoencoder) -> Statistics | None:
-    """Mean and deviation of latents as the settings say, else as the autoencoder's own configuration does."""
+    """The statistics in the settings, else those in the configuration of the autoencoder; None if both lack them."""
     vae, written = settings.vae, autoencoder.statistics
     mean = vae.mean or (written.mean if written else None)
     std = vae.std or (written.std if written else None)
@@ -227,6 +240,7 @@ def known_statistics(settings: PatcherConfig, autoencoder: Autoencoder) -> Stati
 
 
 def _pixels(settings: PatcherConfig, device: Device, facts: AutoencoderFacts | None) -> Patcher:
+    """Patches of pixels, scaled to [-1, 1]."""
     return PixelPatcher(settings)
 
 
@@ -234,11 +248,11 @@ PATCHERS: dict[str, Callable[[PatcherConfig, Device, AutoencoderFacts | None], P
     "pixels": _pixels,
     "vae": LatentPatcher,
 }
-"""What patches can be made of."""
+"""Name of a patcher, the value of `model.patcher.kind`, to the function that builds it."""
 
 
 def build_patcher(settings: PatcherConfig, device: Device = "cpu", facts: AutoencoderFacts | None = None) -> Patcher:
-    """The patcher that `model.patcher.kind` names; an autoencoder is loaded when it is first needed.
+    """The patcher `model.patcher.kind`. An autoencoder is loaded at first use.
 
     Raises:
         ValueError: the kind is unknown.

@@ -1,6 +1,7 @@
-"""Images to rows of patches and back, and how patch rows enter and leave the backbone.
+"""Patchers: images cut into patches and joined again, here with patches of pixels.
 
-Suffixes: I patches of a batch, N patches of one image, P numbers per patch, D width.
+Suffixes: M images, R drawn images, N patches of one image, P values of a patch, L pixel values of a patch,
+H height, W width, C channels.
 """
 
 from __future__ import annotations
@@ -20,78 +21,80 @@ from mmgen.config import PatcherConfig
 from mmgen.image.resize import fit
 
 Grid = tuple[int, int]
+"""Number of rows and columns of patches."""
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
+"""Pixel values 0..255."""
 Numbers = TypeVar("Numbers", np.float32, np.uint8)
 
 
 @dataclass(frozen=True)
 class Patches:
-    """What single patches are made of: P numbers of one type."""
+    """The format of a patch: its number of values and their type."""
 
     length: int
     dtype: type[np.generic]
 
 
 class Patcher(ABC):
-    """Images to patches and back. `settings` are those of the model."""
+    """Base class of patchers, which turn images into patches and back. `settings` are `model.patcher`."""
 
     stored: str | None = None
-    """Kind of precomputed array in shards that it takes in place of images."""
+    """Kind of precomputed array that the patcher reads from shards instead of images; None for images only."""
 
     def __init__(self, settings: PatcherConfig) -> None:
         self.settings = settings
 
     @property
     def sent(self) -> Patches:
-        """Patches of the image itself, as loader workers send them."""
+        """Format of the patches that loader workers send: pixel values of the image."""
         return Patches(self.settings.pixel_length, np.uint8)
 
     @property
     def ready(self) -> Patches:
-        """Patches as the model takes them."""
+        """Format of the patches that the model reads."""
         return Patches(self.settings.patch_length, np.float32)
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """The image in the model's colour mode at the declared size of nearest aspect ratio.
+        """The image in the colour mode of the model, at the declared size with the nearest aspect ratio.
 
-        An image that has no declared size is scaled to cover it and cropped at the centre. Alpha is put on white.
+        An image of another size is scaled to cover that size and cropped at the centre. Transparency becomes white.
         """
         return fit(image, self.settings.channels, self.settings.image_sizes)
 
     def pixels(self, image: Image.Image) -> tuple[Pixels, Grid]:
-        """The image's pixels in 0..255, one row per patch [N, pixels of a patch], and their grid (rows, columns)."""
+        """Pixel values 0..255 of the patches of an image [N, L] in raster order, and the patch grid (rows, columns)."""
         values = np.asarray(self.fit(image))
         return cut(values.reshape(*values.shape[:2], -1), self.settings.side)
 
     def encode_stored(self, stored: NDArray[Any]) -> tuple[NDArray[Any], Grid]:
-        """Ready patches [N, P] of a precomputed array and their grid; raises ValueError where it does not fit."""
-        raise ValueError(f"model.patcher.kind '{self.settings.kind}' takes images, not precomputed arrays")
+        """Patches [N, P] of a precomputed array, and the patch grid. A wrong shape raises a ValueError."""
+        raise ValueError(f"model.patcher.kind '{self.settings.kind}' reads images, not precomputed arrays")
 
     @abstractmethod
     def encode_pixels(self, pixels_MNL: Tensor, grid: Grid) -> Tensor:
-        """Patches [M, N, P] of pixels 0..255 [M, N, L] in raster order, on the patcher's device."""
+        """Patches [M, N, P] on the device of the patcher, from pixel values 0..255 [M, N, L] in raster order."""
 
     def encode(self, image: Image.Image) -> tuple[Floats, Grid]:
-        """Patches [N, P] of an image in raster order, and their grid (rows, columns)."""
+        """Patches [N, P] of an image in raster order, and the patch grid (rows, columns)."""
         pixels_NL, grid = self.pixels(image)
         encoded: Floats = self.encode_pixels(torch.from_numpy(pixels_NL)[None], grid)[0].cpu().numpy()
         return encoded, grid
 
     @abstractmethod
     def pictures(self, x_RNP: Floats, grid: Grid) -> list[Image.Image]:
-        """The inverse of `encode`, for several images of one grid; values that no pixel has are clipped."""
+        """The inverse of `encode`: patches [R, N, P] of one grid to R images. Values outside the range are clipped."""
 
     def decode(self, x_NP: Floats, grid: Grid) -> Image.Image:
         """The inverse of `encode` for one image."""
         return self.pictures(x_NP[None], grid)[0]
 
-    def load(self) -> None:  # noqa: B027  # pixels need nothing
-        """Read now what would be read when first needed; raises ValueError where that is not possible."""
+    def load(self) -> None:  # noqa: B027  # a patcher of pixels has no files
+        """Load files now instead of at first use. It raises ValueError if that fails."""
 
 
 class PixelPatcher(Patcher):
-    """Pixels in [-1, 1], cut into square patches in raster order; within a patch the order is row, column, channel."""
+    """Square patches of pixels, scaled to [-1, 1]. The values of a patch are ordered by row, column and channel."""
 
     def encode_pixels(self, pixels_MNL: Tensor, grid: Grid) -> Tensor:
         return pixels_MNL.to(torch.float32) / 127.5 - 1
@@ -101,13 +104,17 @@ class PixelPatcher(Patcher):
 
 
 def to_image(pixels_HWC: Floats) -> Image.Image:
-    """An image of pixels in [-1, 1]; values outside are clipped."""
+    """An image from values in [-1, 1] of shape [H, W, C]. Values outside the range are clipped."""
     values = np.clip(np.rint((pixels_HWC + 1) * 127.5), 0, 255).astype(np.uint8)
     return Image.fromarray(values.squeeze(-1) if values.shape[-1] == 1 else values)
 
 
 def cut(pixels_HWC: NDArray[Numbers], side: int) -> tuple[NDArray[Numbers], Grid]:
-    """Cut [H, W, C] into patch rows [N, side * side * C]; raises ValueError where `side` does not divide H and W."""
+    """Cut an image [H, W, C] into patches [N, side * side * C] in raster order, and return their grid too.
+
+    Raises:
+        ValueError: `side` does not divide H and W.
+    """
     height, width, channels = pixels_HWC.shape
     if height % side or width % side:
         raise ValueError(f"an image of {height}x{width} is not divisible into patches of {side}x{side}")
@@ -117,7 +124,7 @@ def cut(pixels_HWC: NDArray[Numbers], side: int) -> tuple[NDArray[Numbers], Grid
 
 
 def join(x_NP: Floats, grid: Grid, side: int) -> Floats:
-    """The inverse of `cut`: patch rows of `grid` back to [H, W, C]."""
+    """The inverse of `cut`: patches [N, P] of a grid to an image [H, W, C]."""
     rows, columns = grid
     blocks = x_NP.reshape(rows, columns, side, side, -1).transpose(0, 2, 1, 3, 4)
     return np.ascontiguousarray(blocks.reshape(rows * side, columns * side, -1))
@@ -125,5 +132,5 @@ def join(x_NP: Floats, grid: Grid, side: int) -> Floats:
 
 @lru_cache(maxsize=256)
 def raster(grid: Grid) -> NDArray[np.int64]:
-    """The (row, column) of each patch of a grid in raster order, [N, 2]."""
+    """The cells (row, column) of a grid in raster order, [N, 2]."""
     return np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), axis=1)

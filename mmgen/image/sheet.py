@@ -1,4 +1,4 @@
-"""Pictures for people: captioned grids of small images."""
+"""Captioned grids of small images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 6, tile: int = 128) -> Image.Image:
-    """Images enlarged without smoothing to `tile` pixels, each over its caption."""
+    """One picture of all images, each enlarged to `tile` pixels without smoothing, above its caption."""
     font = ImageFont.load_default(11)
     lines = [textwrap.wrap(caption, tile // 6) or [""] for caption in captions]
     band = 14 * max((len(wrapped) for wrapped in lines), default=1) + 6
@@ -28,6 +28,6 @@ def grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write a PNG, folder included."""
+    """Write a PNG, and create its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

@@ -1,4 +1,4 @@
-"""Image objectives: the interface, and the objectives that implement it."""
+"""The registry of image objectives, and the functions that build the chosen one."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ __all__ = [
 ]
 
 OBJECTIVES: dict[str, type[ImageObjective]] = {"transfusion": TransfusionObjective, "mar": MARObjective}
+"""Name of an objective, the value of `objective.kind`, to its class."""
 
 
 def build_layout(settings: ObjectiveConfig, patcher: PatcherConfig) -> ImageLayout:
-    """The layout of the objective that `objective.kind` names; an unknown name raises a ValueError."""
+    """The layout of the objective `objective.kind`. An unknown name raises a ValueError."""
     kind: type[ImageObjective] = choose(OBJECTIVES, settings.kind, "objective.kind")
     return kind.Layout(settings, patcher.patch_length)
 
 
 def build_objective(settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> ImageObjective:
-    """The objective that `objective.kind` names, for a backbone of this width; raises ValueError as `build_layout`."""
+    """The objective `objective.kind` for a backbone of the given width. An unknown name raises a ValueError."""
     objective: ImageObjective = choose(OBJECTIVES, settings.kind, "objective.kind")(settings, patcher, width)
     return objective

@@ -1,4 +1,4 @@
-"""What objectives with a flow share: the flow that is learned, and how a sampler is driven with guidance."""
+"""The flow of an objective: its loss in training, and its solver with guidance in generation."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from mmgen.flow.steps import Noise
 from mmgen.flow.time import shifted_grid
 
 Question = tuple[Tensor, Tensor, Tensor | None]
-"""z, t, and the clean estimate that the previous answer implied."""
+"""z, t, and the clean estimate from the previous output (None without previews)."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """Patches that generation keeps, for in-painting; every row keeps equally many."""
+    """Known patches that generation keeps, for in-painting. R images have the same number of known patches."""
 
     mask_RN: Tensor
     """True where the patch is known."""
     x_RNP: Tensor
-    """Clean patches; anything where unknown."""
+    """Clean patches. Values at unknown patches are ignored."""
 
 
 @dataclass(frozen=True)
 class FlowSpec:
-    """A request to draw n patches in each of R rows."""
+    """A request to draw n patches in each of R images."""
 
     sample: SampleConfig
     eps_RnP: Tensor
-    """The noise that the sampler starts from."""
+    """The noise from which the solver starts."""
     noise: Noise
-    """More noise, for samplers that add it."""
+    """Source of further noise, for stochastic solvers."""
     scale: float
-    """Of guidance."""
+    """Guidance scale."""
     given: Given | None = None
-    """Patches that are known."""
+    """Known patches."""
     previews: bool = False
-    """Whether questions carry the clean estimate so far."""
+    """Whether the generator also yields the clean estimate."""
 
 
 class ImageFlow:
-    """Path, prediction, loss space and weight of a run, as a loss and as a sampler.
+    """Loss and solver for the path, prediction, loss space and weight that a run has chosen.
 
     Raises:
-        ValueError: a name is unknown, or settings do not fit each other.
+        ValueError: a name is unknown, or settings contradict each other.
     """
 
     def __init__(self, settings: ObjectiveConfig) -> None:
@@ -65,44 +65,47 @@ class ImageFlow:
             space = WEIGHT_SPACES.get(settings.weight, settings.loss_space)
             if space != settings.loss_space:
                 raise ValueError(
-                    f"objective.weight '{settings.weight}' is made for an error measured in {space}, but "
-                    f"objective.loss_space is {settings.loss_space}: set it to {space}"
+                    f"objective.weight '{settings.weight}' needs an error measured in {space}, but "
+                    f"objective.loss_space is {settings.loss_space}: set objective.loss_space to {space}"
                 )
         self._error = FlowLoss(self.path, settings.prediction, settings.loss_space, settings.clip, weight)
 
     def loss(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Loss of each patch [...] from outputs, clean patches and noise [..., P] and times [...]."""
+        """Loss of each patch [...], from outputs, clean patches and noise [..., P] and times [...]."""
         with torch.autocast(output.device.type, enabled=False):
             return self._error(output.to(x.dtype), x, eps, t)
 
     def draw(self, spec: FlowSpec) -> Generator[Question, Sequence[Tensor], Tensor]:
-        """A generator that yields (z, t, preview), is sent the network's outputs, and returns clean patches.
+        """Draw patches: a generator that yields (z, t, preview), receives outputs and returns clean patches [R, n, P].
 
-        Outputs are one tensor per guidance lane, conditional first. Patches in `given` keep their clean estimate
-        throughout, so the others are drawn beside them (the conditional flow of in-painting, Song et al. 2020,
-        appendix I.2, with the estimate replaced where theirs replaces z).
+        The outputs are one tensor [R, n, P] per guidance lane, the conditional one first. The clean estimate of known
+        patches (`spec.given`) is replaced by their values at every step, so the other patches are drawn conditionally
+        on them. (Song et al. 2020, appendix I.2, do this for in-painting, but replace z instead of the estimate.)
 
         Raises:
-            ValueError: the sampler is unknown, draws nothing, or adds no noise that a temperature could scale.
+            ValueError: the solver is unknown or cannot start from noise, or `sample.noise_temperature` is set for a
+                solver that adds no noise.
         """
         sample, given = spec.sample, spec.given
         times = shifted_grid(sample.steps, sample.time_shift)
         clip = self.path.smallest_level(times)
         kind = choose(SOLVERS, sample.solver, "sample.solver")
         if not kind.from_noise:
-            raise ValueError(f"sample.solver '{sample.solver}' corrects at one time and draws nothing: choose another")
-        heat = sample.noise_temperature
-        if heat != 1 and not kind.stochastic:
             raise ValueError(
-                f"sample.noise_temperature {heat} scales the noise that a sampler adds, and '{sample.solver}' adds "
-                "none: set sample.solver to euler_maruyama, ancestral or ddim with eta, or the temperature to 1"
+                f"sample.solver '{sample.solver}' only corrects samples at one time: choose one that starts from noise"
+            )
+        temperature = sample.noise_temperature
+        if temperature != 1 and not kind.stochastic:
+            raise ValueError(
+                f"sample.noise_temperature is {temperature}, but the solver '{sample.solver}' adds no noise: "
+                "set sample.solver to euler_maruyama, ancestral or ddim with eta, or sample.noise_temperature to 1"
             )
 
-        def heated(like: Tensor) -> Tensor:
-            return heat * spec.noise(like)
+        def noise(like: Tensor) -> Tensor:
+            return temperature * spec.noise(like)
 
         start = spec.eps_RnP * self.path.sigma(times[0]).to(spec.eps_RnP.dtype)
-        solver = build_solver(sample.solver, start, times, self.path, heated, **sample.solver_options)
+        solver = build_solver(sample.solver, start, times, self.path, noise, **sample.solver_options)
         interval, rescale = sample.guidance_interval, sample.guidance_rescale
         guidance = Guidance(spec.scale, interval, rescale, sample.guidance_renorm)
         convert = Conversion(self.path, clip, sample.clean_range)
@@ -125,10 +128,10 @@ class ImageFlow:
 
 
 def build_path(settings: ObjectiveConfig) -> Path:
-    """The path that `objective.path` names.
+    """The path `objective.path` with its options and noise scale.
 
     Raises:
-        ValueError: an unknown path or argument, or a velocity that the path cannot give.
+        ValueError: the path or an option is unknown, or the velocity of the path diverges but is needed.
     """
     try:
         path: Path = choose(PATHS, settings.path, "objective.path")(**settings.path_options)
@@ -137,6 +140,6 @@ def build_path(settings: ObjectiveConfig) -> Path:
     if "v" in (settings.prediction, settings.loss_space) and path.singular.get("v"):
         raise ValueError(
             f"the velocity of objective.path '{settings.path}' diverges at the data: set objective.prediction and "
-            "objective.loss_space to x, eps or v_sh, or take the cosine path"
+            "objective.loss_space to x, eps or v_sh, or set objective.path to cosine"
         )
     return path if settings.noise_scale == 1 else ScaledNoise(path, settings.noise_scale)

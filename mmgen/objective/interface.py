@@ -1,11 +1,11 @@
-"""How images are learned and generated: the interface between a language model and diffusion.
+"""The interface of an objective: how images are laid out in a row, learned and generated.
 
-An objective has two parts. Its layout, which holds no network, defines how an image is laid out in a row; loader
-workers and the decoder need no more. Its networks define what enters the backbone there, what is learned from the
-hidden states, and how an image is generated from them. Everything else is shared by all objectives.
+An objective has two parts. The layout defines how an image is written into a row. It holds no network, so loader
+workers and the decoder can use it alone. The networks define what enters the backbone at image positions, the loss of
+the hidden states there, and how an image is generated. All other code is shared by all objectives.
 
-Suffixes: I patches of a batch, J patches that are learned, R rows being generated, N patches of one image,
-G guidance lanes (conditional, then unconditional), P patch length, D width.
+Suffixes: I patches of a batch, J learned patches, R images that are generated together, N patches of one image,
+n positions of one call, G guidance lanes (conditional, then unconditional), P patch length, D width.
 """
 
 from __future__ import annotations
@@ -32,71 +32,74 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageSite:
-    """What the blocks of a training image may depend on."""
+    """The facts about a training image on which its blocks may depend."""
 
     grid: Grid
     text_before: bool
+    """Whether the document has text before the image."""
     text_after: bool
+    """Whether the document has text after the image."""
     quantile: float
-    """Uniform number in [0, 1) from which t is made; stratified over the global step where asked."""
+    """Uniform number in [0, 1) that determines t; with `objective.time.stratified`, stratified over the step."""
 
 
 @dataclass
 class Embedded:
-    """What an objective puts into a batch."""
+    """The inputs of the backbone at image positions, and what the loss needs later."""
 
     at: Tensor
-    """Flat positions to add to (patches; perhaps size tokens)."""
+    """Flat positions (row * S + position) to which `values` are added: patches, and perhaps size tokens."""
     values: Tensor
-    """[len(at), D], added to the token embedding, which is zero at patches."""
+    """[len(at), D]; added to the token embeddings, which are zero at patches."""
     read_at_J: Tensor
     """For each learned patch, the flat position whose hidden state predicts it."""
     state: Any
-    """What `loss` needs later."""
+    """Any data that `ImageObjective.loss` needs."""
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """A request to generate one image in each of R rows."""
+    """A request to generate R images of one grid."""
 
     grid: Grid
     noise_RNP: Tensor
-    """Standard normal; the only randomness of a deterministic solver."""
+    """Standard normal noise, the only randomness of a deterministic solver."""
     sample: SampleConfig
     opening_GRD: Tensor
-    """Hidden states at the size token."""
+    """Hidden states at the size tokens."""
     order_RN: Tensor
-    """Raster index of each patch in the order of its row, as `ImageLayout.order` gave it."""
+    """Raster indices of the patches in the order of generation, as `ImageLayout.order` returned them."""
     noise: Noise = field(default_factory=normal)
-    """More standard normal numbers, like its argument [R, ...], for samplers that need them."""
+    """Source of further standard normal noise, in the shape of its argument [R, ...], for stochastic solvers."""
     given: Given | None = None
-    """Patches that are known."""
+    """Known patches, for in-painting."""
     previews: bool = False
-    """Whether calls carry the clean estimate of the image so far."""
+    """Whether backbone calls carry the current clean estimate of the image."""
 
 
 @dataclass(frozen=True)
 class BackboneCall:
-    """A request of a generating objective: run the backbone on these inputs and send back [G, R, n, D]."""
+    """A request of `ImageObjective.generate`: run the backbone on these inputs and send hidden states [G, R, n, D]."""
 
     inputs_RND: Tensor
     bidirectional: bool
     keep: bool
-    """Keep the positions in the cache; else they are forgotten after the call."""
+    """Whether the positions stay in the cache after the call."""
     preview_RNP: Tensor | None = None
-    """The clean estimate so far, where the spec asked for previews."""
+    """The current clean estimate, if `ImageSpec.previews` is set."""
 
 
 Drawing = Generator[BackboneCall, Tensor, Tensor]
+"""A generator that yields backbone calls, receives hidden states [G, R, n, D], and returns patches [R, N, P]."""
 
 
 class ImageLayout(ABC):
-    """How an image is laid out in a row. It holds no network and may be pickled."""
+    """How an image is written into a row. A layout holds no network and can be pickled."""
 
     copies: int = 1
-    """How many blocks `blocks` returns."""
+    """Number of blocks that `blocks` returns."""
     bidirectional: bool = True
-    """Patches of an image see each other both ways."""
+    """Whether patches of an image attend to each other in both directions."""
 
     def __init__(self, settings: ObjectiveConfig, patch_length: int) -> None:
         self.settings, self.patch_length = settings, patch_length
@@ -105,14 +108,14 @@ class ImageLayout(ABC):
 
     @abstractmethod
     def blocks(self, site: ImageSite, rng: np.random.Generator) -> list[Block]:
-        """The blocks of a training image, drawn from `rng` alone; the last one is the clean or only copy."""
+        """The blocks of a training image, drawn with `rng`. The last one is the clean copy, or the only copy."""
 
     @abstractmethod
     def context(self, grid: Grid) -> Block:
-        """The block of a finished image, as later positions see it."""
+        """The block of a finished image, to which later positions attend."""
 
     def order(self, grid: Grid, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Raster index of each patch in the order in which an image is generated."""
+        """Raster indices [N] of the patches of an image in the order of generation."""
         return np.arange(grid[0] * grid[1])
 
 
@@ -128,20 +131,23 @@ class ImageObjective(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, batch: Batch) -> Embedded:
-        """What enters the backbone at image positions."""
+        """The inputs of the backbone at image positions, and where the hidden states of learned patches are read."""
 
     @abstractmethod
     def loss(self, hidden_JD: Tensor, state: Any) -> Tensor:
-        """Loss of each learned patch [J], averaged over its entries, already in the chosen loss space."""
+        """Loss [J] of the learned patches, averaged over the P values of a patch and measured in the loss space.
+
+        `state` is `Embedded.state`, as `embed` returned it.
+        """
 
     @abstractmethod
     def generate(self, spec: ImageSpec) -> Drawing:
-        """Yield requests to the backbone, be sent hidden states, return clean patches [R, N, P] in raster order."""
+        """Generate images: yield backbone calls, receive hidden states, return patches [R, N, P] in raster order."""
 
     def replay(self, replay: Replay) -> None:
-        """Draw an image of the decoder again from training's hidden states, for `mmgen check parity`.
+        """Draw an image of the decoder again from the hidden states of a training step, for `mmgen check parity`.
 
         Raises:
-            NotImplementedError: the objective does not say how; its sampling cannot be checked this way.
+            NotImplementedError: the objective does not implement the check.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `replay`, so its sampling cannot be checked")

@@ -1,4 +1,4 @@
-"""Layers that objectives share: embeddings of time and cell, and how patches enter and leave the backbone.
+"""Layers that objectives share: embeddings of time and cell, and the patch projections.
 
 Suffixes: I patches of a batch, P numbers per patch, D width.
 """
@@ -15,7 +15,7 @@ from mmgen.sequence.batch import Cells
 
 
 class TimeEmbedding(nn.Module):
-    """Sin-cos features of t through a two-layer network (Nichol and Dhariwal 2021)."""
+    """Sine and cosine features of t, followed by a two-layer network (Nichol and Dhariwal 2021)."""
 
     def __init__(self, width: int, features: int = 64) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """[...] in [0, 1] to [..., D]."""
+        """Times [...] in [0, 1] to embeddings [..., D]."""
         (weight, *_) = self.mlp.parameters()
         half = self.features // 2
         exponent = torch.arange(half, device=t.device, dtype=torch.float32) / half
@@ -34,9 +34,9 @@ class TimeEmbedding(nn.Module):
 
 
 class CellEmbedding(nn.Module):
-    """Sin-cos features of row and column, projected to the width; defined for grids never seen.
+    """Sine and cosine features of row and column, projected to the width. It is defined for grids of any size.
 
-    Features per axis as in Vaswani et al. 2017, section 3.5, with the longest wavelength cut to 1,000 patches.
+    The features of an axis follow Vaswani et al. 2017, section 3.5, with a longest wavelength of 1,000 patches.
     """
 
     def __init__(self, width: int, features: int = 64) -> None:
@@ -45,7 +45,7 @@ class CellEmbedding(nn.Module):
         self.project = nn.Linear(features, width, bias=False)
 
     def forward(self, cell_I2: Tensor) -> Tensor:
-        """[..., 2] integer cells to [..., D]."""
+        """Integer cells (row, column) [..., 2] to embeddings [..., D]."""
         weight = self.project.weight
         quarter = self.features // 4
         exponent = torch.arange(quarter, device=weight.device, dtype=weight.dtype) / quarter
@@ -55,16 +55,17 @@ class CellEmbedding(nn.Module):
 
 
 class PatchEntry(nn.Module, ABC):
-    """The map from patches into the backbone's width."""
+    """The map from patches to the width of the backbone."""
 
     mixes: bool = False
-    """Whether what enters at a patch depends on other patches of its image. Causal orders cannot have that."""
+    """Whether the output at a patch depends on other patches of its image. Causal orders reject such a map."""
 
     @abstractmethod
     def enter(self, x_IP: Tensor, t_I: Tensor, cells: Cells) -> tuple[Tensor, Tensor | None]:
-        """Patches [I, P] at times [I] to [I, D], and a memory for the exit.
+        """Patches [I, P] at times [I] to inputs [I, D], and a memory [I, ...] for the exit, or None.
 
-        A memory has first axis I (for example the skip connections of a U-Net). Images are always whole.
+        The memory can hold, for example, the skip connections of a U-Net. `cells` has the image and the cell of each
+        patch. In the masked order of MAR and in Transfusion, the patches of an image are always passed together.
         """
 
 
@@ -73,16 +74,17 @@ class PatchExit(nn.Module, ABC):
 
     @abstractmethod
     def leave(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, cells: Cells) -> Tensor:
-        """Hidden states [I, D] to patches [I, P], zero at initialisation.
+        """Hidden states [I, D] to patches [I, P], which are zero at initialisation.
 
-        `memory` holds the entries of these patches in what `PatchEntry.enter` returned. Images are always whole.
+        `memory` is the memory that `PatchEntry.enter` returned for these patches. The patches of an image are always
+        passed together.
         """
 
 
 class PatchProjection(ABC):
-    """How patches enter and leave the backbone; one class serves every objective.
+    """How patches enter and leave the backbone. The same class works with every objective.
 
-    Transfusion uses both maps; MAR, whose head draws the patches, uses the entry alone.
+    Transfusion uses both maps. MAR uses only the entry, because its head draws the patches.
     """
 
     def __init__(self, settings: PatcherConfig, width: int) -> None:
@@ -90,33 +92,33 @@ class PatchProjection(ABC):
 
     @abstractmethod
     def entry(self) -> PatchEntry:
-        """A new entry."""
+        """Create the entry."""
 
     @abstractmethod
     def exit(self) -> PatchExit:
-        """A new exit."""
+        """Create the exit."""
 
 
 class OutputLinear(nn.Linear):
-    """A linear map that is zero at initialisation, so that a fresh model predicts zero."""
+    """A linear map that is zero at initialisation, so that a new model predicts zero."""
 
 
 class LinearEntry(nn.Linear, PatchEntry):
-    """One linear map of single patches."""
+    """One linear map, applied to each patch."""
 
     def enter(self, x_IP: Tensor, t_I: Tensor, cells: Cells) -> tuple[Tensor, Tensor | None]:
         return self(x_IP), None
 
 
 class BottleneckEntry(nn.Sequential, PatchEntry):
-    """Two linear maps through a narrow layer (Li and He 2025, JiT, section 4.3)."""
+    """Two linear maps with a narrow layer between them (Li and He 2025, JiT, section 4.3)."""
 
     def enter(self, x_IP: Tensor, t_I: Tensor, cells: Cells) -> tuple[Tensor, Tensor | None]:
         return self(x_IP), None
 
 
 class LinearExit(OutputLinear, PatchExit):
-    """One linear map to single patches."""
+    """One linear map from each hidden state to its patch."""
 
     def leave(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, cells: Cells) -> Tensor:
         patches: Tensor = self(hidden_ID)
@@ -124,7 +126,7 @@ class LinearExit(OutputLinear, PatchExit):
 
 
 class LinearProjection(PatchProjection):
-    """One linear map in and one out."""
+    """One linear map in, and one linear map out."""
 
     def entry(self) -> PatchEntry:
         return LinearEntry(self.settings.patch_length, self.width)
@@ -134,7 +136,7 @@ class LinearProjection(PatchProjection):
 
 
 class BottleneckProjection(LinearProjection):
-    """Two linear maps in, through `model.patcher.bottleneck` channels, and one out."""
+    """Two linear maps in, with `model.patcher.bottleneck` channels between them, and one linear map out."""
 
     def entry(self) -> PatchEntry:
         narrow = nn.Linear(self.settings.patch_length, self.settings.bottleneck, bias=False)
@@ -142,9 +144,10 @@ class BottleneckProjection(LinearProjection):
 
 
 PROJECTIONS: dict[str, type[PatchProjection]] = {"linear": LinearProjection, "bottleneck": BottleneckProjection}
+"""Name of a patch projection, the value of `model.patcher.projection`, to its class."""
 
 
 def build_projection(settings: PatcherConfig, width: int) -> PatchProjection:
-    """The projection that `model.patcher.projection` names; raises ValueError for an unknown name."""
+    """The projection `model.patcher.projection`. An unknown name raises a ValueError."""
     projection: PatchProjection = choose(PROJECTIONS, settings.projection, "model.patcher.projection")(settings, width)
     return projection

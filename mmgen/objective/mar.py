@@ -1,7 +1,8 @@
-"""MAR: the backbone never sees noise; it conditions a small denoiser that draws each patch (Li et al. 2024).
+"""MAR: the backbone reads clean patches and conditions a small denoiser that draws each patch (Li et al. 2024).
 
-Orders: `masked` hides most patches behind a learned vector and predicts them in place, with attention
-both ways and several patches per step of generation; `raster` and `random` predict the next patch, causally.
+In the order `masked`, a learned vector replaces most patches of an image. They are predicted under bidirectional
+attention, several per step of generation. In the orders `raster` and `random`, attention is causal, and each position
+predicts the next patch.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ from mmgen.sequence.document import Block
 
 
 class AdaptiveBlock(nn.Module):
-    """LN - Linear - SiLU - Linear with a residual; shift, scale and gate come from the condition, zero at first."""
+    """A residual block (LayerNorm, Linear, SiLU, Linear) with shift, scale and gate computed from a condition.
+
+    Shift, scale and gate are zero at initialisation (AdaLN-Zero).
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -45,14 +49,14 @@ class AdaptiveBlock(nn.Module):
         self.modulation = OutputLinear(width, 3 * width)
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
-        """Both [..., W] and of shapes that broadcast."""
+        """`h` and `condition` [..., W] to [..., W]; their shapes broadcast."""
         shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
         out: Tensor = h + gate * self.mlp(self.norm(h) * (1 + scale) + shift)
         return out
 
 
 class PatchHead(nn.Module):
-    """A residual MLP that denoises one patch given the backbone's hidden state (Li et al. 2024, section 3.4)."""
+    """A residual MLP that denoises one patch, given a hidden state of the backbone (Li et al. 2024, section 3.4)."""
 
     def __init__(self, patch_length: int, backbone_width: int, settings: HeadConfig) -> None:
         super().__init__()
@@ -66,7 +70,10 @@ class PatchHead(nn.Module):
         self.leave = OutputLinear(width, patch_length)
 
     def forward(self, z: Tensor, t: Tensor, state: Tensor) -> Tensor:
-        """Noisy patches [..., P] at times [...] and `self.state` of hidden states [..., W] to outputs [..., P]."""
+        """Noisy patches `z` [..., P] at times `t` [...] to outputs [..., P].
+
+        `state` [..., W] is `self.state` of the hidden states.
+        """
         condition = nn.functional.silu(self.time(t) + state)
         h = self.enter(z)
         for block in self.blocks:
@@ -77,7 +84,7 @@ class PatchHead(nn.Module):
 
 
 class MARLayout(ImageLayout):
-    """Clean patches one after another, or a copy with masked patches and a clean one behind it."""
+    """One causal copy of clean patches, or a copy with masked patches followed by a clean copy."""
 
     def __init__(self, settings: ObjectiveConfig, patch_length: int) -> None:
         super().__init__(settings, patch_length)
@@ -118,7 +125,7 @@ class MARLayout(ImageLayout):
 
 
 class MARObjective(ImageObjective):
-    """Clean or masked patches enter the backbone, and a head draws each patch from its hidden state."""
+    """MAR (Li et al. 2024): the backbone conditions a small denoiser, which draws each patch."""
 
     Layout = MARLayout
 
@@ -129,8 +136,8 @@ class MARObjective(ImageObjective):
         self.enter = build_projection(patcher, width).entry()
         if self.own.causal and self.enter.mixes:
             raise ValueError(
-                f"model.patcher.projection '{patcher.projection}' mixes the patches of an image, so that in the order "
-                f"'{self.own.order}' a patch would see later ones: set objective.mar.order to masked, or "
+                f"model.patcher.projection '{patcher.projection}' mixes the patches of an image, so in the order "
+                f"'{self.own.order}' a patch would depend on later patches: set objective.mar.order to masked, or "
                 "model.patcher.projection to linear"
             )
         self.place = CellEmbedding(width)  # the name in checkpoints
@@ -141,13 +148,13 @@ class MARObjective(ImageObjective):
             self.mask_vector = nn.Parameter(torch.randn(width) * width**-0.5)
 
     def _enter(self, x_IP: Tensor, cells: Cells) -> Tensor:
-        """Clean patches [I, P] to [I, D]."""
+        """Clean patches [I, P] to inputs [I, D]."""
         entered, _ = self.enter.enter(x_IP, x_IP.new_ones(len(x_IP)), cells)
         return entered
 
     def _hidden(self, x_IP: Tensor, masked_I: Tensor, cells: Cells) -> Tensor:
-        """Patches [I, P] to [I, D], with the mask vector in place of the masked ones."""
-        # Masked patches are zero before they enter, in case the entry mixes patches.
+        """Patches [I, P] to inputs [I, D]; the mask vector replaces masked patches."""
+        # Masked patches are set to zero first, because an entry may mix the patches of an image.
         values = self._enter(x_IP.masked_fill(masked_I.unsqueeze(-1), 0), cells)
         return torch.where(masked_I.unsqueeze(-1), self.mask_vector.to(values.dtype), values)
 
@@ -158,10 +165,10 @@ class MARObjective(ImageObjective):
             return Embedded(batch.at_I, values, at_J, batch)
         values = self._enter(batch.x_IP, batch.cells)
         # Each input also holds the cell of the patch that it predicts. The last input of an image predicts no patch.
-        goes_on = torch.ones_like(batch.image_I, dtype=torch.bool)
-        goes_on[-1:] = False
-        goes_on[:-1] = batch.image_I[1:] == batch.image_I[:-1]
-        following = self.next_place(batch.cell_I2.roll(-1, 0)) * goes_on.unsqueeze(-1).to(values.dtype)
+        has_next = torch.ones_like(batch.image_I, dtype=torch.bool)
+        has_next[-1:] = False
+        has_next[:-1] = batch.image_I[1:] == batch.image_I[:-1]
+        following = self.next_place(batch.cell_I2.roll(-1, 0)) * has_next.unsqueeze(-1).to(values.dtype)
         at = torch.cat([batch.at_I, batch.size_at_M])
         values = torch.cat([values + self.place(batch.cell_I2) + following, self.next_place(batch.first_M2)])
         return Embedded(at, values, at_J - 1, batch)
@@ -179,9 +186,9 @@ class MARObjective(ImageObjective):
         return self.flow.loss(self.head(z_JKP, t_JK, state_J1W), x_JKP, eps_JKP, t_JK).mean(dim=1)
 
     def _regress(self, state: Tensor, like: Tensor) -> Tensor:
-        """The regressed clean patches [..., P]: the same head with nothing to denoise.
+        """Clean patches [..., P], predicted by the same head with a constant input instead of a noisy patch.
 
-        Its input is constant but not zero: from zero, no gradient would pass the layers that start at zero.
+        The constant is not zero: with a zero input, layers that are zero at initialisation would get no gradient.
         """
         out: Tensor = self.head(torch.ones_like(like), torch.zeros_like(like[..., 0]), state)
         return out
@@ -190,7 +197,7 @@ class MARObjective(ImageObjective):
         return self._next_patches(spec) if self.own.causal else self._unmask(spec)
 
     def _unmask(self, spec: ImageSpec) -> Drawing:
-        """Reveal patches in random order, more of them at each step; known ones are there from the start."""
+        """Reveal patches in random order, several per step. Known patches are visible from the start."""
         rows, n, _ = spec.noise_RNP.shape
         device = spec.noise_RNP.device
         cell_N2 = torch.from_numpy(raster(spec.grid)).to(device)
@@ -221,7 +228,7 @@ class MARObjective(ImageObjective):
         return x_RNP
 
     def _next_patches(self, spec: ImageSpec) -> Drawing:
-        """Draw one patch after another, each from the hidden state before it; the cache keeps them."""
+        """Draw one patch at a time, each from the hidden state before it. The cache keeps every patch."""
         rows, n, length = spec.noise_RNP.shape
         cell_N2 = torch.from_numpy(raster(spec.grid)).to(spec.noise_RNP.device)
         hidden_GR1D = spec.opening_GRD.unsqueeze(2)
@@ -245,7 +252,10 @@ class MARObjective(ImageObjective):
     def _draw(
         self, hidden_GRnD: Tensor, eps_RnP: Tensor, spec: ImageSpec, share: float, given: Given | None = None
     ) -> Tensor:
-        """Clean patches [R, n, P] from hidden states; `share` of the image is drawn once they are."""
+        """Draw clean patches [R, n, P] from hidden states [G, R, n, D].
+
+        `share` is the share of patches of the image that are drawn after this call.
+        """
         state_GRnW = self.head.state(hidden_GRnD)
         scale = guidance_at(share, spec.sample)
         if self.own.head.kind == "mse":
@@ -262,7 +272,7 @@ class MARObjective(ImageObjective):
             return clean
 
     def replay(self, replay: Replay) -> None:
-        """A causal order is one forward pass of training; the masked order is one for each step of unmasking."""
+        """Draw an image again: from one forward pass for a causal order, from one per unmasking step for `masked`."""
         if self.own.causal:
             self._replay_next_patches(replay)
         else:
@@ -299,7 +309,7 @@ class MARObjective(ImageObjective):
         replay.compare("", image.x_NP[image.order_N], drawn)
 
     def _redraw(self, noise: Tensor, hidden: list[Tensor], scale: Tensor, steps: int) -> Tensor:
-        """Patches that the head draws given hidden states, one tensor for each guidance lane."""
+        """Patches that the head draws from hidden states, which are one tensor for each guidance lane."""
         states = [self.head.state(h) for h in hidden]
 
         def outputs(z: Tensor, t: Tensor) -> list[Tensor]:
@@ -309,19 +319,19 @@ class MARObjective(ImageObjective):
 
 
 def mask_ratio(quantile: float, settings: MaskRatioConfig) -> float:
-    """The share of patches that is hidden, at a uniform `quantile` of the cut normal distribution."""
+    """The share of hidden patches: the given `quantile` in (0, 1) of the truncated normal distribution."""
     normal = NormalDist(settings.mean, settings.std)
-    # By erfc, which keeps its digits in the tail (and is what NormalDist.cdf itself uses from Python 3.12 on).
+    # erfc is accurate in the tail. NormalDist.cdf uses it only from Python 3.12 on.
     low, high = (math.erfc((settings.mean - x) / (settings.std * math.sqrt(2))) / 2 for x in (settings.low, 1.0))
     inside = low + quantile * (high - low)
     return min(max(normal.inv_cdf(inside), settings.low), 1.0) if 0 < inside < 1 else settings.low
 
 
 def unmask_counts(hidden: int, steps: int) -> list[int]:
-    """How many of `hidden` patches each step reveals: floor(hidden cos(pi/2 (i+1)/T)) stay hidden after step i.
+    """The number of patches that each step reveals: floor(hidden cos(pi/2 (i+1)/T)) stay hidden after step i of T.
 
-    At least one is revealed per step and one is left for the last, so at most `hidden` steps are taken
-    (Chang et al. 2022, MaskGIT, section 3.2, as MAR uses it).
+    Every step reveals at least one patch, so there are at most `hidden` steps (Chang et al. 2022, MaskGIT,
+    section 3.2, as MAR uses it).
     """
     counts, left = [], hidden
     for i in range(min(steps, hidden)):
@@ -334,7 +344,7 @@ def unmask_counts(hidden: int, steps: int) -> list[int]:
 
 
 def guidance_at(share: float, sample: SampleConfig) -> float:
-    """The guidance scale once `share` of the patches is drawn: 1 + (w - 1) share for a linear ramp."""
+    """The guidance scale at which `share` of the patches are drawn: 1 + (w - 1) share for a linear ramp."""
     if sample.guidance_ramp == "constant":
         return sample.guidance_scale
     return 1 + (sample.guidance_scale - 1) * share

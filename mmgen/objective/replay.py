@@ -1,4 +1,4 @@
-"""What the parity check needs of an objective: to draw an image again from what training's forward pass gives.
+"""The part of the parity check that an objective implements: drawing an image again by training's forward pass.
 
 Suffixes: I patches of a batch, J patches that are learned, N patches of one image, n patches of one call, P patch
 length, D width.
@@ -21,59 +21,59 @@ from mmgen.objective.image_flow import ImageFlow
 from mmgen.sequence.batch import Batch
 
 TOLERANCE = 1e-9
-"""Of inputs, hidden states and patches in float64, relative to their largest magnitude."""
+"""Largest accepted difference in float64, relative to the largest magnitude of the compared values."""
 Put = Callable[[Batch, Tensor], None]
-"""Puts a sampler's state in place of what training drew: (batch, indices into I of the image's patches)."""
+"""Writes the state of a solver into a batch, over the draws of training: (batch, indices into I of the patches)."""
 
 
 @dataclass(frozen=True)
 class SampledImage:
-    """An image that the decoder drew, in raster order."""
+    """An image that the decoder drew, with its patches in raster order."""
 
     grid: Grid
     order_N: Tensor
     noise_NP: Tensor
     x_NP: Tensor
     inputs: list[Tensor]
-    """[n, D] of the conditional lane in each backbone call."""
+    """Inputs [n, D] of the conditional lane, one tensor for each backbone call."""
     sample: SampleConfig
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training's forward pass gave for the image, in the order of its row."""
+    """The result of training's forward pass for the image, with patches in the order of the row."""
 
     batch: Batch
     state: Any
-    """`Embedded.state`."""
+    """`Embedded.state` of the batch."""
     hidden_JD: Tensor
     at_J: Tensor
     """Index into I of each learned patch."""
 
 
 class Replay(ABC):
-    """One drawn image, training's forward pass of the documents that hold it, and where differences are reported."""
+    """A drawn image, with the forward pass of training for its documents, and a report of differences."""
 
     image: SampledImage
 
     @abstractmethod
     def train(self, step: str, calls: slice, put: Put) -> list[Trained]:
-        """Run the documents of all guidance lanes with a sampler's state, and compare these backbone calls with them.
+        """Run the documents of all guidance lanes with the state of a solver, and compare them with backbone calls.
 
-        `step` names the calls in a report.
+        `calls` selects the backbone calls of the decoder, and `step` names them in the report.
         """
 
     @abstractmethod
     def compare(self, step: str, sampled: Tensor, drawn: Tensor) -> None:
-        """Report how far patches that the decoder drew are from those drawn again."""
+        """Report the difference between patches of the decoder (`sampled`) and patches that were drawn again."""
 
 
 def redraw(
     flow: ImageFlow, outputs: Callable[[Tensor, Tensor], list[Tensor]], noise: Tensor, scale: Tensor, steps: int
 ) -> Tensor:
-    """Clean patches from noise by Euler steps of the guided flow, without the solvers that sampling uses.
+    """Clean patches from noise by Euler steps of the guided flow, independent of the solvers of `mmgen.flow`.
 
-    `outputs` are the network's at (z, t), conditional first.
+    `outputs(z, t)` returns the outputs of the network for each guidance lane, the conditional lane first.
     """
     times = torch.arange(steps + 1, dtype=torch.float64) / steps
     z: Tensor = noise * flow.path.sigma(times[0])

@@ -1,4 +1,4 @@
-"""Transfusion: the backbone is the denoiser."""
+"""Transfusion: noisy patches enter the backbone, which is the denoiser (Zhou et al. 2024)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mmgen.sequence.document import Block
 
 
 class TransfusionLayout(ImageLayout):
-    """A noisy copy of the image with one t, and under the policy `clean_copy` a clean one behind it."""
+    """A noisy copy of the image with one t, followed by a clean copy if the context is `clean_copy`."""
 
     def __init__(self, settings: ObjectiveConfig, patch_length: int) -> None:
         super().__init__(settings, patch_length)
@@ -41,7 +41,7 @@ class TransfusionLayout(ImageLayout):
         time = self.settings.time
         quantile = torch.scalar_tensor(site.quantile, dtype=torch.float64)
         t = float(choose(TIMES, time.distribution, "objective.time.distribution")(quantile, time.mu, time.sigma))
-        # An image that loses its caption must still be learned at every t: it trains the unconditional branch.
+        # An image whose caption was dropped trains the unconditional model, so it needs every t.
         if self.own.context == "capped" and site.text_after and not site.text_before:
             t = self.own.cap + (1 - self.own.cap) * t
         n = site.grid[0] * site.grid[1]
@@ -60,7 +60,7 @@ class TransfusionLayout(ImageLayout):
 
 @dataclass(frozen=True)
 class Noised:
-    """What the loss of a batch needs: its patches, their times and noise, and the projection's memory."""
+    """What the loss of a batch needs: patches, their times and noise, and the memory of the projection."""
 
     batch: Batch
     t_I: Tensor
@@ -69,7 +69,7 @@ class Noised:
 
 
 class Projections(nn.Module):
-    """Both maps of a patch projection."""
+    """The entry and the exit of a patch projection."""
 
     def __init__(self, projection: PatchProjection) -> None:
         super().__init__()
@@ -78,10 +78,10 @@ class Projections(nn.Module):
 
 
 class TransfusionObjective(ImageObjective):
-    """The backbone denoises: noisy patches with one t per image enter it, and it outputs x, eps or v.
+    """Transfusion (Zhou et al. 2024): noisy patches enter the backbone, which is the denoiser.
 
-    Zhou et al. 2024 (Transfusion). Attention inside the image is bidirectional; all patches are generated in
-    parallel by solving the flow.
+    All patches of an image have the same t and attend to each other in both directions. A solver generates them
+    together.
     """
 
     Layout = TransfusionLayout
@@ -133,7 +133,7 @@ class TransfusionObjective(ImageObjective):
             return clean
 
     def replay(self, replay: Replay) -> None:
-        """Each solver step is one forward pass of training with the step's z and t in the batch."""
+        """Draw an image again: each solver step is one forward pass of training with the z and t of that step."""
         image, steps = replay.image, count()
 
         def output(trained: Trained, t: Tensor) -> Tensor:

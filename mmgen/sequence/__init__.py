@@ -1,1 +1,1 @@
-"""Documents, packed rows and the attention rule."""
+"""Tokenizer, documents, packed rows and the attention rule."""

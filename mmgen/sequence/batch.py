@@ -1,7 +1,7 @@
-"""Written documents as packed rows: what loader workers send, and what the model takes.
+"""Batches of packed rows: `RawBatch` from loader workers, and `Batch`, the input of the model.
 
-Suffixes: B rows, S positions, I patches in the batch, M images in the batch, N patches of one
-image, U patches of all images (each image once), P patch length, L pixels of a patch.
+Suffixes: B rows, S positions, I patches in the batch, J learned patches, M images in the batch, N patches of one image,
+U patches of all images (each image once), P patch length, L pixel values of a patch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mmgen.sequence.tokenizer import Tokenizer
 
 
 class Cells(NamedTuple):
-    """Where each patch row stands: which image copy it belongs to, and its (row, column) there."""
+    """For each patch, the number of its image copy, and its cell (row, column) in the patch grid."""
 
     image_I: Tensor
     cell_I2: Tensor
@@ -34,44 +34,47 @@ IGNORE = -100
 
 @dataclass(kw_only=True)
 class Rows:
-    """B packed rows of S positions; what `RawBatch` and `Batch` share."""
+    """B packed rows of S positions: the fields that `RawBatch` and `Batch` share."""
 
     ids_BS: Tensor
     """Token ids; PAD at patches and padding."""
     position_BS: Tensor
-    """Position for the backbone's rotary embedding; restarts at 0 in each document."""
+    """Position for the rotary embedding of the backbone; it restarts at 0 in each document."""
     document_BS: Tensor
+    """Number of the document in its row, -1 at padding."""
     block_BS: Tensor
-    """Image block at each position, -1 at tokens."""
+    """Number of the image block in its row, -1 at tokens and padding."""
     bidirectional_BS: Tensor
+    """Whether positions of the block attend to each other in both directions."""
     noised_BS: Tensor
+    """Whether the block is hidden from all positions outside it."""
     label_BS: Tensor
-    """Id of the next token where cross-entropy stands, else `IGNORE`."""
+    """Id of the next token where there is a cross-entropy loss, else `IGNORE`."""
     label_at_L: Tensor
-    """Flat positions that carry a label."""
+    """Flat positions with a label."""
     at_I: Tensor
     """Flat position (row * S + position) of each patch."""
     image_I: Tensor
-    """Number of the block that each patch belongs to, unique in the batch."""
+    """Number of the block to which each patch belongs, unique in the batch."""
     cell_I2: Tensor
-    """(row, column) of each patch in its image."""
+    """Cell (row, column) of each patch in its image."""
     loss_at_J: Tensor
     """Indices into I of the patches that are learned."""
     draws: dict[str, Tensor]
-    """The objective's draws, first axis I."""
+    """What the objective drew for the patches (t, eps, masks), first axis I."""
     size_at_M: Tensor
     """Flat position of each image's size token."""
     first_M2: Tensor
-    """Place of the patch of each image that is generated first."""
+    """Cell of the patch of each image that is generated first."""
 
     @property
     def sites(self) -> Sites:
-        """The rule's view of all positions, shape [B, S]."""
+        """The facts about all positions [B, S] that the attention rule uses."""
         slot = torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device).expand_as(self.ids_BS)
         return Sites(slot, self.document_BS, self.block_BS, self.bidirectional_BS, self.noised_BS)
 
     def fields_as(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """Every field by name, `change` applied to each tensor."""
+        """All fields by name, with `change` applied to each tensor."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         changed = {name: change(value) for name, value in plain.items() if isinstance(value, Tensor)}
         return {**plain, **changed, "draws": {name: change(value) for name, value in self.draws.items()}}
@@ -79,40 +82,40 @@ class Rows:
 
 @dataclass(kw_only=True)
 class RawBatch(Rows):
-    """What loader workers send: each image once, in raster order, as it was stored."""
+    """A batch as loader workers send it: each image once, in raster order, as it was stored."""
 
     patches_UP: Tensor
-    """Patches of all images, one image after another. uint8: pixels 0..255 that are still to be scaled or encoded;
-    any other type: patches that are ready (latents, codes)."""
+    """Patches of all images, one image after another: pixel values 0..255 as uint8, which `prepare` scales or encodes,
+    or latents or codes of another type, which are ready."""
     grids: list[Grid]
     """Patch grid of each image."""
     source_I: Tensor
     """Index into U of each patch."""
 
     def pin_memory(self) -> RawBatch:
-        """A copy in page-locked memory, from where a GPU copies while it computes."""
+        """A copy in page-locked memory, which a GPU can copy while it computes."""
         return RawBatch(**self.fields_as(Tensor.pin_memory))
 
 
 @dataclass(kw_only=True)
 class Batch(Rows):
-    """What the model takes; `prepare` makes it."""
+    """The input of the model, as `prepare` makes it."""
 
     x_IP: Tensor
     """Clean patches: pixels in [-1, 1], latents of unit variance, or integer codes."""
 
     @property
     def modality(self) -> Tensor:
-        """1 at patches of images, 0 at tokens and padding, [B, S]."""
+        """1 at patches, 0 at tokens and padding, [B, S]."""
         return (self.block_BS >= 0).long()
 
     @property
     def cells(self) -> Cells:
-        """Where the patches stand in their images."""
+        """The image copies and cells of the patches."""
         return Cells(self.image_I, self.cell_I2)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """A copy on another device; `dtype`, where given, is that of patches and draws."""
+        """A copy on another device. `dtype`, if not None, is the type of patches and draws."""
         return Batch(**self.fields_as(lambda value: _moved(value, device, dtype)))
 
 
@@ -123,9 +126,9 @@ def _moved(value: Tensor, device: torch.device | str, dtype: torch.dtype | None)
 def prepare(
     raw: RawBatch, patcher: Patcher, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Batch:
-    """The batch that the model takes, on its device: pixels are scaled or encoded here and nowhere else.
+    """Move a batch to a device, and scale or encode its pixels there. No other function scales or encodes pixels.
 
-    `patcher` must be on that device; `dtype`, where given, is that of patches and draws.
+    `patcher` must be on that device. `dtype`, if not None, is the type of patches and draws.
     """
     shared = raw.fields_as(lambda value: _moved(value, device, dtype))
     patches_UP, source_I = shared.pop("patches_UP"), shared.pop("source_I")
@@ -138,7 +141,7 @@ def prepare(
 
 
 def _encoded(pixels_UL: Tensor, grids: Sequence[Grid], patcher: Patcher) -> Tensor:
-    """Patches [U, P] of the pixels of whole images; images of one grid are encoded together."""
+    """Patches [U, P] of the pixel values of whole images. Images of the same grid are encoded together."""
     if len(set(grids)) == 1:
         whole_MNL = pixels_UL.view(len(grids), -1, pixels_UL.shape[1])
         return patcher.encode_pixels(whole_MNL, grids[0]).flatten(0, 1)
@@ -157,13 +160,12 @@ def _encoded(pixels_UL: Tensor, grids: Sequence[Grid], patcher: Patcher) -> Tens
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What every packed row of a run has in common."""
+    """What all packed rows of a run have in common."""
 
     row_length: int
     tokenizer: Tokenizer
     nothing: Block
-    """The objective's block of an image without patches: it gives every draw its name and shape also where rows hold
-    no image."""
+    """The block of an image without patches. It gives every draw a name and a shape, also if rows contain no image."""
     patches: Patches
     """Length and type of the patches that are packed."""
 
@@ -171,11 +173,11 @@ class RowFormat:
 def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
     """Pack written documents into rows.
 
-    Each row is a list of strips, or of integers for empty slots of that many positions (a sample that
-    could not be read keeps its slot, so nothing else moves). What is left of a row becomes padding.
+    Each row is a list of strips and integers. An integer is an empty slot of that many positions: a sample that could
+    not be read keeps its slot, so that all other samples stay where they are. The rest of a row is padding.
 
     Raises:
-        ValueError: a row's documents are longer than `row_length`.
+        ValueError: the documents of a row are longer than `row_length`.
     """
     shape, tokenizer = (len(rows), form.row_length), form.tokenizer
     ids = np.full(shape, tokenizer.pad, dtype=np.int64)
@@ -248,10 +250,10 @@ def next_tokens(
     learned: NDArray[np.bool_],
     tokenizer: Tokenizer,
 ) -> NDArray[np.int64]:
-    """The label of every position of [B, S]: the next token, or `IGNORE`.
+    """The label of every position [B, S]: the id of the next token, or `IGNORE`.
 
-    Cross-entropy stands where this position is a token and the next one is a token of the same document that is
-    learned, except EOI (the decoder closes images itself) and the size token where only one size is declared.
+    A position has a label if it is a token and the next position is a learned token of the same document. EOI is never
+    a label, because the decoder closes images itself. The size token is one only where several sizes are declared.
     """
     label = np.full_like(ids, IGNORE)
     following = ids[:, 1:]

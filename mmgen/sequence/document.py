@@ -1,8 +1,8 @@
-"""Documents, and their text and images written out position by position.
+"""Documents of text and image segments, and the writer that turns them into positions.
 
-A document is an ordered list of text and image segments. Written out it is BOS segments EOS, an image being
-BOI size patches EOI, where `patches` is one block per copy of the image. `mmgen.sequence.batch` packs documents into
-rows, and `mmgen.sequence.attention` has the attention rule.
+A document is an ordered list of text and image segments. It is written as BOS, its segments and EOS. An image is
+written as BOI, a size token, one block of patches per copy of the image, and EOI. `mmgen.sequence.batch` packs written
+documents into rows, and `mmgen.sequence.attention` has the attention rule.
 
 Suffixes: N patches of one image, P patch length.
 """
@@ -29,11 +29,11 @@ class Block:
     draws: dict[str, NDArray[np.float32]]
     """What the objective drew for the patches, first axis N in the order of `order_N` (t, eps, masks...)."""
     bidirectional: bool = True
-    """Patches of the block see each other both ways."""
+    """Whether patches of the block attend to each other in both directions."""
     noised: bool = False
-    """Positions outside the block never see it."""
+    """Whether the block is hidden from all positions outside it."""
     loss: bool | NDArray[np.bool_] = True
-    """Its patches are learned; [N] where only some are."""
+    """Whether its patches are learned; an array [N] if only some of them are."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class TextSegment:
 
     ids: Sequence[int]
     learn: bool = True
-    """Its tokens have cross-entropy."""
+    """Whether its tokens have a cross-entropy loss."""
 
 
 @dataclass(frozen=True)
 class ImageSegment:
-    """One image: its patch rows in raster order, its grid and the blocks it becomes."""
+    """One image: its patches in raster order, its grid, and the blocks that are written for it."""
 
     x_NP: NDArray[Any]
     grid: Grid
     blocks: Sequence[Block]
     learn: bool = True
-    """Its opening tokens have cross-entropy; the loss of its patches is set by `blocks`."""
+    """Whether its BOI and size token have a cross-entropy loss. The loss of its patches is set by `blocks`."""
 
 
 Document = Sequence[TextSegment | ImageSegment]
@@ -69,7 +69,7 @@ class ImagePatches:
 
 @dataclass(frozen=True)
 class PlacedBlock:
-    """A block and where it begins."""
+    """A block, and the position at which it begins."""
 
     offset: int
     """Position of its first patch, counted from the start of the strip."""
@@ -90,7 +90,7 @@ class Opening:
 
 @dataclass
 class Strip:
-    """A stretch of one written document: per position lists, and its patches."""
+    """A written part of a document: lists with one item per position, and the patches."""
 
     ids: list[int] = field(default_factory=list)
     position: list[int] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Strip:
     bidirectional: list[bool] = field(default_factory=list)
     noised: list[bool] = field(default_factory=list)
     learned: list[bool] = field(default_factory=list)
-    """Belongs to a segment that is learned, or to none."""
+    """False for positions of a segment that is not learned, else True."""
     images: list[ImagePatches] = field(default_factory=list)
     blocks: list[PlacedBlock] = field(default_factory=list)
     openings: list[Opening] = field(default_factory=list)
@@ -108,22 +108,22 @@ class Strip:
 
 
 class Writer:
-    """Writes one document position by position; `take` hands over what was written since the last call.
+    """Writes one document, position by position. `take` returns the part written since the last call.
 
-    Training writes whole documents; the decoder writes what it has just generated. Both therefore number
-    positions and blocks by the same code.
+    Training writes whole documents, and the decoder writes each part that it has generated. Both number positions and
+    blocks by this class, so they agree.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.position = 0
-        """Position of what is written next."""
+        """Position of the next item."""
         self._strip = Strip()
         self._blocks = 0
         self._learn = True
 
     def tokens(self, ids: Sequence[int]) -> None:
-        """Append tokens; each counts one position up."""
+        """Append tokens. Each token takes one position."""
         n = len(ids)
         self._append(list(ids), list(range(self.position, self.position + n)), -1, False, False)
         self.position += n
@@ -134,15 +134,18 @@ class Writer:
         self.size(grid, first)
 
     def size(self, grid: Grid, first: tuple[int, int] = (0, 0)) -> None:
-        """Append the size token; `first` is the cell of the patch that is generated first."""
+        """Append the size token of a grid. `first` is the cell of the patch that is generated first."""
         if grid not in self.tokenizer.size:
             declared = ", ".join(f"{rows}x{columns}" for rows, columns in self.tokenizer.size)
-            raise ValueError(f"patch grid {grid[0]}x{grid[1]} was never declared (declared: {declared})")
+            raise ValueError(
+                f"patch grid {grid[0]}x{grid[1]} is not one of the declared grids ({declared}): add its image size to "
+                "model.patcher.image_sizes"
+            )
         self.tokens([self.tokenizer.size[grid]])
         self._strip.openings.append(Opening(len(self._strip) - 1, first))
 
     def patches(self, x_NP: NDArray[Any], grid: Grid, blocks: Sequence[Block]) -> None:
-        """Append the blocks of an image; all of them share one position."""
+        """Append the blocks of an image. All their patches share one position."""
         self._strip.images.append(ImagePatches(x_NP, grid))
         for block in blocks:
             n = len(block.order_N)
@@ -157,7 +160,7 @@ class Writer:
         self.tokens([self.tokenizer.eoi])
 
     def document(self, document: Document) -> Strip:
-        """Write BOS, all segments and EOS, and take the result."""
+        """Write BOS, all segments and EOS, and return the result."""
         self.tokens([self.tokenizer.bos])
         for segment in document:
             self.segment(segment)
@@ -177,7 +180,7 @@ class Writer:
         self._learn = True
 
     def take(self) -> Strip:
-        """What was written since the last `take`."""
+        """The part that was written since the last call of `take`."""
         strip, self._strip = self._strip, Strip()
         return strip
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the special tokens that shape a document."""
+"""The tokenizer: text to token ids and back, with the special tokens of a document."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Grid = tuple[int, int]
 
 
 def size_token(grid: Grid) -> str:
-    """The token that follows BOI and names the patch grid (rows, columns)."""
+    """The text of the token after BOI, which names the patch grid (rows, columns)."""
     return f"<|{grid[0]}x{grid[1]}|>"
 
 
 class Tokenizer:
-    """A `tokenizers` tokenizer plus BOS, EOS, PAD, BOI, EOI and one size token per declared patch grid.
+    """A tokenizer of the `tokenizers` library with BOS, EOS, PAD, BOI, EOI and one size token per declared patch grid.
 
-    User text never turns into a special token: `encode("<|boi|>")` gives the letters.
+    Text never becomes a special token: `encode("<|boi|>")` returns the ids of its letters.
     """
 
     def __init__(self, text: TextTokenizer, grids: Sequence[Grid]) -> None:
@@ -42,7 +42,7 @@ class Tokenizer:
 
     @classmethod
     def of(cls, config: Config) -> Tokenizer:
-        """The tokenizer of a configuration; raises what `load` raises."""
+        """The tokenizer of a configuration. It raises the errors of `load`."""
         return cls.load(config.data.tokenizer, config.model.patcher.grids)
 
     @classmethod
@@ -50,7 +50,7 @@ class Tokenizer:
         """Read a `tokenizer.json`.
 
         Raises:
-            FileNotFoundError: nothing at `path`; the message says how to make one.
+            FileNotFoundError: there is no file at `path`; the message names the command that makes one.
             ValueError: the file is not a tokenizer.
         """
         if not Path(path).is_file():
@@ -61,11 +61,11 @@ class Tokenizer:
         try:
             return cls(TextTokenizer.from_file(str(path)), grids)
         except Exception as error:  # tokenizers raises a bare Exception
-            raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
+            raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
 
     @cached_property
     def fingerprint(self) -> str:
-        """A name for this tokenizer: equal ones have equal names."""
+        """16 hexadecimal digits that identify this tokenizer. Equal tokenizers have equal fingerprints."""
         return hashlib.sha256(self._text.to_str().encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -82,22 +82,22 @@ class Tokenizer:
         return int(self._text.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without any special token."""
+        """Ids of plain text, without special tokens."""
         return list(self._text.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts at once, in threads."""
-        return [list(found.ids) for found in self._text.encode_batch(list(texts), add_special_tokens=False)]
+        """`encode` of many texts, in parallel threads."""
+        return [list(encoded.ids) for encoded in self._text.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens vanish."""
+        """Text of ids, without special tokens."""
         return str(self._text.decode([token for token in ids if token not in self.special]))
 
     def speaker(self) -> Callable[[int], str]:
-        """A function that takes one id after another and returns the text that each completes, perhaps none."""
+        """A function that takes one id per call and returns the text that the id completes, which may be empty."""
         stream = DecodeStream(skip_special_tokens=True)
         return lambda token: stream.step(self._text, token) or ""
 
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json` that `load` reads back to the same ids."""
+        """Write a `tokenizer.json`. `load` reads it back with the same ids."""
         self._text.save(str(path))

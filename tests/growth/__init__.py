@@ -1,1 +1,1 @@
-"""One thing is added in each file, as CONTRIBUTING.md describes; nothing else of mmgen is touched."""
+"""Tests of the contract for growth in CONTRIBUTING.md: each file adds one extension and changes no other file."""

@@ -1,4 +1,4 @@
-"""A metric and a task are one function or class and one line of a registry; nothing else has to know them."""
+"""Adding a metric or a task: one function or class, and one line of a registry."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COUNT = 80
 
 
 class Upper(Task):
-    """A digit in the upper half of a grey picture of 16 rows; captions say `upper 7`."""
+    """A digit in the upper half of a grey picture of 16 rows; captions are like `upper 7`."""
 
     def parse(self, caption: str) -> frozenset[Object] | None:
         words = caption.split()
@@ -46,7 +46,7 @@ def png(pixels: Pixels) -> bytes:
 
 
 def noisy_digit(digit: int, rng: np.random.Generator) -> Pixels:
-    """Ten patterns that any classifier tells apart."""
+    """Ten patterns that any classifier can distinguish."""
     grey = rng.integers(0, 40, (8, 8)).astype(np.uint8)
     grey[digit % 8, : 4 + digit // 8 * 4] = 255
     return grey
@@ -65,7 +65,7 @@ def shard(path: Path, task: Task | None, count: int, seed: int) -> str:
 
 @pytest.fixture
 def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drawn:
-    """Pictures of the new task that are right but for the first."""
+    """Pictures of the new task, where only the first is wrong."""
     monkeypatch.setitem(TASKS, "upper", Upper)
     task = TASKS["upper"]()
     patcher = PixelPatcher(PatcherConfig(channels=1, patch_size=2, image_sizes=[(16, 8)]))
@@ -90,7 +90,7 @@ def test_a_new_task_is_scored(drawn: Drawn) -> None:
 
 
 def test_a_new_metric_is_reported(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the model and for every baseline, under its name."""
+    """The report has it under its name, for the model and for every baseline."""
     monkeypatch.setitem(METRICS, "mean_pixel", lambda drawn: float(np.mean(drawn.pictures)))
     found = score(drawn)
     assert found["mean_pixel"] == pytest.approx(np.mean(drawn.pictures))
@@ -123,8 +123,8 @@ def report(scores: dict[str, float | None]) -> Report:
     )
 
 
-def test_a_report_is_flat_and_leaves_out_what_was_not_asked_for() -> None:
-    """The keys of `report.json`, in their order; a metric without a value stays, as null."""
+def test_a_report_is_flat_and_omits_scores_that_were_not_requested() -> None:
+    """The keys of `report.json` have a fixed order, and a metric without a value is null."""
     scores = {**dict.fromkeys(METRICS, 0.5), "fd_pixel_unbiased": None}
     begin = ["step", "t2i_n", "t2i_guidance", "t2i_solver_steps", "seconds_per_image", "t2i_accuracy", "fd_pixel"]
     begin += ["fd_pixel_unbiased", "within_class_variance_ratio", "two_sample_accuracy", "nn_distance_ratio"]

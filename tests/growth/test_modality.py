@@ -1,4 +1,4 @@
-"""Adding experts: every layer of the backbone is called with the modality of every position."""
+"""Adding experts: every layer of the backbone receives the modality of every position."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 def watch(model: Any) -> list[Tensor]:
-    """What each layer is told of the positions, call by call."""
+    """The modality that each layer receives, one tensor per call."""
     seen: list[Tensor] = []
     for layer in layers_of(model):
         layer.register_forward_pre_hook(lambda _, args, named: seen.append(named["modality"]), with_kwargs=True)
@@ -41,7 +41,7 @@ def watch(model: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "llama", "mistral", "gemma"])
-def test_every_layer_is_told_the_modality_of_every_position(config: Config, model_type: str) -> None:
+def test_every_layer_receives_the_modality_of_every_position(config: Config, model_type: str) -> None:
     extra = {"sliding_window": "null"} if model_type == "mistral" else {}
     config = override(config, {"model": {"backbone": {"model_type": model_type, "extra": extra}}})
     model, tokenizer = awake(config, torch.float32)
@@ -57,7 +57,7 @@ def test_every_layer_is_told_the_modality_of_every_position(config: Config, mode
 
 
 def test_experts_separate_text_from_images(config: Config) -> None:
-    """With experts added by a test, a change of the image expert leaves positions before any image as they were."""
+    """A change of the image expert does not change positions before the first image."""
     model, tokenizer = awake(config)
     for layer in layers_of(model):
         layer.mlp = Experts(layer.mlp, nn.Linear(32, 32).double())
@@ -83,8 +83,8 @@ def test_experts_separate_text_from_images(config: Config) -> None:
     assert changed[image].all()
 
 
-def test_the_decoder_tells_it_too(config: Config) -> None:
-    """While an image is drawn its positions are of the image modality, in the cached calls as in training."""
+def test_the_decoder_passes_the_modality_too(config: Config) -> None:
+    """While an image is drawn, its positions have the image modality, as in training."""
     model, tokenizer = awake(config, torch.float32)
     seen = watch(model)
     Decoder(model, tokenizer, config.sample).generate([Request(["ab"], "image", 1)])

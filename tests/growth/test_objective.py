@@ -1,6 +1,6 @@
-"""Adding an objective: discrete tokens. Patches are integer codes, the loss is cross-entropy, there is no noise.
+"""Adding an objective: discrete tokens, with integer codes as patches, a cross-entropy loss and no noise.
 
-What it touches: its own classes, its settings in `OBJECTIVE_SETTINGS`, its line in `OBJECTIVES`; its kind of patch in
+It adds its own classes, its settings to `OBJECTIVE_SETTINGS`, a line to `OBJECTIVES`, and its kind of patch to
 `PATCHERS`.
 """
 
@@ -39,7 +39,7 @@ class DiscreteSettings(Settings):
 
 
 class Codes(Patcher):
-    """Grey values of 2x2 pixels as codes 0 to 7; a stand-in for a discrete tokenizer of images."""
+    """Grey values of 2x2 pixels as codes 0 to 7, a simple discrete tokenizer of images."""
 
     stored = "codes"
 
@@ -64,7 +64,7 @@ class Codes(Patcher):
 
 
 class DiscreteLayout(ImageLayout):
-    """Codes in raster order under causal attention, as text is."""
+    """Codes in raster order under causal attention, like text."""
 
     bidirectional = False
 
@@ -85,9 +85,9 @@ class Discrete(ImageObjective):
         self.head = nn.Linear(width, self.own.codes)
 
     def embed(self, batch: Batch) -> Embedded:
-        goes_on = torch.zeros(len(batch.image_I), dtype=torch.bool, device=batch.image_I.device)
-        goes_on[:-1] = batch.image_I[1:] == batch.image_I[:-1]
-        following = self.place(batch.cell_I2.roll(-1, 0)) * goes_on.unsqueeze(1)
+        has_next = torch.zeros(len(batch.image_I), dtype=torch.bool, device=batch.image_I.device)
+        has_next[:-1] = batch.image_I[1:] == batch.image_I[:-1]
+        following = self.place(batch.cell_I2.roll(-1, 0)) * has_next.unsqueeze(1)
         values = torch.cat([self.enter(batch.x_IP.squeeze(1)) + following, self.place(batch.first_M2)])
         at = torch.cat([batch.at_I, batch.size_at_M])
         return Embedded(at, values, batch.at_I[batch.loss_at_J] - 1, batch.x_IP[batch.loss_at_J].squeeze(1))
@@ -132,14 +132,14 @@ def test_it_trains_and_draws_through_the_real_loop(discrete: Config) -> None:
     model, tokenizer = load_model(discrete.run.dir / "checkpoints" / "latest")
     assert isinstance(model.objective, Discrete)
     assert model.objective.own == DiscreteSettings(codes=8)
-    requests = [Request(["picture 1"], "image", 1), Request(["picture 2"], "image", 2, (3, 2)), Request(["go on"])]
+    requests = [Request(["picture 1"], "image", 1), Request(["picture 2"], "image", 2, (3, 2)), Request(["continue"])]
     results = Decoder(model, tokenizer, discrete.sample).generate(requests)
     assert [result.images[0].size for result in results[:2]] == [(4, 4), (4, 6)]
     assert Decoder(model, tokenizer, discrete.sample).generate([Request([results[0].images[0]], "text")])
 
 
-def test_what_is_drawn_is_what_one_forward_pass_predicts(discrete: Config) -> None:
-    """Greedy codes, drawn with a cache one after another, are the likeliest of the training pass over them."""
+def test_drawn_codes_are_those_that_one_forward_pass_predicts(discrete: Config) -> None:
+    """Greedy codes that are drawn one at a time with a cache are the likeliest codes of one training pass over them."""
     from mmgen.backbone import attention_mask
     from mmgen.sequence.batch import RowFormat, collate, prepare
     from mmgen.sequence.document import ImageSegment, TextSegment, Writer

@@ -38,7 +38,7 @@ class QuarterCircle(Path):
 
 
 def last_first(z: Tensor, times: Tensor, *, path: Path | None = None):
-    """Euler steps whose slope is the mean of two answers at the same time: Euler, at twice the price."""
+    """Euler steps whose slope is the mean of two evaluations at the same time: Euler's method at twice the cost."""
     for t, following in pairwise(times):
         one = yield z, t
         two = yield z, t
@@ -59,7 +59,7 @@ def test_a_path_trains_and_draws(config: Config, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_solver_draws(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The added solver, which is Euler's method written another way, draws the same image."""
+    """The added solver, which is equivalent to Euler's method, draws the same image."""
     monkeypatch.setitem(SOLVERS, "twice", SolverKind(last_first, "v"))
     assert train(override(config, {"train": {"steps": 1}})) == 0
     model, tokenizer = load_model(config.run.dir / "checkpoints" / "latest")

@@ -1,4 +1,4 @@
-"""Adding a patch projection: one class for every objective, and one line of the registry."""
+"""Adding a patch projection: one class for all objectives, and one line of the registry."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Up(PatchExit):
 
 
 class UNet(PatchProjection):
-    """A convolution over each image's patch grid, whose features skip the backbone."""
+    """A convolution over the patch grid of each image, with a skip connection around the backbone."""
 
     def entry(self) -> PatchEntry:
         return Down(self.settings.patch_length, self.width)
@@ -67,7 +67,7 @@ def unet(config: Config, monkeypatch: pytest.MonkeyPatch, objective: dict) -> Co
 
 @pytest.mark.parametrize("objective", [{"kind": "transfusion"}, {"kind": "mar"}], ids=["transfusion", "mar"])
 def test_one_class_serves_both_objectives(config: Config, monkeypatch: pytest.MonkeyPatch, objective: dict) -> None:
-    """It learns, every parameter has a gradient, and images of two sizes are drawn."""
+    """The loss falls, every parameter has a gradient, and images of two sizes are drawn."""
     config = unet(config, monkeypatch, objective)
     tokenizer = Tokenizer.of(config)
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def test_one_class_serves_both_objectives(config: Config, monkeypatch: pytest.Mo
 def test_masked_patches_do_not_leak_through_a_projection_that_mixes(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What MAR hides must not reach the inputs of its neighbours through the convolution."""
+    """The convolution must not carry masked patches to the inputs of their neighbours."""
     config = unet(config, monkeypatch, {"kind": "mar"})
     tokenizer = Tokenizer.of(config)
     model = build_model(config, len(tokenizer))

@@ -1,4 +1,4 @@
-"""Adding a kind of patch: codes that shards hold in place of images, from the tar to the loss of a discrete objective."""
+"""Adding a kind of patch: shards with codes instead of images, from the tar file to the loss of an objective."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def npy(array: np.ndarray) -> bytes:
 
 @pytest.fixture
 def stored(discrete: Config, tmp_path: Path) -> tuple[Config, dict[str, np.ndarray]]:  # noqa: F811
-    """A run on a shard of twelve captioned arrays of codes, and the arrays by caption."""
+    """The settings of a run on a shard with twelve captioned arrays of codes, and the arrays by caption."""
     rng, arrays, members = np.random.default_rng(0), dict[str, np.ndarray](), dict[str, bytes]()
     for i in range(12):
         arrays[f"codes {i}"] = rng.integers(0, 8, (2, 2) if i % 3 else (3, 2))
@@ -39,7 +39,7 @@ def stored(discrete: Config, tmp_path: Path) -> tuple[Config, dict[str, np.ndarr
     return override(discrete, {"data": {"train": [shard], "val": [], "caption_drop": 0.0}}), arrays
 
 
-def test_codes_of_a_shard_are_what_the_model_learns(stored: tuple[Config, dict[str, np.ndarray]]) -> None:
+def test_the_model_learns_the_codes_of_a_shard(stored: tuple[Config, dict[str, np.ndarray]]) -> None:
     config, arrays = stored
     tokenizer = Tokenizer.of(config)
     corpus = Corpus(config.data.train, tokenizer, config)
@@ -55,7 +55,7 @@ def test_codes_of_a_shard_are_what_the_model_learns(stored: tuple[Config, dict[s
     assert all(codes in [array.tolist() for array in arrays.values()] for codes in found)
 
 
-def test_a_run_on_codes_learns_them_by_heart(stored: tuple[Config, dict[str, np.ndarray]]) -> None:
+def test_a_run_on_codes_memorises_them(stored: tuple[Config, dict[str, np.ndarray]]) -> None:
     config, arrays = stored
     config = override(
         config, {"train": {"steps": 250, "save_every": 250, "lr": 0.01}, "sample": {"guidance_scale": 1.0}}

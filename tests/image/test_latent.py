@@ -1,4 +1,7 @@
-"""Latents: the patcher, shards of latents, and runs that are the same online and precomputed. The VAE is made here."""
+"""Latents: the patcher, shards of latents, and equal runs on pixels and on precomputed latents.
+
+The autoencoder is a small one with random weights.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def autoencoder(folder: Path, seed: int = 0, **changes: object) -> Path:
 
 
 def latent_config(tmp: Path, vae: Path, **changes: dict) -> Config:
-    """As `tiny`, with pictures of 8x8 and 12x8 pixels that become latents of 3x4x4 and 3x6x4."""
+    """Like `tiny`, but pictures of 8x8 and 12x8 pixels become latents of 3x4x4 and 3x6x4."""
     shard = tmp / "images" / "train-000.tar"
     if not shard.exists():
         shard.parent.mkdir()
@@ -69,7 +72,7 @@ def words(config: Config) -> Tokenizer:
 
 
 def precomputed(tmp: Path, config: Config, name: str = "latents", **options: bool) -> Config:
-    """The configuration on shards of latents that the tool wrote."""
+    """The configuration with shards of latents that `data_prep.latents` wrote."""
     (tmp / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     precompute(config=tmp / "config.yaml", out=tmp / name, **options)
     shard = str(tmp / name / "train-000.tar")
@@ -87,7 +90,7 @@ def vae(tmp_path: Path) -> Path:
 
 
 def test_latents_are_those_of_diffusers(tmp_path: Path, vae: Path) -> None:
-    """Encoding equals the library's own call and its pipelines' scaling; patches are cut as pixels are; decoding inverts."""
+    """Encoding equals a direct call of diffusers with the scaling of its pipelines, and decoding inverts it."""
     config = latent_config(tmp_path, vae)
     patcher = LatentPatcher(config.model.patcher)
     image = picture(np.random.default_rng(1), (12, 8))
@@ -125,7 +128,7 @@ def test_scaling_comes_from_the_configuration(tmp_path: Path, written: dict, mea
 
 
 def test_statistics_are_measured_where_none_are_written(tmp_path: Path, vae: Path) -> None:
-    """Normalised latents of the training images then have mean 0 and deviation 1, from pixels and from latents alike."""
+    """Normalised latents of the training images have mean 0 and std 1, from pixels and from stored latents."""
     written = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(
         json.dumps({k: v for k, v in written.items() if k not in ("scaling_factor", "shift_factor")})
@@ -144,7 +147,7 @@ def test_statistics_are_measured_where_none_are_written(tmp_path: Path, vae: Pat
 
 
 def epoch(config: Config, facts: AutoencoderFacts | None = None) -> list:
-    """All rows of an epoch as they enter the model."""
+    """All batches of an epoch, as they enter the model."""
     config = override(config, {"train": {"batch_rows": 64}})
     corpus = Corpus(config.data.train, words(config), config, facts)
     rows = list(corpus.plan.epoch_rows(0))
@@ -156,7 +159,7 @@ def epoch(config: Config, facts: AutoencoderFacts | None = None) -> list:
     [{"transfusion": {"context": "clean_copy"}}, {"kind": "mar"}, {"kind": "mar", "mar": {"order": "random"}}],
 )
 def test_batches_online_equal_precomputed(tmp_path: Path, vae: Path, objective: dict) -> None:
-    """Copies, orders and sizes mixed in a row all get the latents of their own image."""
+    """In rows with mixed copies, orders and sizes, every block has the latents of its own image."""
     config = latent_config(tmp_path, vae, objective=objective)
     one, two = epoch(config), epoch(precomputed(tmp_path, config))
     assert len(one) == len(two) > 0
@@ -171,7 +174,7 @@ def test_batches_online_equal_precomputed(tmp_path: Path, vae: Path, objective: 
 
 @pytest.mark.parametrize("objective", [{}, {"kind": "mar"}])
 def test_a_run_online_is_the_run_precomputed(tmp_path: Path, vae: Path, objective: dict) -> None:
-    """Same losses; the autoencoder is no part of the checkpoint; it resumes, draws, and reads images."""
+    """The losses are equal, the checkpoint has no autoencoder, and the run resumes, draws and reads images."""
     config = latent_config(tmp_path, vae, objective=objective, data={"workers": 1}, train={"steps": 3})
     stored = precomputed(tmp_path, config)
     assert train(config) == train(stored) == 0
@@ -189,11 +192,11 @@ def test_a_run_online_is_the_run_precomputed(tmp_path: Path, vae: Path, objectiv
     assert [result.images[0].size for result in results] == [(8, 8), (8, 12)]
     assert decoder.generate([Request([results[1].images[0]], "text")])[0].text is not None
 
-    assert train(override(config, {"train": {"steps": 4}})) == 0  # the same settings, which leave the facts out
+    assert train(override(config, {"train": {"steps": 4}})) == 0  # the same settings, without the facts
 
 
 def test_images_are_decoded_in_batches(tmp_path: Path, vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All images that are finished together pass the autoencoder once, and each is what it is alone."""
+    """Images that finish together are decoded in one call, and each equals the image that is decoded alone."""
     config = latent_config(tmp_path, vae)
     model, tokenizer = awake(config)
     decoder = Decoder(model, tokenizer, config.sample)
@@ -207,8 +210,8 @@ def test_images_are_decoded_in_batches(tmp_path: Path, vae: Path, monkeypatch: p
     assert np.abs(np.asarray(alone).astype(int) - np.asarray(together[3].images[0])).max() <= 1
 
 
-def test_shards_of_latents_hold_what_they_should(tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Names, keys, captions and interleaving stay; a second call writes nothing; another autoencoder is refused."""
+def test_shards_of_latents_keep_the_samples(tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names, keys, captions and order are kept, a second call writes nothing, another autoencoder is rejected."""
     import tarfile
 
     config = latent_config(tmp_path, vae)
@@ -245,7 +248,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def test_bad_latents_are_bad_samples(tmp_path: Path, vae: Path) -> None:
-    """`.npy` and `.safetensors` of others load; what is not finite, misshapen or pickled is left out with a reason."""
+    """Foreign `.npy` and `.safetensors` files load; arrays that are not finite, misshapen or pickled are bad samples."""
     rng = np.random.default_rng(0)
     good = rng.standard_normal((3, 4, 4)).astype(np.float32)
     nan = good.copy()
@@ -278,7 +281,7 @@ def test_bad_latents_are_bad_samples(tmp_path: Path, vae: Path) -> None:
         assert reason in reasons[key]
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path, vae: Path) -> None:
+def test_settings_that_do_not_fit_the_autoencoder_are_named(tmp_path: Path, vae: Path) -> None:
     config = latent_config(tmp_path, vae)
     stored = precomputed(tmp_path, config)
 
@@ -294,7 +297,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, vae: Path) -> None:
         with pytest.raises(ValueError, match=message):
             train(patcher(**change))
     for change, message in (
-        ({"image_sizes": [[10, 8]]}, "10x8 is not divisible by patch_size 2 of 2 pixels each"),
+        ({"image_sizes": [[10, 8]]}, "10x8 is not divisible by patch_size 2 times 2"),
         ({"vae": {"name": ""}}, "no autoencoder is named"),
         ({"vae": {"mean": [0.0]}}, "mean has 1 numbers for 3 channels"),
     ):
@@ -314,7 +317,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, vae: Path) -> None:
 
 
 def test_a_changed_autoencoder_is_noticed(tmp_path: Path, vae: Path) -> None:
-    """A run does not go on, and a model does not draw, with other weights in the autoencoder's folder."""
+    """With other weights in the folder of the autoencoder, a run does not resume and a model does not draw."""
     config = latent_config(tmp_path, vae, train={"steps": 1, "save_every": 1}, data={"val": []})
     assert train(config) == 0
     autoencoder(vae, seed=5)
@@ -327,7 +330,7 @@ def test_a_changed_autoencoder_is_noticed(tmp_path: Path, vae: Path) -> None:
 
 
 def test_an_autoencoder_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped and continued it gets the weights of an uninterrupted run; its folder fits the configuration."""
+    """A run that was stopped and resumed has the weights of an uninterrupted run, and its folder loads."""
     config = latent_config(tmp_path, tmp_path / "made")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     settings = train_vae.Settings(steps=5, batch=8, width=4)
@@ -361,7 +364,7 @@ def test_an_autoencoder_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_latents_in_the_evaluation(tmp_path: Path, vae: Path) -> None:
-    """Pictures out of shards of latents are what the autoencoder makes of the images; held-out losses run."""
+    """Pictures from shards of latents equal decoded images, and held-out losses are computed."""
     shard, rng, members = tmp_path / "train-000.tar", np.random.default_rng(0), dict[str, bytes]()
     for i in range(6):
         members[f"{i}.png"] = png(picture(rng, (8, 8) if i % 3 else (12, 8)))

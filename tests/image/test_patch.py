@@ -1,4 +1,4 @@
-"""Pixels to patch rows and back."""
+"""Patches of pixels and back, cell embeddings, projections and the tokenizer."""
 
 from __future__ import annotations
 

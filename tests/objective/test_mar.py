@@ -1,4 +1,4 @@
-"""MAR: what is hidden, what is learned, what the backbone sees, and what is drawn."""
+"""MAR: masking, layouts, losses, causality and drawing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ORDERS = ("masked", "random", "raster")
 
 
 def mar(config: Config, order: str = "masked", shared: dict | None = None, **own: object) -> Config:
-    """MAR with settings of its own, and of the section that all objectives share."""
+    """A MAR configuration with own settings (`own`) and settings that all objectives share (`shared`)."""
     section = {"order": order, "head": {"width": 24}, **own}
     return override(config, {"objective": {"kind": "mar", "mar": section, **(shared or {})}})
 
@@ -79,7 +79,7 @@ def test_the_masked_layout(config: Config) -> None:
         assert (noised.loss == masked).all()
         assert clean.loss is False
         assert not clean.draws["masked"].any()
-        # Times of one image fill the unit interval evenly, in no order.
+        # Times of one image fill the unit interval evenly, in random order.
         t = np.sort(noised.draws["t"].ravel())
         assert np.allclose(np.diff(t), 1 / t.size, atol=1e-6)
         assert not (np.diff(noised.draws["t"].ravel()) > 0).all()
@@ -95,7 +95,7 @@ def test_causal_layouts(config: Config) -> None:
 
 
 @pytest.mark.parametrize("kind", [{"kind": "mar"}, {"kind": "transfusion", "transfusion": {"context": "clean_copy"}}])
-def test_a_noised_copy_is_foreign_to_all_others(config: Config, kind: dict) -> None:
+def test_a_noisy_copy_is_hidden_from_all_other_positions(config: Config, kind: dict) -> None:
     config = override(config, {"objective": kind})
     _, tokenizer = awake(config)
     batch = first_batch(config, tokenizer)
@@ -113,8 +113,8 @@ def test_a_noised_copy_is_foreign_to_all_others(config: Config, kind: dict) -> N
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_backbone_never_sees_noise(config: Config, order: str) -> None:
-    """Its inputs depend neither on the times nor on the noise that the loss uses."""
+def test_the_inputs_of_the_backbone_have_no_noise(config: Config, order: str) -> None:
+    """The inputs of the backbone depend neither on the times nor on the noise of the loss."""
     config = mar(config, order)
     model, tokenizer = awake(config)
     batch = first_batch(config, tokenizer)
@@ -127,8 +127,8 @@ def test_the_backbone_never_sees_noise(config: Config, order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_loss_is_flow_matching_patch_by_patch(config: Config, order: str) -> None:
-    """Against a loop over patches and draws, v-prediction on the straight path."""
+def test_the_loss_is_flow_matching_of_each_patch(config: Config, order: str) -> None:
+    """It equals a loop over patches and draws, with v-prediction on the linear path."""
     config = mar(config, order)
     model, tokenizer = awake(config)
     batch = first_batch(config, tokenizer, 1)
@@ -195,8 +195,8 @@ def test_every_parameter_takes_part_without_images(config: Config, order: str, h
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-def knowing(model: MMGenModel, prediction: str, target_RNP: Tensor, flat: Tensor) -> None:
-    """Make the head exact for one picture; the hidden states it is given name the patch (see `answers`)."""
+def with_exact_head(model: MMGenModel, prediction: str, target_RNP: Tensor, flat: Tensor) -> None:
+    """Make the head exact for one picture. Its hidden states contain the index of the patch (see `answers`)."""
 
     def head(z: Tensor, t: Tensor, state: Tensor) -> Tensor:
         x = flat[state[..., 0].round().long()].expand(
@@ -210,7 +210,7 @@ def knowing(model: MMGenModel, prediction: str, target_RNP: Tensor, flat: Tensor
 
 
 def drawn_by(model: MMGenModel, spec: ImageSpec, order: str) -> Tensor:
-    """Drive a drawing whose hidden states name the patch that they predict."""
+    """Drive a drawing with hidden states that contain the index of the patch that they predict."""
     n = spec.noise_RNP.shape[1]
     index = torch.arange(n, dtype=torch.float64)
     drawing, calls = model.objective.generate(spec), 0
@@ -232,7 +232,7 @@ def drawn_by(model: MMGenModel, spec: ImageSpec, order: str) -> Tensor:
 @pytest.mark.parametrize("prediction", ["x", "eps", "v"])
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m", "ancestral", "euler_maruyama"])
 @pytest.mark.parametrize("painting", [False, True])
-def test_a_head_that_knows_a_picture_draws_it(
+def test_an_exact_head_draws_its_picture(
     config: Config, order: str, prediction: str, solver: str, painting: bool
 ) -> None:
     config = override(
@@ -242,7 +242,7 @@ def test_a_head_that_knows_a_picture_draws_it(
     model, _ = awake(config)
     length, rng = model.patcher.patch_length, torch.Generator().manual_seed(0)
     flat = torch.linspace(-1, 1, 6 * length, dtype=torch.float64).view(6, length)
-    knowing(model, prediction, flat, flat)
+    with_exact_head(model, prediction, flat, flat)
     noise = torch.randn(3, 6, length, dtype=torch.float64, generator=rng)
     orders = torch.stack(
         [torch.from_numpy(MARLayout(config.objective, 12).order((3, 2), np.random.default_rng(r))) for r in range(3)]
@@ -259,7 +259,7 @@ def test_a_head_that_knows_a_picture_draws_it(
 
 
 def test_the_regression_head_draws_one_picture(config: Config) -> None:
-    """Whatever the seed: it has no randomness but the order."""
+    """The picture does not depend on the seed, because only the order is random."""
     for kind, count in (("mse", 1), ("flow", 3)):
         config_ = mar(config, "raster", head={"kind": kind})
         model, tokenizer = awake(config_)
@@ -270,7 +270,7 @@ def test_the_regression_head_draws_one_picture(config: Config) -> None:
 
 
 def test_the_regression_head_learns_from_the_hidden_state(config: Config) -> None:
-    """It must fail for being a mean, not for being dead: on a few pictures it beats the best constant by far."""
+    """The head learns: on a few pictures its loss is far below that of the best constant."""
     config = mar(config, "raster", head={"kind": "mse", "width": 48})
     tokenizer = Tokenizer.of(config)
     torch.manual_seed(0)
@@ -314,11 +314,11 @@ def test_learning_and_drawing_from_shards(config: Config) -> None:
         ({"kind": "transfusion", "order": "raster"}, "write it as objective.mar.order"),
         ({"kind": "transfusion", "transfusion": {"context": "clean"}}, "objective.transfusion.context"),
         ({"kind": "transfusion", "mar": {"order": "spiral"}}, "objective.mar.order"),
-        ({"kind": "mar", "mar": {"order": "random"}, "bidirectional": True}, "would see itself"),
+        ({"kind": "mar", "mar": {"order": "random"}, "bidirectional": True}, "would attend to itself"),
         ({"others": {"tokens": {}}}, "no such objective"),
     ],
 )
-def test_combinations_without_sense_are_refused(config: Config, settings: dict, message: str) -> None:
+def test_contradictory_settings_are_rejected(config: Config, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         override(config, {"objective": settings})
 
@@ -331,7 +331,7 @@ def test_an_unknown_projection_is_refused(config: Config) -> None:
 def test_a_temperature_without_noise_is_refused(config: Config) -> None:
     model, tokenizer = awake(mar(config))
     cold = config.sample.model_copy(update={"noise_temperature": 0.9})
-    with pytest.raises(ValueError, match="'euler' adds none"):
+    with pytest.raises(ValueError, match="'euler' adds no noise"):
         Decoder(model, tokenizer, cold).generate([Request(["a"], "image")])
     stochastic = cold.model_copy(update={"solver": "ancestral"})
     frozen = stochastic.model_copy(update={"noise_temperature": 0.0})

@@ -1,6 +1,6 @@
-"""The interface of objectives, held by two that are written here: a raster MAR and a second, clean copy.
+"""The interface of objectives, tested by two that are written here: a raster MAR, and Transfusion with a clean copy.
 
-Each goes from shards through packing, loss and backward pass to generation.
+Each of them reads shards, packs rows, computes loss and gradients, and generates.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RasterLayout(ImageLayout):
 
 
 class RasterMAR(ImageObjective):
-    """Next-patch prediction: causal, clean inputs, a small head denoises each patch given the state before it."""
+    """Causal next-patch prediction: a small head denoises each patch, given the hidden state before it."""
 
     Layout = RasterLayout
 
@@ -104,7 +104,7 @@ class CopyLayout(TransfusionLayout):
 
 
 class CleanCopy(TransfusionObjective):
-    """Transfusion in which later text reads a second, clean copy of the image."""
+    """Transfusion in which later text attends to a second, clean copy of the image."""
 
     Layout = CopyLayout
 
@@ -141,7 +141,7 @@ def test_from_shards_to_pictures(config: Config, monkeypatch: pytest.MonkeyPatch
 
 
 def test_raster_is_causal_and_learns_every_patch(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state that predicts a patch depends on no later patch, and on each earlier one."""
+    """The hidden state that predicts a patch depends on all earlier patches and on no later patch."""
     config = override(config, {"train": {"batch_rows": 1}})
     config, model, tokenizer = build(config, monkeypatch, "raster")
     model = model.double().eval()
@@ -165,7 +165,7 @@ def _read(model: MMGenModel, batch: Batch) -> Tensor:
 
 
 def test_raster_generation_equals_one_forward_pass(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a cache and one patch per call, the drawn patches are those that the full pass predicts."""
+    """Patches that are drawn one at a time with a cache equal those that one full pass predicts."""
     config, model, tokenizer = build(config, monkeypatch, "raster")
     model = model.double().eval()
     config = override(config, {"sample": {"guidance_scale": 1.0}})
@@ -192,7 +192,7 @@ def test_raster_generation_equals_one_forward_pass(config: Config, monkeypatch: 
     np.testing.assert_allclose(drawn[0], again.numpy(), atol=1e-5)
 
 
-def test_a_noised_copy_is_seen_by_nobody_else(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_noisy_copy_is_hidden_from_all_other_positions(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     config = override(config, {"train": {"batch_rows": 1}})
     config, model, tokenizer = build(config, monkeypatch, "copy")
     corpus = Corpus(config.data.train, tokenizer, config)

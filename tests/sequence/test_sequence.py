@@ -1,4 +1,4 @@
-"""Documents, labels and the attention rule, against brute force and against transformers' masks."""
+"""Documents, labels and the attention rule, compared with brute force and with masks of transformers."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ segments = st.one_of(
 rows = st.lists(st.lists(st.lists(segments, min_size=1, max_size=2), max_size=2), min_size=1, max_size=2)
 
 
-def by_hand(batch: Batch) -> torch.Tensor:
-    """The rule of the design, read literally, one pair at a time."""
+def literal_rule(batch: Batch) -> torch.Tensor:
+    """The attention rule, written literally for one pair at a time."""
     B, S = batch.ids_BS.shape
     out = torch.zeros(B, S, S, dtype=torch.bool)
     for b in range(B):
@@ -68,9 +68,9 @@ def by_hand(batch: Batch) -> torch.Tensor:
 
 @settings(max_examples=12, deadline=None)
 @given(rows)
-def test_every_form_of_the_rule_is_the_rule(packed: list) -> None:
+def test_every_mask_equals_the_rule(packed: list) -> None:
     batch = pack(packed, 64)
-    expected = by_hand(batch)
+    expected = literal_rule(batch)
     assert torch.equal(dense_visible(batch.sites), expected)
     B, S = batch.ids_BS.shape
     flex = create_mask(flex_rule(batch.sites), B, None, S, S, device="cpu")
@@ -80,19 +80,19 @@ def test_every_form_of_the_rule_is_the_rule(packed: list) -> None:
 @settings(max_examples=8, deadline=None)
 @given(rows)
 def test_block_mask_holds_exactly_the_visible_pairs(packed: list) -> None:
-    """The BlockMask that CUDA gets: every visible pair lies in a block that is kept."""
+    """In the BlockMask for CUDA, every visible pair is in a block that is computed."""
     batch = pack(packed, 64)
     B, S = batch.ids_BS.shape
     blocks = create_block_mask(flex_rule(batch.sites), B, None, S, S, device="cpu", BLOCK_SIZE=16)
     kept = blocks.to_dense()[:, 0].bool().repeat_interleave(16, 1).repeat_interleave(16, 2)
-    expected = by_hand(batch)
+    expected = literal_rule(batch)
     assert not (expected & ~kept).any()
     per_block = expected.view(B, S // 16, 16, S // 16, 16).any(4).any(2)
-    assert torch.equal(blocks.to_dense()[:, 0].bool(), per_block), "no block is computed in vain"
+    assert torch.equal(blocks.to_dense()[:, 0].bool(), per_block), "no block without a visible pair is computed"
 
 
-def test_the_rule_is_transformers_rule() -> None:
-    """One document with bidirectional images: transformers' `causal or same block` says the same."""
+def test_the_rule_equals_the_mask_of_transformers() -> None:
+    """For one document with bidirectional images, it equals `causal or same block` of transformers."""
     batch = pack([[[TextSegment([1, 2]), image((2, 2)), TextSegment([3]), image((3, 2)), TextSegment([4])]]], 30)
     S = int((batch.document_BS[0] >= 0).sum())
     theirs = or_masks(causal_mask_function, blockwise_overlay(batch.block_BS))
@@ -101,10 +101,10 @@ def test_the_rule_is_transformers_rule() -> None:
     expected = theirs(b.view(1, 1), b.view(1, 1), where[:, None], where[None, :])
     assert torch.equal(dense_visible(batch.sites)[0, :S, :S], expected.view(S, S))
     broken = and_masks(causal_mask_function)(b, b, where[:, None], where[None, :])
-    assert not torch.equal(dense_visible(batch.sites)[0, :S, :S], broken), "a causal mask must be told apart"
+    assert not torch.equal(dense_visible(batch.sites)[0, :S, :S], broken), "a causal mask must differ"
 
 
-def test_layout_of_the_design() -> None:
+def test_the_layout_of_documents_in_a_row() -> None:
     """BOS text BOI size z.. EOI EOS | BOS BOI size z.. EOI text EOS | padding."""
     batch = pack([[[TextSegment([5, 6]), image((2, 2))], [image((2, 2)), TextSegment([7])]]], 26)
     t, size = TOK, TOK.size[(2, 2)]
@@ -146,7 +146,7 @@ def test_layout_of_the_design() -> None:
 
 
 def random_image(rng: np.random.Generator, grid: tuple[int, int], kinds: list[tuple[bool, bool]]) -> ImageSegment:
-    """Blocks in random orders, each with draws of its own; patches of the first are learned here and there."""
+    """Blocks in random orders, each with its own draws; random patches of the first block are learned."""
     n = grid[0] * grid[1]
     blocks = [
         Block(
@@ -159,13 +159,13 @@ def random_image(rng: np.random.Generator, grid: tuple[int, int], kinds: list[tu
 
 
 def walked(rows: list, length: int) -> dict[str, list]:
-    """Every field of a batch, written down one position after another."""
+    """Every field of a batch, computed one position at a time."""
     t = TOK
     found: dict[str, list] = {f.name.split("_")[0]: [] for f in fields(Batch) if f.name != "draws"}
     found |= {"t": [], "eps": [], "label_at": [], "loss_at": [], "size_at": []}
     images = 0
     for b, row in enumerate(rows):
-        line: list[tuple] = []  # id, position, document, block, both ways, noised
+        line: list[tuple] = []  # id, position, document, block, bidirectional, noised
         blocks = 0
         for d, document in enumerate(row):
             if isinstance(document, int):
@@ -254,8 +254,8 @@ def test_every_field_of_a_batch(seed: int) -> None:
         assert draw.dtype == torch.float32
 
 
-def test_a_batch_moves_whole() -> None:
-    """To another device, and its patches and draws to another type, without the batch that it came from changing."""
+def test_all_fields_of_a_batch_move() -> None:
+    """All fields move to another device, patches and draws to another type, and the first batch stays unchanged."""
     batch = pack([[[TextSegment([5]), image((2, 2))]]], 16)
     moved, wide = batch.to("meta"), batch.to("cpu", torch.float64)
     for f in fields(Batch):
@@ -272,7 +272,7 @@ def test_a_batch_moves_whole() -> None:
 
 
 def test_labels() -> None:
-    """EOI is never a target, the size token only where there is a choice, nothing crosses documents."""
+    """EOI is never a target, the size token only with several sizes, and no target crosses documents."""
     for tokenizer in (TOK, ONE):
         t, size = tokenizer, tokenizer.size[(2, 2)]
         several = tokenizer is TOK
@@ -294,13 +294,15 @@ def test_empty_slots_move_nothing() -> None:
 
 
 def test_a_row_that_is_too_short_is_refused() -> None:
-    assert pack([[[TextSegment([1, 2, 3, 4])]]], 6).document_BS.tolist() == [[0] * 6], "it may be full"
+    assert pack([[[TextSegment([1, 2, 3, 4])]]], 6).document_BS.tolist() == [[0] * 6], "a row may be full"
     with pytest.raises(ValueError, match=r"do not fit a row of 6 \(data.row_length\)"):
         pack([[[TextSegment([1, 2, 3, 4, 5])]]], 6)
 
 
 def test_an_undeclared_grid_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^patch grid 5x4 was never declared \(declared: 2x2, 3x2\)$"):
+    with pytest.raises(
+        ValueError, match=r"^patch grid 5x4 is not one of the declared grids \(2x2, 3x2\): add its image"
+    ):
         Writer(TOK).open_image((5, 4))
 
 
@@ -310,11 +312,11 @@ def test_user_text_is_never_a_special_token() -> None:
     assert TOK.decode(ids) == "<|boi|> and <|eos|>"
 
 
-def test_padding_sees_padding_only() -> None:
+def test_padding_attends_only_to_padding() -> None:
     batch = pack([[[TextSegment([5])]]], 8)
     seen = dense_visible(batch.sites)[0]
     assert not seen[3:, :3].any()
-    assert seen.diagonal().all(), "no query without a key: softmax would be NaN"
+    assert seen.diagonal().all(), "a query without a key would make softmax NaN"
 
 
 def test_visible_broadcasts() -> None:
