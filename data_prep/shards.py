@@ -294,8 +294,8 @@ def measure(tokenizer: Path | None) -> tuple[Callable[[str], int], str]:
 def pieces(text: str, length: int, size: Callable[[str], int]) -> Iterator[str]:
     """Consecutive pieces of at most `length`, cut at white space; a single longer word is cut inside."""
     words, used, gap = list[str](), 0, ""
-    for found in re.finditer(r"\S+|\s+", text.strip()):
-        part = found[0]
+    for match in re.finditer(r"\S+|\s+", text.strip()):
+        part = match[0]
         if part.isspace():
             gap = part
             continue
