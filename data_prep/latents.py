@@ -136,12 +136,12 @@ def opened(group: Group, config: Config) -> Sample:
     """The members of a group with their new extensions, images as arrays [H, W, C]; raises `BadSample`."""
     if group.reason or not group.members:
         raise BadSample(group.reason or f"neither an image nor text among members {sorted(group.others)}")
-    patch, found = config.model.patcher, dict(group.data)
-    if any(kind(name) in ARRAYS for name in found):
+    patch, contents = config.model.patcher, dict(group.data)
+    if any(kind(name) in ARRAYS for name in contents):
         raise BadSample("it holds a precomputed array already")
-    first = next((name for name in IMAGES if name in found), None)
+    first = next((name for name in IMAGES if name in contents), None)
     sample: Sample = {}
-    for name, data in found.items():
+    for name, data in contents.items():
         if kind(name) not in IMAGES:
             sample[name] = data
         elif name == first or "." in name:  # readers use the first of several unnamed images

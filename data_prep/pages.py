@@ -181,19 +181,19 @@ def documents(
     segments: list[Segment], length: int, images: int, size: Callable[[str], int]
 ) -> Iterator[tuple[Segment, ...]]:
     """Consecutive documents, each as long as the limits allow; a document without a picture is kept as text."""
-    held: list[Segment] = []
+    current: list[Segment] = []
     used = pictured = 0
     for segment in segments:
         parts: list[Segment] = [segment] if isinstance(segment, Picture) else [*pieces(segment, length, size)]
         for part in parts:
             need, picture = (0, 1) if isinstance(part, Picture) else (size(part), 0)
-            if held and (used + need > length or pictured + picture > images):
-                yield tuple(held)
-                held, used, pictured = [], 0, 0
-            held.append(part)
+            if current and (used + need > length or pictured + picture > images):
+                yield tuple(current)
+                current, used, pictured = [], 0, 0
+            current.append(part)
             used, pictured = used + need, pictured + picture
-    if held:
-        yield tuple(held)
+    if current:
+        yield tuple(current)
 
 
 def sample(root: Path, losses: Losses, document: Document) -> Sample:

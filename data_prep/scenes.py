@@ -54,8 +54,8 @@ def describe(objects: list[Object], rng: np.random.Generator) -> str:
 
 def allowed(objects: list[Object], name: str) -> bool:
     """Whether a scene belongs to a split: scenes of `heldout` have a held-out combination, the others have none."""
-    held = any((list(COLOURS).index(o.colour or ""), o.digit) in HELD_OUT for o in objects)
-    return held == (name == "heldout")
+    held_out = any((list(COLOURS).index(o.colour or ""), o.digit) in HELD_OUT for o in objects)
+    return held_out == (name == "heldout")
 
 
 def scenes(name: str, count: int, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> list[dict[str, Any]]:

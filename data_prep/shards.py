@@ -24,7 +24,6 @@ from mmgen.data.progress import Progress
 from mmgen.data.shards.pictures import UNDECODABLE, image_size, undecodable
 from mmgen.data.shards.samples import BadSample, Picture, assemble
 from mmgen.data.tools.findings import EXAMPLES, kind_of
-from mmgen.train.checkpoint.read import differences
 
 T = TypeVar("T")
 Sample = dict[str, bytes]
@@ -147,6 +146,8 @@ def _same_as_before(target: Target) -> None:
     out, name, made = writable(target.out), target.name, {**target.made, "per_shard": target.per_shard}
     note = out / f"{name}.source.json"
     if note.exists() and any(out.glob(f"{name}-*.tar")):
+        from mmgen.train.checkpoint.read import differences  # it imports torch, which takes seconds
+
         before = read_note(note)
         changed = differences({**made, "files": ""}, {**before, "files": ""})
         if made.get("files") != before.get("files"):
@@ -294,8 +295,8 @@ def measure(tokenizer: Path | None) -> tuple[Callable[[str], int], str]:
 def pieces(text: str, length: int, size: Callable[[str], int]) -> Iterator[str]:
     """Consecutive pieces of at most `length`, cut at white space; a single longer word is cut inside."""
     words, used, gap = list[str](), 0, ""
-    for found in re.finditer(r"\S+|\s+", text.strip()):
-        part = found[0]
+    for match in re.finditer(r"\S+|\s+", text.strip()):
+        part = match[0]
         if part.isspace():
             gap = part
             continue

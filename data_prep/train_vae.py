@@ -95,7 +95,7 @@ class Batches(Dataset[dict[Grid, Tensor]]):
                 image = images[int(rng.integers(len(images)))]
                 grids[image.grid].append(torch.from_numpy(image.x_NP))
                 missing -= 1
-        return {grid: torch.stack(found) for grid, found in sorted(grids.items())}
+        return {grid: torch.stack(images) for grid, images in sorted(grids.items())}
 
 
 def build(config: Config, settings: Settings) -> Any:

@@ -138,8 +138,8 @@ class Measured(ABC):
         facts = self.gather(indices)
         forms = self.forms(epochs, facts)
         text = np.where(forms == DROPPED, facts.tail, facts.text)
-        if not self.cut_overlong and (found := self.overlong(indices, facts, text)):
-            raise ValueError(refusal(found, self.config.data))
+        if not self.cut_overlong and (documents := self.overlong(indices, facts, text)):
+            raise ValueError(refusal(documents, self.config.data))
         fitted: Ints = np.minimum(self._around_text(facts) + text, self.config.data.row_length)
         return fitted, facts.learned_images, forms
 
@@ -171,10 +171,14 @@ class Overlong:
     """Positions that it needs."""
 
 
-def refusal(found: Sequence[Overlong], data: DataConfig) -> str:
+def refusal(documents: Sequence[Overlong], data: DataConfig) -> str:
     """The error message for documents that are longer than a row."""
-    first, longest = found[0], max(document.positions for document in found)
-    others = f" ({len(found)} documents are longer than a row; the longest needs {longest})" if len(found) > 1 else ""
+    first, longest = documents[0], max(document.positions for document in documents)
+    others = (
+        f" ({len(documents)} documents are longer than a row; the longest needs {longest})"
+        if len(documents) > 1
+        else ""
+    )
     return (
         f"sample {first.shard}/{first.key} needs {first.positions} positions, but data.row_length is "
         f"{data.row_length}{others}: {overlong_remedy(data)}"
@@ -290,10 +294,10 @@ class Dataset(Measured):
         """The facts of some samples, in the order of `indices`."""
         shards = np.searchsorted(self.starts, indices, side="right") - 1
         order = np.argsort(shards, kind="stable")
-        found, bounds = np.unique(shards[order], return_index=True)
+        numbers, bounds = np.unique(shards[order], return_index=True)
         parts = [
             self.facts(int(shard)).take(indices[places] - self.starts[shard])
-            for shard, places in zip(found, np.split(order, bounds[1:]), strict=True)
+            for shard, places in zip(numbers, np.split(order, bounds[1:]), strict=True)
         ]
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
@@ -301,16 +305,16 @@ class Dataset(Measured):
 
     def refuse_overlong(self) -> None:
         """Raise ValueError if a document is longer than a row; a data set of more than `CHECKED` samples is skipped."""
-        if len(self) <= CHECKED and (found := self.overlong_documents()):
-            raise ValueError(refusal(found, self.config.data))
+        if len(self) <= CHECKED and (documents := self.overlong_documents()):
+            raise ValueError(refusal(documents, self.config.data))
 
     def overlong_documents(self) -> list[Overlong]:
         """All documents that do not fit into a row with all their text."""
-        found: list[Overlong] = []
+        documents: list[Overlong] = []
         for shard in range(len(self.shards)):
             facts = self.facts(shard)
-            found += self.overlong(np.arange(len(facts.text)) + self.starts[shard], facts)
-        return found
+            documents += self.overlong(np.arange(len(facts.text)) + self.starts[shard], facts)
+        return documents
 
 
 class Samples(Sequence[Sample]):

@@ -215,9 +215,9 @@ class Documents(ABC):
         data, patcher = self.config.data, self.config.model.patcher
         image = open_image(picture.data, data.limits, lambda image: draft(image, patcher.image_sizes))
         image = fit(image, patcher.channels, patcher.image_sizes, data.resize, centering)
-        pixels_NP, found = self.patcher.pixels(image)
-        if found != grid:
-            raise BadSample(f"the image has the patch grid {found}, but {grid} was planned")
+        pixels_NP, actual = self.patcher.pixels(image)
+        if actual != grid:
+            raise BadSample(f"the image has the patch grid {actual}, but {grid} was planned")
         return DecodedImage(pixels_NP, grid, picture.learn)
 
     def _stored(self, picture: Picture, grid: Grid) -> DecodedImage:
@@ -225,10 +225,10 @@ class Documents(ABC):
         if stored.kind != self.patcher.stored:
             raise BadSample(f"it holds {STORED[stored.kind].plural}, which model.patcher.kind does not accept")
         try:
-            x_NP, found = self.patcher.encode_stored(stored.array)
+            x_NP, actual = self.patcher.encode_stored(stored.array)
         except ValueError as error:
             raise BadSample(str(error)) from None
-        if found != grid:
+        if actual != grid:
             height, width = (n * STORED[stored.kind].cell_pixels(self.config.model.patcher) for n in stored.size)
             raise BadSample(
                 f"{stored.kind} {list(stored.array.shape)} represents an image of {height}x{width} pixels, which "

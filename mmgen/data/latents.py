@@ -35,9 +35,9 @@ def find_facts(config: Config, tokenizer: Tokenizer) -> AutoencoderFacts | None:
     if config.model.patcher.kind != "vae":
         return None
     patcher = LatentPatcher(config.model.patcher, device())
-    found = known_statistics(config.model.patcher, patcher.autoencoder)
-    found = found or measure(config, tokenizer, patcher.autoencoder)
-    return AutoencoderFacts(patcher.fingerprint, found.mean, found.std)
+    statistics = known_statistics(config.model.patcher, patcher.autoencoder)
+    statistics = statistics or measure(config, tokenizer, patcher.autoencoder)
+    return AutoencoderFacts(patcher.fingerprint, statistics.mean, statistics.std)
 
 
 def device() -> str:

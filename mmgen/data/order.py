@@ -226,8 +226,8 @@ class Mixture:
                 n = min(end - at, count - place)
                 part = here[at - begin : at - begin + n]
                 epochs[part] = epoch
-                found = epoch_order(count, name, epoch, range(place, place + n), self.block)
-                indices[part] = found + self.starts[source]
+                order = epoch_order(count, name, epoch, range(place, place + n), self.block)
+                indices[part] = order + self.starts[source]
                 at += n
         return epochs, indices
 

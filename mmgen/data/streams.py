@@ -54,7 +54,7 @@ SETTLED = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldDocument(PlannedDocument):
+class StreamDocument(PlannedDocument):
     """A planned document with its sample, still encoded, because a stream cannot read it again."""
 
     sample: Sample
@@ -62,7 +62,7 @@ class HeldDocument(PlannedDocument):
 
 
 @dataclass(frozen=True)
-class Held:
+class ReadSample:
     """A sample that was read, still encoded."""
 
     sample: Sample
@@ -78,7 +78,7 @@ class Met:
     """Index of the shard in the stream's list."""
     group: int
     """Index of the following sample in the shard."""
-    found: Held | BadRecord
+    sample: ReadSample | BadRecord
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,13 @@ class StreamRow:
 class Window(Measured):
     """The samples of one window of a stream, numbered from 0, with an index in memory."""
 
-    def __init__(self, held: Sequence[Held], tokenizer: Tokenizer, config: Config, cut_overlong: bool = False) -> None:
+    def __init__(
+        self, samples: Sequence[ReadSample], tokenizer: Tokenizer, config: Config, cut_overlong: bool = False
+    ) -> None:
         super().__init__(config, cut_overlong)
-        self.samples, self.count = [one.sample for one in held], len(held)
+        self.samples, self.count = [one.sample for one in samples], len(samples)
         builder = Builder()
-        for one in held:
+        for one in samples:
             builder.add(one.sample, one.group, one.segments)
         self._columns = builder.columns(tokenizer)
         grids = patch_grids(self, config.model.patcher)
@@ -161,12 +163,12 @@ class Streams:
             source = self._epoch(stream, at)
             barren += 1
             while True:
-                held, following = self._gather(source, at, bad)
-                if not held:
+                samples, following = self._gather(source, at, bad)
+                if not samples:
                     break
                 if at.row:  # they came with the window's first row
                     bad = []
-                rows, barren = self.packed(stream, at, self.indexed(held)), 0
+                rows, barren = self.packed(stream, at, self.indexed(samples)), 0
                 for r in range(at.row, len(rows)):
                     after = replace(at, row=r + 1) if r + 1 < len(rows) else following
                     yield StreamRow(rows[r], after, bad)
@@ -176,9 +178,9 @@ class Streams:
         last = f": the last bad one is {bad[-1].name}: {bad[-1].reason}" if bad else ""
         raise ValueError(f"stream {stream} finds no usable sample in its shards{last}")
 
-    def indexed(self, held: Sequence[Held]) -> Window:
+    def indexed(self, samples: Sequence[ReadSample]) -> Window:
         """A window of these samples."""
-        return Window(held, self.tokenizer, self.config)
+        return Window(samples, self.tokenizer, self.config)
 
     def packed(self, stream: int, at: Cursor, window: Window) -> list[PlannedRow]:
         """The rows of a window that begins at `at`, in an order that does not depend on their lengths."""
@@ -186,35 +188,35 @@ class Streams:
         order = rng.permutation(window.count)
         columns = (column.tolist() for column in window.lengths(np.full(window.count, at.epoch), order))
         documents = [
-            HeldDocument(at.epoch, index, *facts, sample=window.samples[index], grids=window.grids[index])
+            StreamDocument(at.epoch, index, *facts, sample=window.samples[index], grids=window.grids[index])
             for index, *facts in zip(order.tolist(), *columns, strict=True)
         ]
         rows = pack([document.length for document in documents], self.config.data.row_length)
         return [[documents[i] for i in rows[r]] for r in rng.permutation(len(rows))]
 
-    def _gather(self, source: Iterator[Met], at: Cursor, bad: list[BadRecord]) -> tuple[list[Held], Cursor]:
+    def _gather(self, source: Iterator[Met], at: Cursor, bad: list[BadRecord]) -> tuple[list[ReadSample], Cursor]:
         """The samples of the window at `at` (none at the end of the epoch), and the start of the next window."""
-        held: list[Held] = []
+        samples: list[ReadSample] = []
         following = replace(at, window=at.window + 1, row=0)
         for met in source:
             following = replace(following, place=met.place, group=met.group, met=following.met + (at.epoch == 0))
-            if isinstance(met.found, BadRecord):
-                bad.append(met.found)
+            if isinstance(met.sample, BadRecord):
+                bad.append(met.sample)
                 continue
-            held.append(met.found)
-            if len(held) == self.window:
+            samples.append(met.sample)
+            if len(samples) == self.window:
                 break
-        return held, following
+        return samples, following
 
     def _epoch(self, stream: int, at: Cursor) -> Iterator[Met]:
         """The samples of a stream from `at` to the end of its epoch."""
         place, first = at.place, at.group
         while (shard := self.shard(stream, place, at.epoch)) is not None:
-            for group, found in self._shard(shard, first):
-                yield Met(place, group, found)
+            for group, sample in self._shard(shard, first):
+                yield Met(place, group, sample)
             place, first = place + 1, 0
 
-    def _shard(self, shard: str, first: int) -> Iterator[tuple[int, Held | BadRecord]]:
+    def _shard(self, shard: str, first: int) -> Iterator[tuple[int, ReadSample | BadRecord]]:
         """The samples of a shard after its first `first` ones; an interrupted read is retried from the same sample."""
         data, name = self.config.data, store.name(shard)
         for wait in (*store.RETRIES, None):
@@ -240,7 +242,7 @@ class Streams:
                     raise OSError(f"shard {shard} cannot be read: {error}") from None
                 time.sleep(wait)
 
-    def _look(self, name: str, group: Group, again: bool) -> Held | BadRecord:
+    def _look(self, name: str, group: Group, again: bool) -> ReadSample | BadRecord:
         try:
             if again:
                 raise BadSample(repeated(group))
@@ -249,7 +251,7 @@ class Streams:
                 raise BadSample(
                     "latents and codes are read only through an index, which records their maker: set data.streams to 0"
                 )
-            return Held(sample, group, [segment_facts(segment, self.config.data) for segment in sample.segments])
+            return ReadSample(sample, group, [segment_facts(segment, self.config.data) for segment in sample.segments])
         except BadSample as error:
             return BadRecord(name, group.key, str(error))
 
@@ -295,11 +297,11 @@ class StreamCorpus(Documents):
         return max(SETTLED, sum(cursor.met for cursor in position.streams.values()))
 
     def segments(self, planned: PlannedDocument) -> Decoded:
-        assert isinstance(planned, HeldDocument)
+        assert isinstance(planned, StreamDocument)
         return self.decode(planned.sample, planned.grids, planned.epoch)
 
     def name(self, planned: PlannedDocument) -> tuple[str, str]:
-        assert isinstance(planned, HeldDocument)
+        assert isinstance(planned, StreamDocument)
         return planned.sample.shard, planned.sample.key
 
     def part(self, number: int, sources: dict[int, Iterator[StreamRow]]) -> Part:

@@ -1,4 +1,4 @@
-"""A process that reads data is killed at any point; the next one resumes from the last saved position, in any layout."""
+"""A process that reads data is killed at any point; the next one resumes from the last saved position."""
 
 from __future__ import annotations
 

@@ -167,7 +167,8 @@ def test_rows_stream_across_windows_and_epochs() -> None:
     source = plan.rows(Position())
     found = [next(source) for _ in range(12)]
     assert [after for _, after in found][:6] == [
-        Position(0, 0, 1), Position(0, 0, 2), Position(0, 1, 1), Position(0, 1, 2), Position(0, 2, 1), Position(1, 0, 1),
+        Position(0, 0, 1), Position(0, 0, 2), Position(0, 1, 1), Position(0, 1, 2), Position(0, 2, 1),
+        Position(1, 0, 1),
     ]  # fmt: skip
     assert sorted(d.index for row, _ in found[:5] for d in row) == list(range(10))
     assert [d.epoch for row, _ in found for d in row] == [0] * 10 + [1] * 10 + [2] * 4

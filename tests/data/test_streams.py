@@ -52,7 +52,7 @@ def test_an_epoch_holds_each_sample_once(streamed: Config) -> None:
 
 
 def test_worlds_workers_and_resumes_are_one_run(streamed: Config) -> None:
-    """Steps 0 to n on one process and the rest on 1, 2 or 4, with 0, 1 or 2 workers: the rows equal those of one process."""
+    """Steps 0 to n on one process, the rest on 1, 2 or 4 with 0, 1 or 2 workers: the rows equal those of one."""
     whole = list(steps(opened(streamed), 0, STEPS, Cursors()))
     rows = [row_digests(step) for step in whole]
     assert len({digest for step in rows for digest in step}) == 8 * STEPS

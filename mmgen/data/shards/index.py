@@ -349,26 +349,26 @@ def find(shard: str, data: DataConfig) -> ShardIndex | None:
             _replace(cached, content)
     for path in (adjacent, cached):
         try:
-            found = ShardIndex(path)
+            index = ShardIndex(path)
         except (OSError, ValueError, KeyError):  # absent, or cut short
             continue
-        if found.meta.settings == settings_of(data) and found.meta.stamp == store.stamp(shard):
-            return found
+        if index.meta.settings == settings_of(data) and index.meta.stamp == store.stamp(shard):
+            return index
     return None
 
 
 def ensure(shard: str, tokenizer: Tokenizer, data: DataConfig) -> ShardIndex:
     """The index of a shard with text lengths of `tokenizer`; it is made or extended if necessary."""
-    found, column = find(shard, data), tokens_column(tokenizer)
-    if found and column in found:
-        return found
-    if found is None:
+    index, column = find(shard, data), tokens_column(tokenizer)
+    if index and column in index:
+        return index
+    if index is None:
         content = build(shard, tokenizer, data)
     else:
         texts: list[str] = []
-        for i in range(found.count):
-            texts += texts_of(load(shard, found, i, data))
-        content = _file({**found.columns(), column: token_lengths(texts, tokenizer)}, found.meta)
+        for i in range(index.count):
+            texts += texts_of(load(shard, index, i, data))
+        content = _file({**index.columns(), column: token_lengths(texts, tokenizer)}, index.meta)
     return ShardIndex(_write(shard, cached_path(shard, data.cache_dir), content))
 
 
@@ -379,14 +379,14 @@ def load(shard: str, index: ShardIndex, i: int, data: DataConfig) -> Sample:
     try:
         if last - first <= 2 * sum(size for *_, size in listed) + 65536:
             span = store.read(shard, first, last, data.cache_dir, data.limits)
-            found = {name: span[offset - first : offset - first + size] for name, offset, size in listed}
+            contents = {name: span[offset - first : offset - first + size] for name, offset, size in listed}
         else:
-            found = {n: store.read(shard, o, o + size, data.cache_dir, data.limits) for n, o, size in listed}
+            contents = {n: store.read(shard, o, o + size, data.cache_dir, data.limits) for n, o, size in listed}
     except OSError as error:
         raise BadSample(f"shard cannot be read: {error}") from None
-    if any(len(found[name]) != size for name, _, size in listed):
+    if any(len(contents[name]) != size for name, _, size in listed):
         raise BadSample("the shard is shorter than when it was indexed: index it again with `mmgen data index`")
-    return assemble(store.name(shard), key, found, data)
+    return assemble(store.name(shard), key, contents, data)
 
 
 @dataclass(frozen=True)
@@ -415,7 +415,7 @@ def ensure_all(
         ChildProcessError: a worker was killed.
     """
     checked = Progress("looking for indexes", "shards", len(shards), log, quiet=True).over(shards)
-    todo = [shard for shard in checked if (found := find(shard, data)) is None or tokens_column(tokenizer) not in found]
+    todo = [shard for shard in checked if (index := find(shard, data)) is None or tokens_column(tokenizer) not in index]
     if not todo:
         return
     before = _SAMPLES.value

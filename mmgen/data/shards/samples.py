@@ -216,24 +216,24 @@ def parse(shard: str, group: Group, data: DataConfig) -> Sample:
     return assemble(shard, group.key, group.data, data)
 
 
-def assemble(shard: str, key: str, found: Mapping[str, bytes], data: DataConfig) -> Sample:
+def assemble(shard: str, key: str, contents: Mapping[str, bytes], data: DataConfig) -> Sample:
     """The sample of the members of a key (extension to bytes); raises `BadSample`."""
-    loaded = _json(found["json"]) if "json" in found else {}
+    loaded = _json(contents["json"]) if "json" in contents else {}
     if isinstance(loaded, list):
-        return Sample(shard, key, _interleaved(loaded, key, found, data))
+        return Sample(shard, key, _interleaved(loaded, key, contents, data))
     meta = loaded if isinstance(loaded, dict) else {}
     caption = meta.get("caption")
-    if "txt" in found:
+    if "txt" in contents:
         try:
-            caption = found["txt"].decode("utf-8")
+            caption = contents["txt"].decode("utf-8")
         except UnicodeDecodeError as error:
             raise BadSample(f"caption cannot be read: .txt is not UTF-8 ({position(error)})") from None
     caption = "" if caption is None else _clean(caption, data)
-    array = next((found[name] for name in found if name.rsplit(".", 1)[-1] in ARRAYS), None)
-    image = next((found[name] for name in IMAGES if name in found), None)
+    array = next((contents[name] for name in contents if name.rsplit(".", 1)[-1] in ARRAYS), None)
+    image = next((contents[name] for name in IMAGES if name in contents), None)
     if image is None and array is None:
         if not caption:
-            raise BadSample(f"neither an image ({', '.join(IMAGES)}) nor text among members {sorted(found)}")
+            raise BadSample(f"neither an image ({', '.join(IMAGES)}) nor text among members {sorted(contents)}")
         return Sample(shard, key, (Text(caption),), meta=meta)
     picture = Picture(image or b"") if array is None else Picture(array, stored=True)
     if not picture.data:
@@ -257,7 +257,7 @@ def position(error: UnicodeDecodeError) -> str:
     return f"byte {error.object[error.start]:#04x} at position {error.start}"
 
 
-def _interleaved(listed: list[Any], key: str, found: Mapping[str, bytes], data: DataConfig) -> tuple[Segment, ...]:
+def _interleaved(listed: list[Any], key: str, contents: Mapping[str, bytes], data: DataConfig) -> tuple[Segment, ...]:
     """The segments of a `.json` list: a text, `{"text": ...}`, or `{"image": member}` with a member of the same key.
 
     With `"learn": false` in such an object, the segment has no loss.
@@ -271,9 +271,9 @@ def _interleaved(listed: list[Any], key: str, found: Mapping[str, bytes], data: 
         if isinstance(image, str):
             extension = (split_name(image) or ("", image))[1] if image.startswith(key + ".") else image
             kind = extension.lower().rsplit(".", 1)[-1]
-            if extension.lower() not in found or kind not in (*IMAGES, *ARRAYS):
-                raise BadSample(f"segment {image!r} names no image among members {sorted(found)}")
-            segments.append(Picture(found[extension.lower()], kind in ARRAYS, learn))
+            if extension.lower() not in contents or kind not in (*IMAGES, *ARRAYS):
+                raise BadSample(f"segment {image!r} names no image among members {sorted(contents)}")
+            segments.append(Picture(contents[extension.lower()], kind in ARRAYS, learn))
         elif text is not None:
             if cleaned := _clean(text, data):
                 segments.append(Text(cleaned, learn))

@@ -41,10 +41,10 @@ def filesystem(url: str) -> tuple[Any, str]:
     if url.startswith("pipe:"):
         raise ValueError(f"{url} would run a shell command: name a file, or a URL such as s3://bucket/shard.tar")
     try:
-        found, path = fsspec.core.url_to_fs(url)
+        system, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise ValueError(f"{url} cannot be opened: {error}") from None
-    return found, str(path)
+    return system, str(path)
 
 
 def expand(patterns: Patterns) -> list[str]:
@@ -164,7 +164,7 @@ class Unpacked:
         self._engine = self._new()
         self._rest = b""
         self._ready = b""
-        self.taken = self.given = 0
+        self.taken = self.returned = 0
 
     def _new(self) -> Any:
         if not self._zst:
@@ -206,9 +206,9 @@ class Unpacked:
                 self._rest = self._engine.unused_data if self._engine.eof else self._engine.unconsumed_tail
         except Exception as error:  # zlib.error and ZstdError have no common base class
             raise Damaged(f"its compressed data is damaged: {error}") from None
-        self.given += len(self._ready)
+        self.returned += len(self._ready)
         most = min(self.limits.shard_bytes, max(GRACE, self.limits.ratio * self.taken))
-        if self.given > most:
+        if self.returned > most:
             raise Damaged(f"it unpacks to more than {most} bytes (data.limits.ratio, data.limits.shard_bytes)")
         return True
 

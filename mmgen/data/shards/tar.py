@@ -107,8 +107,8 @@ def members(file: Readable, wanted: Callable[[str], bool], most: int) -> Iterato
         if kind in b"LKxgX":
             if size > HEADER_BYTES:
                 raise Damaged(f"an extended header of {size} bytes")
-            found = _extended(kind, source.whole(size, "an extended header"))
-            (fixed if kind == b"g" else once).update(found)
+            records = _extended(kind, source.whole(size, "an extended header"))
+            (fixed if kind == b"g" else once).update(records)
             continue
         fields = {**fixed, **once}
         once = {}

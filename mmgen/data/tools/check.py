@@ -253,13 +253,13 @@ def totals(corpus: Corpus) -> Totals:
 def duplicate_keys(corpus: Corpus) -> list[str]:
     """Samples whose shard name and key occur more than once, in one shard or in two shards of the same name."""
     dataset = corpus.dataset
-    found = []
+    names = []
     for number, shard in enumerate(dataset.shards):
-        found += [f"{store.name(shard)}/{key}" for key in dataset.index(number).meta.duplicates]
+        names += [f"{store.name(shard)}/{key}" for key in dataset.index(number).meta.duplicates]
     hashes = np.concatenate([dataset.facts(number).hashes for number in range(len(dataset.shards))])
     order = np.argsort(hashes, kind="stable")
     twice = order[1:][hashes[order][1:] == hashes[order][:-1]]
-    return found + ["/".join(dataset.name(int(index))) for index in np.sort(twice)]
+    return names + ["/".join(dataset.name(int(index))) for index in np.sort(twice)]
 
 
 def copies(corpus: Corpus) -> list[str]:
@@ -420,12 +420,12 @@ def index_shards(patterns: Patterns, tokenizer: Tokenizer, config: Config, worke
     """Index all shards that have no index."""
     shards = expand(patterns)
     ensure_all(shards, tokenizer, config.data, workers, log)
-    found = [ensure(shard, tokenizer, config.data) for shard in shards]
-    facts = "\n".join(f"{store.name(s)} {index.meta.sha256}" for s, index in zip(shards, found, strict=True))
+    indexes = [ensure(shard, tokenizer, config.data) for shard in shards]
+    facts = "\n".join(f"{store.name(s)} {index.meta.sha256}" for s, index in zip(shards, indexes, strict=True))
     return IndexReport(
         shards=len(shards),
-        samples=sum(index.count for index in found),
-        bad=sum(len(index.meta.bad) for index in found),
-        duplicates=sum(len(index.meta.duplicates) for index in found),
+        samples=sum(index.count for index in indexes),
+        bad=sum(len(index.meta.bad) for index in indexes),
+        duplicates=sum(len(index.meta.duplicates) for index in indexes),
         fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
     )

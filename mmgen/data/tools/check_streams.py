@@ -16,7 +16,7 @@ from mmgen.data.dataset import Overlong, overlong_remedy
 from mmgen.data.order import Cursor, PlannedDocument, PlannedRow
 from mmgen.data.progress import Progress
 from mmgen.data.shards.samples import BadRecord, BadSample, read
-from mmgen.data.streams import Held, HeldDocument, StreamCorpus, StreamRow, Streams, Window
+from mmgen.data.streams import ReadSample, StreamCorpus, StreamDocument, StreamRow, Streams, Window
 from mmgen.data.tools.check import RESUMES, STEPS, CheckOptions, Promises, Report
 from mmgen.sequence.tokenizer import Tokenizer
 
@@ -31,8 +31,8 @@ class _Collecting(Streams):
         super().__init__(shards, tokenizer, config)
         self.overlong: list[Overlong] = []
 
-    def indexed(self, held: Sequence[Held]) -> Window:
-        window = Window(held, self.tokenizer, self.config, cut_overlong=True)
+    def indexed(self, samples: Sequence[ReadSample]) -> Window:
+        window = Window(samples, self.tokenizer, self.config, cut_overlong=True)
         self.overlong += window.overlong_documents()
         return window
 
@@ -165,6 +165,6 @@ def _digest(rows: Sequence[PlannedRow]) -> str:
 
 
 def _facts(document: PlannedDocument) -> tuple[object, ...]:
-    assert isinstance(document, HeldDocument)
+    assert isinstance(document, StreamDocument)
     sample = document.sample
     return document.epoch, sample.shard, sample.key, document.length, document.images, document.form

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from mmgen.data.dataset import Overlong
-from mmgen.data.shards.samples import BadRecord
+if TYPE_CHECKING:  # scripts of data_prep use this module, and need no torch
+    from mmgen.data.dataset import Overlong
+    from mmgen.data.shards.samples import BadRecord
 
 EXAMPLES = 3
 """Names in a line."""

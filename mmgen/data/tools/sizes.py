@@ -26,15 +26,15 @@ Floats = NDArray[np.float64]
 
 def image_sizes(patterns: Patterns, tokenizer: Tokenizer, config: Config) -> Counter[Size]:
     """The number of images of each size, from the indexes of the shards; missing indexes are made."""
-    shards, found = expand(patterns), Counter[Size]()
+    shards, images = expand(patterns), Counter[Size]()
     ensure_all(shards, tokenizer, config.data)
     for shard in shards:
         index = ensure(shard, tokenizer, config.data)
         here = index.column("kind_s") == IMAGE
         sizes = np.stack([index.column("height_s")[here], index.column("width_s")[here]], axis=1)
         kinds, counts = np.unique(sizes, axis=0, return_counts=True)
-        found.update({(h, w): n for (h, w), n in zip(kinds.tolist(), counts.tolist(), strict=True)})
-    return found
+        images.update({(h, w): n for (h, w), n in zip(kinds.tolist(), counts.tolist(), strict=True)})
+    return images
 
 
 def candidates(pixels: int, patch_size: int) -> list[Size]:
@@ -55,8 +55,8 @@ def candidates(pixels: int, patch_size: int) -> list[Size]:
 def kept(sizes_N2: NDArray[np.int64], declared: Sequence[Size]) -> Floats:
     """The share of each image's area that remains after it is scaled to cover its declared size and cropped."""
     chosen = np.array(declared, dtype=np.float64)[nearest_size(sizes_N2, declared)]
-    given = np.asarray(sizes_N2, dtype=np.float64)
-    return np.asarray(np.exp(-np.abs(np.log(given[:, 0] / given[:, 1]) - np.log(chosen[:, 0] / chosen[:, 1]))))
+    own_N2 = np.asarray(sizes_N2, dtype=np.float64)
+    return np.asarray(np.exp(-np.abs(np.log(own_N2[:, 0] / own_N2[:, 1]) - np.log(chosen[:, 0] / chosen[:, 1]))))
 
 
 def choose_sizes(counts: Counter[Size], pixels: int, patch_size: int, most: int) -> list[Size]:
