@@ -81,11 +81,17 @@ def own_pictures(folder: Path) -> None:
         (folder / f"{i:02d}.txt").write_text(f"a {'red' if i % 2 else 'blue'} box")
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """The variables of a user's shell in which mmgen is installed."""
+    return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": f"{folder}:{ROOT}"}
+
+
 def run(command: str, folder: Path, code: int) -> None:
     """Run one line of a shell in a folder, and compare its exit code."""
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": f"{folder}:{ROOT}"}
     began = time.monotonic()
-    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False
+    )
     print(f"{time.monotonic() - began:6.1f} s  {command}", flush=True)
     assert done.returncode == code, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
@@ -96,21 +102,70 @@ def exit_code(command: str) -> int:
     return int(stated[1]) if stated else int("--inject" in shlex.split(command, comments=True))
 
 
+SHELL = """
+import sys, traceback
+names = {"__name__": "guide"}
+for path in sys.stdin:
+    try:
+        exec(compile(open(path.strip()).read(), path.strip(), "exec"), names)
+        print("\\nEND 0", flush=True)
+    except Exception:
+        print(traceback.format_exc(), "\\nEND 1", flush=True)
+"""
+
+
+class Python:
+    """A process that runs the Python blocks of a guide one after another, in one namespace."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        self.process: subprocess.Popen[str] | None = None
+
+    def run(self, text: str) -> None:
+        began = time.monotonic()
+        self.process = self.process or subprocess.Popen(
+            [sys.executable, "-c", SHELL],
+            cwd=self.folder,
+            env=environment(self.folder),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.process.stdin
+        assert self.process.stdout
+        self.count += 1
+        name = f"snippet_{self.count}.py"
+        (self.folder / name).write_text(text)
+        self.process.stdin.write(f"{name}\n")
+        self.process.stdin.flush()
+        lines: list[str] = []
+        for line in self.process.stdout:
+            if line.startswith("END "):
+                break
+            lines.append(line)
+        print(f"{time.monotonic() - began:6.1f} s  Python block {self.count}", flush=True)
+        assert line == "END 0\n", f"{name}:\n{text}\n{''.join(lines)}"
+
+    def close(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+
 def execute(blocks: list[Fence], folder: Path) -> None:
-    """Run the fences of a guide in order; its Python blocks share one process, which ends with the last one."""
-    script: list[str] = []
-    for block in blocks:
-        if block.skipped:
-            continue
-        if block.language == "python":
-            script.append(block.text)
-            (folder / "guide.py").write_text("\n".join(script))
-            if not any(b.language == "python" and not b.skipped for b in blocks[blocks.index(block) + 1 :]):
-                run("python guide.py", folder, 0)
-        elif block.language == "bash":
-            for line in block.commands:
-                if not line.startswith(("make ", "git clone", "cd ", "pip install")):
-                    run(small(line), folder, exit_code(line))
+    """Run the fences of a guide in order."""
+    python = Python(folder)
+    try:
+        for block in blocks:
+            if block.language == "python" and not block.skipped:
+                python.run(block.text)
+            elif block.language == "bash" and not block.skipped:
+                for line in block.commands:
+                    if not line.startswith(("make ", "git clone", "cd ", "pip install")):
+                        run(small(line), folder, exit_code(line))
+    finally:
+        python.close()
 
 
 @pytest.mark.slow
@@ -212,5 +267,11 @@ class TestTheChecks:
 
     def test_a_failing_snippet_is_seen(self, tmp_path: Path) -> None:
         blocks = fences("```python\na = 1\n```\ntext\n```python\nassert a == 2\n```\n")
-        with pytest.raises(AssertionError, match=r"guide\.py"):
+        with pytest.raises(AssertionError, match="assert a == 2"):
             execute(blocks, tmp_path)
+        execute(
+            fences(
+                "```python\nopen('b', 'w').close()\nc = 3\n```\n```bash\nls b\n```\n```python\nassert c == 3\n```\n"
+            ),
+            tmp_path,
+        )
