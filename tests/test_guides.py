@@ -29,7 +29,6 @@ SMALL = {
     "bench generation": "--rounds 1",
     "bench samplers": "--rounds 1",
     "bench data": "--rounds 1 --samples 50",
-    "-m data_prep.train_vae": "--steps 3 --width 4 --batch 8",
 }
 """Sizes that are appended to a command of a guide, so that a test of minutes becomes one of seconds."""
 GUIDES = guides()
