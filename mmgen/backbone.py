@@ -104,7 +104,7 @@ class RowCache(Cache):
         self._reach = int(self._slots.max()) + 1
         if self._reach > self.capacity:
             raise ValueError(
-                f"a sequence of {self._reach} positions exceeds the capacity of the decoder, {self.capacity}"
+                f"a sequence of {self._reach} positions exceeds the decoder's capacity of {self.capacity}"
             )
         return self._slots
 
