@@ -1,5 +1,5 @@
-# `make demo` and `make test` create what they need. On a machine whose Python already has torch (a CUDA build,
-# say), that torch is used; elsewhere the pinned one is installed.
+# `make demo` and `make test` create the environment and the data that they need. If Python already has torch (such as
+# a CUDA build), that torch is used; otherwise the pinned version is installed.
 PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 setup: $(VENV)/.ready
 
-# `--no-deps`: the list is complete but for torch, and azula, an oracle of the tests, does without the torchvision that it asks for.
+# `--no-deps`: the list has all packages except torch, and azula, which the tests compare with, works without torchvision.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	if $(PYTHON) -c "import torch" 2>/dev/null; then \
 	  $(PYTHON) -m venv --system-site-packages $(VENV); \
@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
-# Hashes of every file of the versions in constraints.txt.
+# Writes constraints.txt again with hashes of all files of its versions.
 pins:
 	set -e; new=$$(mktemp -d); sed -n '/^#/p; /^torch==/p' constraints.txt > $$new/head; \
 	sed -n '/^torch==/d; s/^\([A-Za-z].*==[^ ]*\).*/\1/p' constraints.txt > $$new/pins.in; \

@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import cyclopts
 
+USAGE = 2
+"""Exit code of an error in the command or its input."""
 
-def tell(message: str) -> None:
-    """One line for people, on standard error."""
+
+def log(message: str) -> None:
+    """Print one line for people on standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
 def run(main: Callable[..., None]) -> None:
-    """Run a script's command; errors of the user's making become one message and exit code 2."""
+    """Run a script's command; an error in the command or its input is printed as one message and exits with code 2."""
+    app = cyclopts.App(name=f"python -m data_prep.{Path(sys.argv[0]).stem}")
+    app.default(main)
     try:
-        cyclopts.run(main)
-    except (ValueError, OSError) as error:
-        tell(f"error: {error}")
-        sys.exit(2)
+        app(sys.argv[1:], exit_on_error=False)
+    except cyclopts.CycloptsError:  # it is printed by cyclopts
+        sys.exit(USAGE)
+    except (ValueError, OSError, ImportError) as error:
+        log(f"error: {reason(error)}")
+        sys.exit(USAGE)
+
+
+def reason(error: Exception) -> str:
+    """The message of an error; of an error of the operating system, the file and what is wrong with it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return str(error)
+
+
+def writable(out: Path) -> Path:
+    """The folder `out`, created if necessary; raises ValueError if it is a file."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return out

@@ -1,7 +1,7 @@
 """Real handwritten digits as shards: `python -m data_prep.digits --out data/digits`.
 
-The 1,797 8x8 images of scikit-learn's `load_digits` (Alpaydin and Kaynak 1998) in a fixed stratified split
-into disjoint train, judge and test shards, each sample a PNG and a JSON with caption and label.
+The 1,797 images of 8x8 pixels of scikit-learn's `load_digits` (Alpaydin and Kaynak 1998) in a fixed stratified split
+into disjoint train, judge and test shards. Each sample is a PNG and a JSON with caption and label.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from webdataset import ShardWriter
 
+from data_prep import run, writable
+
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
     "a {digit}",
@@ -33,7 +35,7 @@ Split = dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]
 
 
 def split() -> Split:
-    """Name to (images [n, 8, 8] in 0..255, labels [n]); the three parts share no image."""
+    """Name of a part to (images [n, 8, 8] with pixel values in 0..255, labels [n]); the three parts share no image."""
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)
     index = np.arange(len(images))
@@ -56,8 +58,8 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def write(out: Path, name: str, samples: list[dict[str, Any]], per_shard: int) -> None:
-    """Write one split as `NAME-000000.tar`, ...; a file appears under its final name only when complete."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write one part as `NAME-000000.tar`, ...; a file gets its final name only when it is complete."""
+    writable(out)
     with ShardWriter(str(out / f"{name}-%06d.tar.part"), maxcount=per_shard, verbose=0, encoder=True) as sink:
         for i, sample in enumerate(samples):
             sink.write({"__key__": f"{name}-{i:06d}", **sample})
@@ -66,7 +68,7 @@ def write(out: Path, name: str, samples: list[dict[str, Any]], per_shard: int) -
 
 
 def caption(digit: int, rng: np.random.Generator) -> str:
-    """One of the templates, the digit as numeral or word."""
+    """One of the templates, with the digit as a numeral or a word."""
     name = str(digit) if rng.random() < 0.5 else WORDS[digit]
     return TEMPLATES[int(rng.integers(len(TEMPLATES)))].format(digit=name)
 
@@ -84,4 +86,4 @@ def main(*, out: Annotated[Path, cyclopts.Parameter(help="Folder to write.")] = 
 
 
 if __name__ == "__main__":
-    cyclopts.run(main)
+    run(main)

@@ -1,6 +1,6 @@
-"""A folder of images with captions beside them as shards: `python -m data_prep.folder PICTURES --out data/mine`.
+"""A folder of images with caption files as shards: `python -m data_prep.folder PICTURES --out data/mine`.
 
-The caption of `a/b.jpg` is in `a/b.txt`, `a/b.caption` or `a/b.json` (`{"caption": ...}`, which is kept whole).
+The caption of `a/b.jpg` is in `a/b.txt`, `a/b.caption` or `a/b.json` (`{"caption": ...}`; its other fields are kept).
 """
 
 from __future__ import annotations
@@ -12,48 +12,51 @@ from typing import Annotated, Any
 
 import cyclopts
 
-from data_prep import run, tell
+from data_prep import log, reason, run
 from data_prep.shards import LeftOut, Sample, Target, as_json, identity, image_member, shown, walk, write
 from data_prep.table import READERS
+from mmgen.data.progress import Progress
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 CAPTIONS = (".txt", ".caption", ".json")
 
 
 def main(
-    folder: Annotated[Path, cyclopts.Parameter(help="Searched with all its folders.")],
+    folder: Annotated[Path, cyclopts.Parameter(help="Folder of images; its subfolders are searched too.")],
     *,
     out: Annotated[Path, cyclopts.Parameter(help="Folder to write.")],
-    name: Annotated[str, cyclopts.Parameter(help="What shards are called.")] = "train",
+    name: Annotated[str, cyclopts.Parameter(help="Name of the shards: NAME-000000.tar, ...")] = "train",
     per_shard: Annotated[int, cyclopts.Parameter(help="Images per shard.")] = 1000,
     captionless: Annotated[bool, cyclopts.Parameter(help="Keep images without a caption.", negative="")] = False,
 ) -> None:
-    """Write a folder of images with sidecar captions as shards; repeat the command to go on."""
+    """Write a folder of images with caption files as shards; repeat the command to resume."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
-    found = list(walk(folder, without=out))
-    images = [path for path in found if path.suffix.lower() in IMAGES]
-    captions = {path.with_suffix(path.suffix.lower()): path for path in found if path.suffix.lower() in CAPTIONS}
-    for table in (path for path in found if path.stem == "metadata" and path.suffix in READERS):
-        tell(f"{table} is a table of captions: python -m data_prep.table {table} --image file_name --caption text")
+        raise ValueError(f"{folder} is not a folder: name the folder of the images")
+    files = list(Progress("listing files", "files", quiet=True).over(walk(folder, without=out)))
+    images = [path for path in files if path.suffix.lower() in IMAGES]
+    captions = {path.with_suffix(path.suffix.lower()): path for path in files if path.suffix.lower() in CAPTIONS}
+    for table in (path for path in files if path.stem == "metadata" and path.suffix in READERS):
+        log(f"{table} is a table of captions, which this script does not read. To read it:")
+        log(f"    python -m data_prep.table {table} --image file_name --caption text")
     made = {"files": identity([*images, *captions.values()], folder), "captionless": captionless}
-    write(Target(out, name, per_shard, made), images, partial(sample, folder, captions, captionless))
+    target = Target(out, name, per_shard, made)
+    write(target, images, partial(sample, folder, captions, captionless), len(images))
 
 
 def sample(folder: Path, captions: dict[Path, Path], captionless: bool, image: Path) -> Sample:
-    """The image, and as JSON its caption and where it came from."""
+    """The members of a sample: the image, and a JSON with its caption and its source; raises `LeftOut`."""
     source = shown(image, folder)
     try:
         meta = caption(image, captions)
         if not meta["caption"] and not captionless:
-            raise LeftOut(f"{source}: no caption beside it ({', '.join(CAPTIONS)}); --captionless keeps it")
+            raise LeftOut(source, f"no caption file ({', '.join(CAPTIONS)}) of the same name; --captionless keeps it")
         return {**image_member(image.read_bytes(), source), "json": as_json({**meta, "source": source})}
     except OSError as error:
-        raise LeftOut(f"{source}: {error}") from None
+        raise LeftOut(source, reason(error)) from None
 
 
 def caption(image: Path, captions: dict[Path, Path]) -> dict[str, Any]:
-    """What the first sidecar says, its caption empty where there is none; raises `LeftOut` where it cannot be read."""
+    """The fields of an image's caption file, with an empty caption if there is none; raises `LeftOut`."""
     for suffix in CAPTIONS:
         sidecar = captions.get(image.with_suffix(suffix))
         if sidecar is None:
@@ -62,11 +65,11 @@ def caption(image: Path, captions: dict[Path, Path]) -> dict[str, Any]:
             text = sidecar.read_text("utf-8-sig")
             meta = json.loads(text) if suffix == ".json" else {"caption": text}
         except (ValueError, RecursionError) as error:
-            raise LeftOut(f"{sidecar}: cannot be read: {error}") from None
-        told = meta.get("caption") or "" if isinstance(meta, dict) else None
-        if not isinstance(told, str):
-            raise LeftOut(f'{sidecar}: is not {{"caption": "..."}}')
-        return {**meta, "caption": told.strip()}
+            raise LeftOut(str(sidecar), f"cannot be read: {error}") from None
+        text = meta.get("caption") or "" if isinstance(meta, dict) else None
+        if not isinstance(text, str):
+            raise LeftOut(str(sidecar), 'is not {"caption": "..."}')
+        return {**meta, "caption": text.strip()}
     return {"caption": ""}
 
 

@@ -1,15 +1,15 @@
 """Latents of the images of shards, as new shards: `python -m data_prep.latents --config FILE --out FOLDER [SHARD...]`.
 
-Names of shards and keys stay, and with them a run's order and noise: training on the latents is the run that training
-on the images is. Each image becomes a `.safetensors` member `latent` [C, h, w], not normalised, whose header names the
-autoencoder; text stays. The same command goes on where it stopped: a shard has its name only when it is complete.
+Shard names and keys are kept, and therefore the order and the noise of a run: training on the latents equals training
+on the images. Each image becomes a `.safetensors` member with the tensor `latent` [C, h, w], not normalised, and the
+fingerprint of the autoencoder in its header; text is copied. The same command resumes after an interruption, because a
+shard gets its name only when it is complete.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice
@@ -22,60 +22,64 @@ import torch
 from safetensors.numpy import save
 from webdataset import TarWriter
 
-from data_prep import run, tell
+from data_prep import log, run, writable
+from data_prep.shards import read_note
 from mmgen.config import Config
 from mmgen.config_io import load
 from mmgen.data.latents import device
+from mmgen.data.progress import Progress
 from mmgen.data.shards import store
+from mmgen.data.shards.index import find
 from mmgen.data.shards.pictures import open_image
-from mmgen.data.shards.samples import ARRAYS, IMAGES, BadSample, Group, groups
+from mmgen.data.shards.samples import ARRAYS, IMAGES, BadRecord, BadSample, Group, damage, groups
 from mmgen.data.shards.tar import Damaged
+from mmgen.data.tools.findings import folded_bad
 from mmgen.image.latent import LatentPatcher
 from mmgen.image.resize import draft, fit
 from mmgen.train.checkpoint.read import differences
 
 AHEAD = 8
-"""Batches of images that are read before they are encoded, so that those of one size meet."""
+"""Number of batches that are read before they are encoded, so that images of equal size are encoded together."""
 Sample = dict[str, Any]
-"""Its key, and its members by extension; an array [H, W, C] in place of an image that is still to be encoded."""
+"""The key and the members by extension; an image that is not encoded yet is an array [H, W, C]."""
 
 
 def main(
-    *shards: Annotated[str, cyclopts.Parameter(help="Shards; by default those of data.train and data.val.")],
-    config: Annotated[Path, cyclopts.Parameter(help="YAML file of the run that will read them.")],
+    *shards: Annotated[str, cyclopts.Parameter(help="Shards of images; by default those of data.train and data.val.")],
+    config: Annotated[Path, cyclopts.Parameter(help="YAML file of the run that will read the latents.")],
     out: Annotated[Path, cyclopts.Parameter(help="Folder to write.")],
-    half: Annotated[bool, cyclopts.Parameter(help="Store 16 instead of 32 bits.", negative="")] = False,
+    half: Annotated[bool, cyclopts.Parameter(help="Store 16 instead of 32 bits per number.", negative="")] = False,
 ) -> None:
-    """Write the latents of shards of images as new shards of the same names and keys."""
+    """Write the latents of shards of images as new shards of the same names and keys; repeat the command to resume."""
     settings = load(config)
     patterns = [*shards] or [*settings.data.train, *settings.data.val]
     sources = list(dict.fromkeys(store.expand(patterns)))
     targets = {out / plain(store.name(shard)): shard for shard in sources}
     if len(targets) < len(sources):
-        raise ValueError("two shards have one name: write them to different folders")
+        raise ValueError("two shards have the same name: encode them in two commands with different --out folders")
     if not settings.model.patcher.latent:
         raise ValueError(f"{config} trains on pixels: set model.patcher.kind to vae and name the autoencoder")
     if settings.data.crop != "center":
-        raise ValueError("data.crop is random, but a stored latent has one crop: set it to center")
+        raise ValueError("data.crop is random, but a stored latent has one crop: set data.crop to center")
     patcher = LatentPatcher(settings.model.patcher, device())
     _same_as_before(out, settings, patcher, half)
     bad = 0
     for number, (target, shard) in enumerate(targets.items(), 1):
         if target.exists():
-            tell(f"{target}: is there ({number} of {len(targets)})")
+            log(f"{target}: exists ({number} of {len(targets)})")
             continue
         bad += write(target, shard, settings, patcher, half)
-        tell(f"{target}: written ({number} of {len(targets)})")
+        log(f"{target}: written ({number} of {len(targets)})")
     print(f"{len(targets)} shards of latents in {out}" + (f"; {bad} samples left out" if bad else ""))
 
 
 def plain(name: str) -> str:
-    """The name of a shard that is not compressed."""
+    """The name of a shard without the ending of its compression."""
     return re.sub(r"(\.tar)?\.(gz|tgz|zst)$", ".tar", name)
 
 
 def _same_as_before(out: Path, config: Config, patcher: LatentPatcher, half: bool) -> None:
-    """Note in the folder how its latents are made; raises ValueError where some were made in another way."""
+    """Store the settings of the latents in their folder; raises ValueError if it holds latents of other settings."""
     patch = config.model.patcher
     made = {
         "vae": patch.vae.name,
@@ -84,62 +88,63 @@ def _same_as_before(out: Path, config: Config, patcher: LatentPatcher, half: boo
         "resize": config.data.resize,
         "half": half,
     }
-    note = out / "latents.json"
-    changed = differences(made, json.loads(note.read_text())) if note.exists() else []
+    note = writable(out) / "latents.json"
+    changed = differences(made, read_note(note)) if note.exists() else []
     if [item for item in changed if not item.startswith("vae ")]:
         raise ValueError(
-            f"{out} holds latents that were made in another way: {'; '.join(changed)}. Choose another --out"
+            f"{out} holds latents that were made with other settings: {'; '.join(changed)}. Choose another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(made, indent=1) + "\n")
 
 
 def write(target: Path, shard: str, config: Config, patcher: LatentPatcher, half: bool) -> int:
-    """One shard of latents; returns how many samples were left out."""
-    part, lost = target.with_name(target.name + ".part"), list[str]()
-    done, began, said = 0, time.monotonic(), time.monotonic()
-    source = samples(shard, config, lost)
-    with part.open("wb") as file, TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as sink:
+    """Write one shard of latents; returns the number of samples that were left out."""
+    part, bad, index = target.with_name(target.name + ".part"), list[BadRecord](), find(shard, config.data)
+    source = samples(shard, config, bad)
+    progress = Progress(f"encoding {store.name(shard)}", "samples", index.count if index else None)
+    with (
+        progress,
+        part.open("wb") as file,
+        TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as sink,
+    ):
         while chunk := list(islice(source, AHEAD * config.model.patcher.vae.batch)):
             encode(chunk, patcher, half)
             for sample in chunk:
                 sink.write(sample)
-            done += len(chunk)
-            if time.monotonic() - said > 5:
-                said = time.monotonic()
-                tell(f"{target}: {done} samples, {done / (said - began):.0f} a second")
+            progress.done += len(chunk)
     part.rename(target)
-    for reason in lost:
-        tell(f"left out: {reason}")
-    return len(lost)
+    for line in folded_bad(bad):
+        log(f"left out: {line}")
+    return len(bad)
 
 
-def samples(shard: str, config: Config, lost: list[str]) -> Iterator[Sample]:
-    """The samples of a shard, their images as they enter the autoencoder; `lost` gets those that cannot be read."""
+def samples(shard: str, config: Config, bad: list[BadRecord]) -> Iterator[Sample]:
+    """The samples of a shard, with images as they enter the autoencoder; unreadable samples are appended to `bad`."""
+    name = store.name(shard)
     with store.stream(shard, config.data.limits) as file:
         try:
             for group in groups(file, config.data.limits):
                 try:
                     yield {"__key__": group.key, **opened(group, config)}
                 except BadSample as error:
-                    lost.append(f"{shard}/{group.key}: {error}")
+                    bad.append(BadRecord(name, group.key, str(error)))
         except Damaged as error:
-            lost.append(f"{shard}/{error.key} and what follows: {error}")
+            bad.append(BadRecord(name, error.key, damage(error)))
 
 
 def opened(group: Group, config: Config) -> Sample:
-    """The members of a group under their new extensions, images as arrays [H, W, C]; raises `BadSample`."""
+    """The members of a group with their new extensions, images as arrays [H, W, C]; raises `BadSample`."""
     if group.reason or not group.members:
-        raise BadSample(group.reason or "neither an image nor text")
-    patch, found = config.model.patcher, dict(group.data)
-    if any(kind(name) in ARRAYS for name in found):
+        raise BadSample(group.reason or f"neither an image nor text among members {sorted(group.others)}")
+    patch, contents = config.model.patcher, dict(group.data)
+    if any(kind(name) in ARRAYS for name in contents):
         raise BadSample("it holds a precomputed array already")
-    first = next((name for name in IMAGES if name in found), None)
+    first = next((name for name in IMAGES if name in contents), None)
     sample: Sample = {}
-    for name, data in found.items():
+    for name, data in contents.items():
         if kind(name) not in IMAGES:
             sample[name] = data
-        elif name == first or "." in name:  # of several images without a name of their own, readers take the first
+        elif name == first or "." in name:  # readers use the first of several unnamed images
             image = open_image(data, config.data.limits, lambda image: draft(image, patch.image_sizes))
             fitted = np.asarray(fit(image, patch.channels, patch.image_sizes, config.data.resize))
             sample[renamed(name)] = fitted.reshape(*fitted.shape[:2], -1)
@@ -149,17 +154,17 @@ def opened(group: Group, config: Config) -> Sample:
 
 
 def kind(name: str) -> str:
-    """The last part of an extension."""
+    """The last part of an extension: `png` for `0.png`."""
     return name.rsplit(".", 1)[-1]
 
 
 def renamed(name: str) -> str:
-    """What an image's name or extension becomes."""
+    """The extension of the latent of an image with this extension."""
     return ".".join([*name.split(".")[:-1], "safetensors"])
 
 
 def relisted(data: bytes) -> bytes:
-    """A list of segments with its images renamed; any other JSON stays as it is."""
+    """A list of segments with its images renamed; any other JSON is returned unchanged."""
     try:
         listed = json.loads(data)
     except (ValueError, RecursionError):
@@ -176,7 +181,7 @@ def relisted(data: bytes) -> bytes:
 
 
 def encode(chunk: list[Sample], patcher: LatentPatcher, half: bool) -> None:
-    """Put the bytes of a latent in the place of each image, those of one size in one batch."""
+    """Replace each image by the bytes of its latent; images of equal size are encoded in one batch."""
     sizes: dict[tuple[int, ...], list[tuple[Sample, str]]] = defaultdict(list)
     for sample in chunk:
         for name, value in sample.items():

@@ -1,8 +1,8 @@
 """HTML pages with pictures as interleaved documents: `python -m data_prep.pages SITE --out data/pages`.
 
-Text and pictures stay in their order (as in OBELICS, Laurencon et al. 2023); scripts, forms and navigation go. Pictures
-are files of the same folder or `data:` addresses: nothing is fetched. A long page becomes several documents.
-`pip install "mmgen[prep]"` brings the parser.
+Text and pictures keep their order (as in OBELICS, Laurencon et al. 2023); scripts, forms and navigation are dropped.
+Pictures are files of the same folder or `data:` URLs; nothing is downloaded. A long page becomes several documents.
+`pip install "mmgen[prep]"` installs the parser.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from urllib.parse import unquote, unquote_to_bytes, urljoin, urlsplit
 import cyclopts
 from PIL import Image
 
-from data_prep import run, tell
+from data_prep import reason, run
 from data_prep.shards import (
     LeftOut,
+    Losses,
     Sample,
     Target,
     as_json,
@@ -36,16 +37,17 @@ from data_prep.shards import (
     walk,
     write,
 )
+from mmgen.data.progress import Progress
 
 SUFFIXES = (".html", ".htm", ".xhtml")
-# What readers of a page do not read. A form may hold the whole page, an article's header its title.
+# Tags without text of the page. A form is kept, because it may contain the whole page; so is the header of an article.
 DROPPED = ("script", "style", "noscript", "template", "title", "nav", "aside", "button", "select", "textarea", "svg")
 OUTER = ("header", "footer")
 LAZY = ("data-src", "data-lazy-src", "data-original", "src")
-"""Where the address of a picture may stand; until it is seen, `src` names a spacer."""
+"""Attributes with the address of a picture. On a page that loads pictures late, `src` names a spacer."""
 SPACER = 2
-"""Pixels a side of what only moves text or counts readers."""
-# What does not end a line of text.
+"""Largest side in pixels of a spacer or tracking pixel."""
+# Tags that do not end a line of text.
 INLINE = {
     "a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "del", "dfn", "em", "font", "i", "ins", "kbd", "label",
     "mark", "q", "s", "samp", "small", "span", "strike", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr",
@@ -54,10 +56,10 @@ INLINE = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a page: its address, and once it is found a file or the bytes themselves."""
+    """A picture of a page: its address, and its file or its bytes."""
 
     address: str
-    found: Path | bytes = b""
+    content: Path | bytes = b""
 
 
 Segment = str | Picture
@@ -65,50 +67,55 @@ Document = tuple[Path, tuple[Segment, ...]]
 
 
 def main(
-    folder: Annotated[Path, cyclopts.Parameter(help="Pages and their pictures; searched with all its folders.")],
+    folder: Annotated[
+        Path, cyclopts.Parameter(help="Folder of pages and their pictures; its subfolders are searched too.")
+    ],
     *,
     out: Annotated[Path, cyclopts.Parameter(help="Folder to write.")],
-    length: Annotated[int, cyclopts.Parameter(help="Most characters, or tokens, of a document's text.")] = 2000,
-    images: Annotated[int, cyclopts.Parameter(help="Most pictures of a document.")] = 4,
-    tokenizer: Annotated[Path | None, cyclopts.Parameter(help="Count its tokens, not characters.")] = None,
-    name: Annotated[str, cyclopts.Parameter(help="What shards are called.")] = "pages",
+    length: Annotated[int, cyclopts.Parameter(help="Largest number of characters, or tokens, of a document.")] = 2000,
+    images: Annotated[int, cyclopts.Parameter(help="Largest number of pictures of a document.")] = 4,
+    tokenizer: Annotated[Path | None, cyclopts.Parameter(help="Count its tokens instead of characters.")] = None,
+    name: Annotated[str, cyclopts.Parameter(help="Name of the shards: NAME-000000.tar, ...")] = "pages",
     per_shard: Annotated[int, cyclopts.Parameter(help="Documents per shard.")] = 1000,
 ) -> None:
-    """Write HTML pages with pictures as shards of interleaved documents; repeat the command to go on."""
+    """Write HTML pages with pictures as shards of interleaved documents; repeat the command to resume."""
     if length < 1 or images < 1:
         raise ValueError("--length and --images must be at least 1")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is not a folder: name the folder of the pages")
     root = folder.absolute()
-    files = list(walk(root, without=out))
+    files = list(Progress("listing files", "files", quiet=True).over(walk(root, without=out)))
     pages = [path for path in files if path.suffix.lower() in SUFFIXES]
     (size, counted), parse = measure(tokenizer), parser()
-    cut = ((page, part) for page in pages for part in documents(read(page, root, parse), length, images, size))
     made = {"files": identity(files, root), "length": length, "images": images, "tokenizer": counted}
-    write(Target(out, name, per_shard, made), cut, partial(sample, root))
+    target = Target(out, name, per_shard, made)
+    losses = target.losses
+    cut = ((page, part) for page in pages for part in documents(read(page, root, parse, losses), length, images, size))
+    write(target, cut, partial(sample, root, losses), losses=losses)
 
 
 def parser() -> Callable[[bytes], Any]:
-    """BeautifulSoup over Python's own parser, which takes any page."""
+    """BeautifulSoup with Python's own parser, which accepts any page."""
     try:
         from bs4 import BeautifulSoup
     except ImportError:
-        raise ValueError('pages need beautifulsoup4: pip install "mmgen[prep]"') from None
+        raise ValueError('pages need beautifulsoup4, which is not installed: pip install "mmgen[prep]"') from None
     return partial(BeautifulSoup, features="html.parser")
 
 
-def read(page: Path, root: Path, parse: Callable[[bytes], Any]) -> list[Segment]:
-    """Text and pictures of a page in their order; lines of text that no picture parts are one segment.
+def read(page: Path, root: Path, parse: Callable[[bytes], Any], losses: Losses) -> list[Segment]:
+    """Text and pictures of a page in their order; the text between two pictures is one segment.
 
-    Pictures that cannot be found are named and left out.
+    Pictures that cannot be found are reported in `losses` and left out.
     """
     try:
         soup = parse(page.read_bytes())
-    except RecursionError:
-        tell(f"left out: {page}: nested too deeply")
+    except (OSError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else reason(error)
+        losses.add(LeftOut(shown(page, root), why))
         return []
     base = next((str(tag["href"]) for tag in soup("base", href=True)), "")
-    # Where a page leaves out the end of its head, the body stands inside.
+    # If a page omits the end of its head, the parser puts the body inside the head.
     top = soup.body.extract() if soup.body else soup
     for tag in top(DROPPED):
         tag.decompose()
@@ -116,46 +123,46 @@ def read(page: Path, root: Path, parse: Callable[[bytes], Any]) -> list[Segment]
         if not tag.find_parent(("article", "main")):
             tag.decompose()
     segments: list[Segment] = []
-    said: list[str] = []
+    strings: list[str] = []
 
     def flush() -> None:
-        lines = (" ".join(line.split()) for line in "".join(said).split("\n"))
+        lines = (" ".join(line.split()) for line in "".join(strings).split("\n"))
         if text := "\n".join(line for line in lines if line):
             segments.append(text)
-        said.clear()
+        strings.clear()
 
     for node in _walk(top):
         if isinstance(node, str):
-            said.append(node)
+            strings.append(node)
             continue
         try:
-            found = find(node.address, base, page, root)
+            content = find(node.address, base, page, root)
         except LeftOut as error:
-            tell(f"a picture left out: {error}")
+            losses.add(error, "a picture left out")
             continue
         flush()
-        segments.append(Picture(node.address, found))
+        segments.append(Picture(node.address, content))
     flush()
     if not segments:
-        tell(f"left out: {page}: no text and no pictures")
+        losses.add(LeftOut(shown(page, root), "no text and no pictures"))
     return segments
 
 
 def is_elsewhere(address: str) -> bool:
-    """Whether an address names a scheme or a host; raises ValueError where it is none at all."""
+    """Whether an address has a scheme or a host; raises ValueError if it is not a valid address."""
     parts = urlsplit(address)
     return bool(parts.scheme or parts.netloc)
 
 
 def _walk(top: Any) -> Iterator[Segment]:
-    """Strings and pictures below a tag, with line breaks where a block begins and ends; no recursion."""
+    """Strings and pictures below a tag, with line breaks around blocks; iterative, because pages may nest deeply."""
     stack: list[Any] = list(reversed(top.contents))
     while stack:
         node = stack.pop()
         if type(node) is str:
             yield node
         elif isinstance(node, str):
-            if type(node).__name__ == "NavigableString":  # comments, doctypes and the like are its subclasses
+            if type(node).__name__ == "NavigableString":  # its subclasses are comments, doctypes and so on
                 yield re.sub(r"\s+", " ", node)
         elif node.name == "img":
             address = next(
@@ -173,24 +180,24 @@ def _walk(top: Any) -> Iterator[Segment]:
 def documents(
     segments: list[Segment], length: int, images: int, size: Callable[[str], int]
 ) -> Iterator[tuple[Segment, ...]]:
-    """Consecutive documents, as long as the limits allow; a document without a picture stays, as text."""
-    held: list[Segment] = []
+    """Consecutive documents, each as long as the limits allow; a document without a picture is kept as text."""
+    current: list[Segment] = []
     used = pictured = 0
     for segment in segments:
         parts: list[Segment] = [segment] if isinstance(segment, Picture) else [*pieces(segment, length, size)]
         for part in parts:
             need, picture = (0, 1) if isinstance(part, Picture) else (size(part), 0)
-            if held and (used + need > length or pictured + picture > images):
-                yield tuple(held)
-                held, used, pictured = [], 0, 0
-            held.append(part)
+            if current and (used + need > length or pictured + picture > images):
+                yield tuple(current)
+                current, used, pictured = [], 0, 0
+            current.append(part)
             used, pictured = used + need, pictured + picture
-    if held:
-        yield tuple(held)
+    if current:
+        yield tuple(current)
 
 
-def sample(root: Path, document: Document) -> Sample:
-    """A list of segments, and the pictures that it names; raises `LeftOut` where none of them can be had."""
+def sample(root: Path, losses: Losses, document: Document) -> Sample:
+    """A list of segments and its pictures; raises `LeftOut` if it has no text and no picture can be read."""
     page, segments = document
     source, members = shown(page, root), Sample()
     listed: list[dict[str, str]] = []
@@ -200,25 +207,25 @@ def sample(root: Path, document: Document) -> Sample:
             continue
         where = f"{source}: {segment.address[:80]}"
         try:
-            data = segment.found if isinstance(segment.found, bytes) else segment.found.read_bytes()
+            data = segment.content if isinstance(segment.content, bytes) else segment.content.read_bytes()
             ((kind, data),) = image_member(data, where).items()
             if min(Image.open(io.BytesIO(data)).size) <= SPACER:
-                raise LeftOut(f"{where}: a spacer")
+                raise LeftOut(where, "a spacer")
         except (LeftOut, OSError) as error:
-            tell(f"a picture left out: {error}")
+            losses.add(error if isinstance(error, LeftOut) else LeftOut(where, reason(error)), "a picture left out")
             continue
         member = f"{len(members)}.{kind}"
         members[member] = data
         listed.append({"image": member})
     if not listed:
-        raise LeftOut(f"{source}: none of its pictures can be had, and there is no text")
+        raise LeftOut(source, "it has no text, and none of its pictures can be read")
     return {"json": as_json(listed), **members}
 
 
 def find(address: str, base: str, page: Path, root: Path) -> Path | bytes:
-    """The bytes of a `data:` address, or a file inside `root`; raises `LeftOut`.
+    """The bytes of a `data:` URL, or a file inside `root`; raises `LeftOut`.
 
-    `base` is the page's own, which counts where it names a folder: of a saved page it names the site that it came from.
+    `base` is the page's own. It is used if it names a folder; on a saved page it names the original site.
     """
     where = f"{shown(page, root)}: {address[:80]}"
     if address.startswith("data:"):
@@ -230,22 +237,22 @@ def find(address: str, base: str, page: Path, root: Path) -> Path | bytes:
                 else unquote_to_bytes(body)
             )
         except (NotBase64, ValueError) as error:
-            raise LeftOut(f"{where}: {error}") from None
+            raise LeftOut(where, f"not a valid data: URL ({error})") from None
     try:
         address = address if is_elsewhere(base) else urljoin(base, address)
         if is_elsewhere(address):
-            raise LeftOut(f"{where}: not in the folder, and nothing is fetched")
+            raise LeftOut(where, "not in the folder, and nothing is downloaded")
         path = unquote(urlsplit(address).path)
         start = root if path.startswith("/") else page.parent
         file = Path(os.path.normpath(start / path.lstrip("/")))
         if not file.is_relative_to(root):
-            raise LeftOut(f"{where}: outside the folder")
+            raise LeftOut(where, "outside the folder")
         if not file.is_file():
-            raise LeftOut(f"{where}: not found")
+            raise LeftOut(where, "not found")
     except LeftOut:
         raise
     except (OSError, ValueError) as error:
-        raise LeftOut(f"{where}: {error}") from None
+        raise LeftOut(where, reason(error)) from None
     return file
 
 

@@ -1,4 +1,4 @@
-"""Shards written so that the same command goes on where it stopped; what folder, table, text and pages share."""
+"""Writing shards so that the same command resumes after an interruption; shared by folder, table, text and pages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -14,28 +15,64 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
 from tokenizers import Tokenizer
 from webdataset import TarWriter
 
-from data_prep import tell
+from data_prep import log, reason, writable
 from mmgen.config import DataConfig
-from mmgen.data.shards.pictures import UNDECODABLE, image_size
+from mmgen.data.progress import Progress
+from mmgen.data.shards.pictures import UNDECODABLE, image_size, undecodable
 from mmgen.data.shards.samples import BadSample, Picture, assemble
-from mmgen.train.checkpoint.read import differences
+from mmgen.data.tools.findings import EXAMPLES, kind_of
 
 T = TypeVar("T")
 Sample = dict[str, bytes]
 """Extension to content."""
-# What a phone calls MPO is a JPEG with a second picture behind the first.
+# MPO, which phones write, is a JPEG with a second picture after the first.
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
 KEEP = DataConfig(captionless="keep")
 
 
 class LeftOut(ValueError):
-    """One item of the source that cannot become a sample; the rest is written without it."""
+    """Raised for one item of the source that cannot become a sample; the other items are written without it."""
+
+    def __init__(self, item: str, why: str) -> None:
+        super().__init__(f"{item}: {why}")
+        self.why = why
+
+
+class Losses:
+    """Reports the items that are left out: the first of each kind as lines, then counts, and all of them in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.counts: Counter[str] = Counter()
+        """Kind of reason to the number of items."""
+        self._pending: list[str] = []
+
+    def add(self, error: LeftOut, label: str = "left out") -> None:
+        """Report one item."""
+        kind = f"{label}: {kind_of(error.why)}"
+        self.counts[kind] += 1
+        self._pending.append(f"{label}: {error}")
+        if self.counts[kind] <= EXAMPLES:
+            log(f"{label}: {error}")
+        elif self.counts[kind] == EXAMPLES + 1:
+            log(f"{label}: further items for this reason are listed in {self.file}")
+
+    def save(self) -> None:
+        """Append the reported items to the file. Called once a shard is complete, so that no item is listed twice."""
+        if self._pending:
+            with self.file.open("a", encoding="utf-8", errors="replace") as file:
+                file.writelines(" ".join(line.splitlines()) + "\n" for line in self._pending)
+            self._pending.clear()
+
+    def close(self) -> None:
+        """Save, and print the count of each kind that was not printed in full."""
+        self.save()
+        for kind, count in self.counts.items():
+            if count > EXAMPLES:
+                log(f"{count:,} {kind}; all are listed in {self.file}")
 
 
 @dataclass(frozen=True)
@@ -45,85 +82,111 @@ class Target:
     out: Path
     name: str
     per_shard: int
-    """Items of the source for each shard."""
+    """Number of items of the source for each shard."""
     made: dict[str, Any]
-    """What the items are and how they become samples, as JSON; it is kept beside the shards."""
+    """The source and the options, as JSON; stored next to the shards to detect a changed source."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]+", self.name):
-            raise ValueError(f"--name {self.name!r}: letters, digits, _ and - only, as a key ends at its first dot")
+            raise ValueError(
+                f"--name {self.name!r} may contain letters, digits, _ and - only, because a key ends at its first dot"
+            )
         if self.per_shard < 1:
             raise ValueError(f"--per-shard must be at least 1, not {self.per_shard}")
 
+    @property
+    def losses(self) -> Losses:
+        """A new report of the items that are left out."""
+        return Losses(self.out / f"{self.name}.left-out.txt")
 
-def write(target: Target, items: Iterable[T], sample: Callable[[T], Sample]) -> None:
-    """Write each shard from the next `per_shard` items; shards that are there stay.
 
-    A shard has its name only when it is complete. The order of `items`, and what `target` says of them, must be the
-    same in every call.
+def write(
+    target: Target,
+    items: Iterable[T],
+    sample: Callable[[T], Sample],
+    total: int | None = None,
+    losses: Losses | None = None,
+) -> None:
+    """Write each shard from the next `per_shard` items; existing shards stay as they are.
+
+    A shard gets its name only when it is complete. The order of `items` and the contents of `target` must be the same
+    in every call. `total` is the number of items, if it is known.
 
     Raises:
-        ValueError: the folder holds shards of this name that were made from something else, or there is nothing to
-            write.
+        ValueError: the folder holds shards of this name from another source, or there is nothing to write.
     """
     out, name, per_shard = target.out, target.name, target.per_shard
     _same_as_before(target)
-    source, shards, written, lost = iter(items), 0, 0, 0
-    while (first := next(source, None)) is not None:
-        chunk = chain([first], islice(source, per_shard - 1))
-        shard = out / f"{name}-{shards:06d}.tar"
-        shards += 1
-        if shard.exists():
-            tell(f"{shard}: is there, with {sum(1 for _ in chunk)} items of the source")
-            continue
-        done, left = _write_shard(shard, f"{name}-{shards - 1:06d}", chunk, per_shard, sample)
-        tell(f"{shard}: {done} samples" if done else f"{shard}: not written, as all its items were left out")
-        written, lost = written + done, lost + left
+    losses = losses or target.losses
+    shards = written = left_out = 0
+    with Progress(f"writing {name} shards", "items of the source", total) as progress:
+        source = progress.each(items)
+        while (first := next(source, None)) is not None:
+            chunk = chain([first], islice(source, per_shard - 1))
+            shard = out / f"{name}-{shards:06d}.tar"
+            shards += 1
+            if shard.exists():
+                log(f"{shard}: exists, with {sum(1 for _ in chunk)} items of the source")
+                continue
+            done, left = _write_shard(shard, f"{name}-{shards - 1:06d}", chunk, sample, losses)
+            log(f"{shard}: {done} samples" if done else f"{shard}: not written, because all its items were left out")
+            written, left_out = written + done, left_out + left
+    losses.close()
     if not any(out.glob(f"{name}-*.tar")):
         raise ValueError(
-            f"all {lost} items were left out, for the reasons above" if lost else "the source holds nothing to write"
+            f"all {left_out} items were left out, for the reasons above"
+            if left_out
+            else "the source holds nothing to write"
         )
-    print(f"{shards} shards in {out}; {written} samples written now" + (f", {lost} left out" if lost else ""))
+    print(f"{shards} shards in {out}; {written} samples written now" + (f", {left_out} left out" if left_out else ""))
 
 
 def _same_as_before(target: Target) -> None:
-    """Note beside the shards what they are made from; raises ValueError where some were made from something else."""
-    out, name, made = target.out, target.name, {**target.made, "per_shard": target.per_shard}
+    """Store the source of the shards next to them; raises ValueError if existing shards have another source."""
+    out, name, made = writable(target.out), target.name, {**target.made, "per_shard": target.per_shard}
     note = out / f"{name}.source.json"
     if note.exists() and any(out.glob(f"{name}-*.tar")):
-        before = json.loads(note.read_text())
+        from mmgen.train.checkpoint.read import differences  # it imports torch, which takes seconds
+
+        before = read_note(note)
         changed = differences({**made, "files": ""}, {**before, "files": ""})
         if made.get("files") != before.get("files"):
             changed.insert(0, "files were added, removed or changed")
         if changed:
             raise ValueError(
                 f"{out} holds {name} shards that were made from something else: {'; '.join(changed)}. "
-                f"Choose another --out or --name, or remove them (or {note}, if you know that nothing has changed)"
+                f"Choose another --out or --name, or remove them (or {note}, if you are sure that nothing has changed)"
             )
-    out.mkdir(parents=True, exist_ok=True)
     part = note.with_suffix(".part")
     part.write_text(json.dumps(made, indent=1) + "\n")
     part.replace(note)
 
 
+def read_note(note: Path) -> dict[str, Any]:
+    """The contents of a note that a script stored next to its shards; raises ValueError if it is damaged."""
+    try:
+        before = json.loads(note.read_text())
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(f"{note} is damaged, so the source of these shards is unknown: choose another --out")
+    return before
+
+
 def _write_shard(
-    target: Path, prefix: str, chunk: Iterable[T], per_shard: int, sample: Callable[[T], Sample]
+    target: Path, prefix: str, chunk: Iterable[T], sample: Callable[[T], Sample], losses: Losses
 ) -> tuple[int, int]:
-    """How many samples were written, and how many items left out."""
+    """Write one shard; returns the numbers of samples and of items that were left out."""
     part, done, left = target.with_name(target.name + ".part"), 0, 0
-    console = Console(stderr=True)
-    bar = track(
-        chunk, escape(target.name), total=per_shard, console=console, transient=True, disable=not console.is_terminal
-    )
     with part.open("wb") as file:
         with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as sink:
-            for place, item in enumerate(bar):
+            for place, item in enumerate(chunk):
                 key = f"{prefix}-{place:06d}"
                 try:
                     members = sample(item)
                     _check(key, members)
                 except LeftOut as error:
-                    tell(f"left out: {error}")
+                    losses.add(error)
                     left += 1
                 else:
                     sink.write({"__key__": key, **members})
@@ -131,11 +194,12 @@ def _write_shard(
         file.flush()
         os.fsync(file.fileno())
     part.replace(target) if done else part.unlink()
+    losses.save()
     return done, left
 
 
 def _check(key: str, members: Sample) -> None:
-    """Raise `LeftOut` where mmgen, with its usual limits, would not take the sample."""
+    """Raise `LeftOut` if mmgen, with its default limits, does not accept the sample."""
     try:
         if sum(map(len, members.values())) > KEEP.limits.member_bytes:
             raise BadSample(f"its members hold more than {KEEP.limits.member_bytes} bytes")
@@ -145,16 +209,16 @@ def _check(key: str, members: Sample) -> None:
     except BadSample as error:
         source = json.loads(members["json"]) if "json" in members else {}
         where = source.get("source", key) if isinstance(source, dict) else key
-        raise LeftOut(f"{where}: {error}") from None
+        raise LeftOut(where, str(error)) from None
 
 
 def as_json(value: Any) -> bytes:
-    """A `.json` member."""
+    """The bytes of a `.json` member."""
     return json.dumps(value).encode()
 
 
 def walk(root: Path, without: Path) -> Iterator[Path]:
-    """All files below a folder in the order of their names, through links too; `without` is a folder left out."""
+    """All files below a folder in the order of their names, links followed; the folder `without` is skipped."""
     seen: set[str] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -167,12 +231,12 @@ def walk(root: Path, without: Path) -> Iterator[Path]:
 
 
 def shown(path: Path, root: Path) -> str:
-    """A path below `root` as text, also where its name is no UTF-8."""
+    """A path relative to `root` as text, also if its name is not valid UTF-8."""
     return os.fsencode(path.relative_to(root)).decode("utf-8", "replace")
 
 
 def identity(files: Iterable[Path], root: Path) -> str:
-    """Fingerprint of the names (below `root`), sizes and times of files."""
+    """A hash of the names (relative to `root`), sizes and modification times of files."""
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()
@@ -181,10 +245,10 @@ def identity(files: Iterable[Path], root: Path) -> str:
 
 
 def image_member(data: bytes, name: str) -> Sample:
-    """An image as a member: PNG, JPEG and WebP as they are, other formats that Pillow reads as PNG.
+    """An image as a member: PNG, JPEG and WebP unchanged, other formats that Pillow reads as PNG.
 
     Raises:
-        LeftOut: it cannot be decoded, or has a mode whose range is not known.
+        LeftOut: the image cannot be decoded, or the range of its pixel values is not known.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
@@ -197,10 +261,10 @@ def image_member(data: bytes, name: str) -> Sample:
         if image.mode == "I":
             low, high = image.getextrema()
             if not 0 <= low <= high < 2**16:
-                raise LeftOut(f"{name}: 32 bits from {low} to {high}: convert it to 8 or 16 bits")
+                raise LeftOut(name, f"32 bits with values from {low} to {high}: convert it to 8 or 16 bits")
             image = image.convert("I;16")
         elif image.mode == "F":
-            raise LeftOut(f"{name}: floating point: convert it to 8 or 16 bits")
+            raise LeftOut(name, "floating point: convert it to 8 or 16 bits")
         elif image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         buffer = io.BytesIO()
@@ -208,47 +272,49 @@ def image_member(data: bytes, name: str) -> Sample:
     except LeftOut:
         raise
     except UNDECODABLE as error:
-        raise LeftOut(f"{name}: image cannot be decoded: {error}") from None
+        raise LeftOut(name, undecodable(error, ())) from None
     return {"png": buffer.getvalue()}
 
 
 def measure(tokenizer: Path | None) -> tuple[Callable[[str], int], str]:
-    """The length of a text, in tokens of a tokenizer.json or in characters, and a fingerprint of that."""
+    """A function from a text to its length, in tokens of a tokenizer.json or in characters, and its fingerprint."""
     if tokenizer is None:
         return len, "characters"
     try:
         text = tokenizer.read_text()
         loaded = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{tokenizer} is no tokenizer.json: {error}") from None
+    except OSError as error:
+        raise ValueError(f"--tokenizer {reason(error)}") from None
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise ValueError(f"{tokenizer} is not a tokenizer.json: {error}") from None
     return lambda text: len(loaded.encode(text, add_special_tokens=False).ids), hashlib.sha256(
         text.encode()
     ).hexdigest()
 
 
 def pieces(text: str, length: int, size: Callable[[str], int]) -> Iterator[str]:
-    """Consecutive pieces of at most `length`, cut at white space; a word that is longer alone is cut inside."""
-    held, used, gap = list[str](), 0, ""
-    for found in re.finditer(r"\S+|\s+", text.strip()):
-        part = found[0]
+    """Consecutive pieces of at most `length`, cut at white space; a single longer word is cut inside."""
+    words, used, gap = list[str](), 0, ""
+    for match in re.finditer(r"\S+|\s+", text.strip()):
+        part = match[0]
         if part.isspace():
             gap = part
             continue
         for word in _cut(part, length, size):
             need = size(gap + word)
-            if held and used + need > length:
-                yield "".join(held)
-                held, used, gap = [], 0, ""
-            elif not held:
+            if words and used + need > length:
+                yield "".join(words)
+                words, used, gap = [], 0, ""
+            elif not words:
                 gap = ""
-            held.append(gap + word)
-            used, gap = used + (need if len(held) > 1 else size(word)), ""
-    if held:
-        yield "".join(held)
+            words.append(gap + word)
+            used, gap = used + (need if len(words) > 1 else size(word)), ""
+    if words:
+        yield "".join(words)
 
 
 def _cut(word: str, length: int, size: Callable[[str], int]) -> Iterator[str]:
-    """Halve until each part is short enough."""
+    """Parts of a word, halved until each is short enough."""
     if size(word) <= length or len(word) == 1:
         yield word
         return

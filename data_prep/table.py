@@ -1,8 +1,8 @@
 """A table of images and captions as shards: `python -m data_prep.table list.csv --out data/mine`.
 
-CSV, TSV, JSON lines or Parquet (`pip install "mmgen[prep]"`). A cell of the image column is a path, seen from the
-folder of the table or from `--images`; in Parquet also the bytes of an image, or the `{"bytes", "path"}` of Hugging
-Face datasets.
+CSV, TSV, JSON lines or Parquet (`pip install "mmgen[prep]"`). A cell of the image column is a path relative to the
+folder of the table or to `--images`. In Parquet it may also be the bytes of an image, or the `{"bytes", "path"}` of
+Hugging Face datasets.
 """
 
 from __future__ import annotations
@@ -17,37 +17,39 @@ from typing import Annotated, Any
 
 import cyclopts
 
-from data_prep import run
+from data_prep import reason, run
 from data_prep.shards import LeftOut, Sample, Target, as_json, identity, image_member, write
+from mmgen.data.shards.samples import position
 
 Row = Mapping[str, Any]
 READERS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def main(
-    table: Annotated[Path, cyclopts.Parameter(help=f"One of {', '.join(READERS)}.")],
+    table: Annotated[Path, cyclopts.Parameter(help=f"Table of images and captions ({', '.join(READERS)}).")],
     *,
     out: Annotated[Path, cyclopts.Parameter(help="Folder to write.")],
     image: Annotated[str, cyclopts.Parameter(help="Column of images.")] = "image",
     caption: Annotated[str, cyclopts.Parameter(help="Column of captions.")] = "caption",
     images: Annotated[Path | None, cyclopts.Parameter(help="Folder that relative paths start from.")] = None,
-    name: Annotated[str, cyclopts.Parameter(help="What shards are called.")] = "train",
+    name: Annotated[str, cyclopts.Parameter(help="Name of the shards: NAME-000000.tar, ...")] = "train",
     per_shard: Annotated[int, cyclopts.Parameter(help="Rows per shard.")] = 1000,
 ) -> None:
-    """Write the images and captions of a table as shards; repeat the command to go on."""
+    """Write the images and captions of a table as shards; repeat the command to resume."""
     if table.suffix.lower() not in READERS or not table.is_file():
-        raise ValueError(f"{table} is no file that ends in {', '.join(READERS)}")
+        raise ValueError(f"{table} is not a table: name a file that ends in {', '.join(READERS)}")
     columns = dict.fromkeys(column for row in islice(rows(table), 100) for column in row)
     for column in (image, caption):
         if columns and column not in columns:
-            raise ValueError(f"{table} has no column {column!r}, but {[*columns]}: name it with --image or --caption")
+            known = [name for name in columns if name is not None]  # None collects surplus cells
+            raise ValueError(f"{table} has no column {column!r}, but {known}: name it with --image or --caption")
     root = images or table.parent
     made = {"files": identity([table], table.parent), "image": image, "caption": caption, "images": str(root)}
     write(Target(out, name, per_shard, made), enumerate(rows(table)), partial(sample, root, image, caption))
 
 
 def rows(table: Path) -> Iterator[Row]:
-    """The rows of a table, a few in memory at a time; raises ValueError where it cannot be read."""
+    """The rows of a table, a few in memory at a time; raises ValueError if it cannot be read."""
     if table.suffix.lower() == ".parquet":
         yield from _parquet(table)
         return
@@ -59,9 +61,9 @@ def rows(table: Path) -> Iterator[Row]:
             else:
                 yield from csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
         except csv.Error as error:
-            raise ValueError(f"{table}: {error}") from None
+            raise ValueError(f"{table} is not a valid table: {error}") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{table} is not UTF-8: {error}. Convert it") from None
+            raise ValueError(f"{table} is not UTF-8 ({position(error)}): convert it") from None
 
 
 def _lines(file: Iterable[str], table: Path) -> Iterator[Row]:
@@ -69,41 +71,40 @@ def _lines(file: Iterable[str], table: Path) -> Iterator[Row]:
         try:
             row = json.loads(line) if line.strip() else {}
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{table}, line {number}: {error}") from None
+            raise ValueError(f"{table}, line {number} is not valid JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{table}, line {number}: not an object")
+            raise ValueError(f'{table}, line {number} is not a JSON object such as {{"image": ..., "caption": ...}}')
         if row:
             yield row
 
 
 def _parquet(table: Path) -> Iterator[Row]:
     try:
-        from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError('Parquet needs pyarrow: pip install "mmgen[prep]"') from None
     try:
         for batch in ParquetFile(table).iter_batches(batch_size=64):
             yield from batch.to_pylist()
-    except ArrowInvalid as error:
-        raise ValueError(f"{table}: {error}") from None
+    except (ValueError, OSError, LookupError, TypeError, RuntimeError) as error:  # the bases of pyarrow's errors
+        raise ValueError(f"{table} cannot be read as Parquet: {error}. Write it again") from None
 
 
 def sample(root: Path, image: str, caption: str, numbered: tuple[int, Row]) -> Sample:
-    """One row: its image, its caption, and where they came from; raises `LeftOut`."""
+    """The members of a sample: the image of a row, and a JSON with its caption and its source; raises `LeftOut`."""
     number, row = numbered
     name, cell, text = f"row {number + 1}", row.get(image), row.get(caption)
     if not isinstance(text, str) or not text.strip():
-        raise LeftOut(f"{name}: no caption")
+        raise LeftOut(name, "no caption")
     path = cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else None
     data = cell.get("bytes") if isinstance(cell, dict) else cell if isinstance(cell, bytes) else None
     if data is None:
         if not path:
-            raise LeftOut(f"{name}: no image")
+            raise LeftOut(name, "no image")
         try:
             data = (root / path).read_bytes()
-        except (OSError, ValueError) as error:  # a path with a zero in it is a ValueError
-            raise LeftOut(f"{name}: {error}") from None
+        except (OSError, ValueError) as error:  # a path with a null character is a ValueError
+            raise LeftOut(name, f"no image: {reason(error)}") from None
     return {**image_member(data, name), "json": as_json({"caption": text.strip(), "source": path or name})}
 
 

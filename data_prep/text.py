@@ -1,7 +1,7 @@
 """Plain text as shards of documents: `python -m data_prep.text BOOKS notes.jsonl --out data/text --length 2000`.
 
-Files `.txt` and `.md`, and `.jsonl` whose lines have a field `text`; folders are searched. What is longer than a row is
-cut at white space, so give `--length` (and `--tokenizer`, to count its tokens) a little less than `data.row_length`.
+It reads `.txt` and `.md` files, and `.jsonl` files whose lines have a field `text`; folders are searched. Longer text
+is cut at white space, so set `--length` (in tokens, with `--tokenizer`) a little below `data.row_length`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Annotated, Literal
 
 import cyclopts
 
-from data_prep import run
+from data_prep import reason, run
 from data_prep.shards import Sample, Target, identity, measure, pieces, walk, write
+from mmgen.data.shards.samples import position
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 
@@ -24,14 +25,16 @@ SUFFIXES = (".txt", ".md", ".jsonl")
 def main(
     *sources: Annotated[Path, cyclopts.Parameter(help=f"Files ({', '.join(SUFFIXES)}) or folders of them.")],
     out: Annotated[Path, cyclopts.Parameter(help="Folder to write.")],
-    split: Annotated[Literal["file", "paragraph", "line"], cyclopts.Parameter(help="What a document is.")] = "file",
-    length: Annotated[int, cyclopts.Parameter(help="Most characters, or tokens, of a document.")] = 2000,
-    tokenizer: Annotated[Path | None, cyclopts.Parameter(help="Count its tokens, not characters.")] = None,
-    field: Annotated[str, cyclopts.Parameter(help="Where the text is in lines of .jsonl.")] = "text",
-    name: Annotated[str, cyclopts.Parameter(help="What shards are called.")] = "text",
+    split: Annotated[
+        Literal["file", "paragraph", "line"], cyclopts.Parameter(help="What becomes a document.")
+    ] = "file",
+    length: Annotated[int, cyclopts.Parameter(help="Largest number of characters, or tokens, of a document.")] = 2000,
+    tokenizer: Annotated[Path | None, cyclopts.Parameter(help="Count its tokens instead of characters.")] = None,
+    field: Annotated[str, cyclopts.Parameter(help="Field of the text in lines of .jsonl.")] = "text",
+    name: Annotated[str, cyclopts.Parameter(help="Name of the shards: NAME-000000.tar, ...")] = "text",
     per_shard: Annotated[int, cyclopts.Parameter(help="Documents per shard.")] = 10_000,
 ) -> None:
-    """Write text as shards of documents; repeat the command to go on."""
+    """Write text as shards of documents; repeat the command to resume."""
     if length < 1:
         raise ValueError(f"--length must be at least 1, not {length}")
     listed = dict(files(sources, out))
@@ -49,14 +52,14 @@ def main(
 
 
 def as_sample(text: str) -> Sample:
-    """A document of text alone."""
+    """The members of a sample of text alone."""
     return {"txt": text.encode("utf-8", "replace")}
 
 
 def files(sources: tuple[Path, ...], out: Path) -> Iterator[tuple[Path, Path]]:
-    """The files named, and those of folders, each with the folder that it was found from."""
+    """The named files and the files of named folders, each with the folder that its name is relative to."""
     if not sources:
-        raise ValueError(f"name files that end in {', '.join(SUFFIXES)}, or folders of them")
+        raise ValueError(f"no source is given: name files that end in {', '.join(SUFFIXES)}, or folders of them")
     for source in sources:
         if source.is_dir():
             yield from ((path, source) for path in walk(source, without=out) if path.suffix.lower() in SUFFIXES)
@@ -70,19 +73,25 @@ def documents(listed: list[Path], split: str, field: str) -> Iterator[str]:
     """The texts of files, one file in memory at a time (of .jsonl, one line)."""
     for path in listed:
         if path.suffix.lower() == ".jsonl":
-            with path.open(encoding="utf-8-sig") as lines:
-                for number, line in enumerate(lines, 1):
-                    yield from parts(_field(line, field, f"{path}, line {number}"), split) if line.strip() else ()
-            continue
-        try:
-            text = path.read_text("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}. Convert it, or leave it out") from None
-        yield from parts(text, split)
+            for number, line in enumerate(_lines(path), 1):
+                yield from parts(_field(line, field, f"{path}, line {number}"), split) if line.strip() else ()
+        else:
+            yield from parts("".join(_lines(path)), split)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file; raises ValueError if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            yield from lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({position(error)}): convert it, or leave it out") from None
+    except OSError as error:
+        raise ValueError(f"{reason(error)}. Make it readable, or leave it out") from None
 
 
 def parts(text: str, split: str) -> Iterator[str]:
-    """A text whole, by blank lines or by lines, without empty ones."""
+    """A whole text, or its parts between blank lines or between line breaks; empty parts are dropped."""
     cut = iter([text])
     if split == "paragraph":
         cut = iter(re.split(r"\n\s*\n", text))
@@ -95,9 +104,9 @@ def _field(line: str, field: str, where: str) -> str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        raise ValueError(f"{where}: no text in the field {field!r} (--field)")
+        raise ValueError(f"{where} has no text in the field {field!r}: name the field with --field")
     text: str = row[field]
     return text
 

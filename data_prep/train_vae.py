@@ -1,10 +1,10 @@
-"""A small AutoencoderKL for the images of shards: `python -m data_prep.train_vae --config FILE`.
+"""A small AutoencoderKL, trained on the images of shards: `python -m data_prep.train_vae --config FILE`.
 
-Sizes, colours, channels and factor are those of the configuration's `model.patcher`, which then names the result. The
-loss is the mean squared error of pixels in [-1, 1] plus `--kl` times the mean KL divergence of a latent's numbers from
-a standard normal (Kingma and Welling 2014, equation 10). The same command goes on where it stopped: what step n sees
-follows from the seed and n alone. Mean and standard deviation per channel are measured at the end and written into the
-folder's config.json (`latents_mean`, `latents_std`).
+Image sizes, colours, latent channels and factor are those of `model.patcher` in the configuration, and the result is
+saved under its `vae.name`. The loss is the mean squared error of pixels in [-1, 1] plus `--kl` times the mean KL
+divergence of a latent's numbers from a standard normal (Kingma and Welling 2014, equation 10). The same command resumes
+after an interruption: the images of step n depend on the seed and n alone. At the end, mean and standard deviation per
+channel are measured and written into the folder's config.json (`latents_mean`, `latents_std`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,12 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep import run, tell
+from data_prep import log, run, writable
 from mmgen.config import Config
 from mmgen.config_io import load, override
 from mmgen.data.documents import DecodedImage
 from mmgen.data.latents import device, measure
 from mmgen.data.loader import Corpus
+from mmgen.data.progress import Progress
 from mmgen.data.shards.samples import BadSample
 from mmgen.image.latent import Autoencoder, AutoencoderFacts, LatentPatcher, fingerprint
 from mmgen.image.patch import Grid
@@ -47,21 +48,30 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 @cyclopts.Parameter(name="*")
 @dataclass(frozen=True)
 class Settings:
-    """How the autoencoder is built and trained."""
+    """Architecture and training of the autoencoder."""
 
     steps: int = 2000
+    """Training steps."""
     batch: int = 64
+    """Images per step."""
     lr: float = 1e-3
+    """Peak learning rate."""
     kl: float = 1e-4
+    """Weight of the KL divergence."""
     width: int = 32
-    """Channels at full resolution; twice as many after each halving, up to four times."""
+    """Channels at full resolution; doubled at each halving, up to four times."""
     layers: int = 1
     """Residual blocks at each resolution."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "lr", "width", "layers"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}: it must be greater than 0")
+
 
 class Batches(Dataset[dict[Grid, Tensor]]):
-    """The images of each step, by grid: pixels 0..255 as patch rows [m, N, L]. Item n follows from seed and n alone."""
+    """The images of each step by grid: pixel values 0..255 as patches [m, N, L]. Step n depends on seed and n alone."""
 
     def __init__(self, corpus: Corpus, settings: Settings) -> None:
         self.corpus, self.settings = corpus, settings
@@ -72,9 +82,9 @@ class Batches(Dataset[dict[Grid, Tensor]]):
     def __getitem__(self, step: int) -> dict[Grid, Tensor]:
         rng = np.random.Generator(np.random.Philox(key=[self.settings.seed, step]))
         grids: dict[Grid, list[Tensor]] = defaultdict(list)
-        wanted = self.settings.batch
-        for index in rng.integers(len(self.corpus.samples), size=4 * wanted).tolist():
-            if not wanted:
+        missing = self.settings.batch
+        for index in rng.integers(len(self.corpus.samples), size=4 * missing).tolist():
+            if not missing:
                 break
             try:
                 decoded = self.corpus.decoded(step, index)
@@ -84,17 +94,17 @@ class Batches(Dataset[dict[Grid, Tensor]]):
             if images:
                 image = images[int(rng.integers(len(images)))]
                 grids[image.grid].append(torch.from_numpy(image.x_NP))
-                wanted -= 1
-        return {grid: torch.stack(found) for grid, found in sorted(grids.items())}
+                missing -= 1
+        return {grid: torch.stack(images) for grid, images in sorted(grids.items())}
 
 
 def build(config: Config, settings: Settings) -> Any:
-    """A new AutoencoderKL of the configuration's channels and factor; raises ValueError where it cannot have them."""
+    """A new AutoencoderKL with the channels and the factor of the configuration; raises ValueError."""
     patch = config.model.patcher
     halvings = patch.vae.factor.bit_length() - 1
     if 2**halvings != patch.vae.factor:
         raise ValueError(
-            f"model.patcher.vae.factor is {patch.vae.factor}: each level halves, so it must be a power of 2"
+            f"model.patcher.vae.factor is {patch.vae.factor}, but each level halves the image: set it to a power of 2"
         )
     widths = tuple(settings.width * min(2**i, 4) for i in range(halvings + 1))
     torch.manual_seed(settings.seed)
@@ -113,7 +123,7 @@ def build(config: Config, settings: Settings) -> Any:
 
 
 class Trainer:
-    """An autoencoder in training, and where it stands."""
+    """An autoencoder in training, its optimizer and its step."""
 
     def __init__(self, config: Config, settings: Settings, out: Path, data: str) -> None:
         self.settings, self.path = settings, out / STATE
@@ -126,7 +136,7 @@ class Trainer:
         self.step = self._restore() if self.path.exists() else 0
 
     def learn(self, pixels_by_grid: dict[Grid, Tensor], patcher: LatentPatcher) -> tuple[float, float]:
-        """One step; returns the mean squared error and the KL divergence per number."""
+        """Train one step; returns the mean squared error and the KL divergence per number."""
         settings = self.settings
         warm = min(1.0, (self.step + 1) / 100)
         for group in self.optimizer.param_groups:
@@ -148,11 +158,13 @@ class Trainer:
         self.step += 1
         error, kl_error = errors.tolist()
         if not math.isfinite(error + kl_error):
-            raise ValueError(f"step {self.step}: error {error}, KL {kl_error}. Lower --lr")
+            raise ValueError(
+                f"step {self.step} has error {error} and KL {kl_error}: lower --lr, and remove {self.path}"
+            )
         return error, kl_error
 
     def save(self) -> None:
-        """Write weights, moments and settings, all or nothing."""
+        """Write weights, moments and settings atomically."""
         tensors = {f"weight.{name}": p.detach().contiguous() for name, p in self.module.named_parameters()}
         for name, p in self.module.named_parameters():
             for moment in MOMENTS:
@@ -162,11 +174,15 @@ class Trainer:
         os.replace(temporary, self.path)
 
     def _restore(self) -> int:
-        with safe_open(self.path, "pt") as file:
+        try:
+            opened = safe_open(self.path, "pt")
+        except Exception as error:  # safetensors has an error of its own
+            raise ValueError(f"{self.path} is damaged ({error}): remove it to start again") from None
+        with opened as file:
             note = file.metadata()
             before = {**json.loads(note["settings"]), "steps": self.settings.steps}
             if changed := "; ".join(differences(self.made, before)):
-                raise ValueError(f"{self.path} was begun with other settings: {changed}. Restore them, or remove it")
+                raise ValueError(f"{self.path} was started with other settings: {changed}. Restore them, or remove it")
             step = int(note["step"])
             with torch.no_grad():
                 for name, p in self.module.named_parameters():
@@ -179,52 +195,50 @@ class Trainer:
 def main(
     *shards: Annotated[str, cyclopts.Parameter(help="Shards of images; by default those of data.train.")],
     config: Annotated[Path, cyclopts.Parameter(help="YAML file of the run that will use the autoencoder.")],
-    out: Annotated[Path | None, cyclopts.Parameter(help="Folder; by default what model.patcher.vae.name says.")] = None,
+    out: Annotated[Path | None, cyclopts.Parameter(help="Folder to write; by default model.patcher.vae.name.")] = None,
     save_every: Annotated[int, cyclopts.Parameter(help="Steps between saves.")] = 500,
     settings: Settings = Settings(),
 ) -> None:
-    """Train a small AutoencoderKL, measure its latents, and save it as diffusers does."""
+    """Train a small AutoencoderKL, measure its latents, and save it in diffusers' format; repeat to resume."""
     loaded = load(config)
     if not loaded.model.patcher.latent:
         raise ValueError(f"{config} trains on pixels: set model.patcher.kind to vae, its channels and its factor")
     loaded = override(loaded, {"data": {"train": [*shards] or loaded.data.train}})
     out = out or Path(loaded.model.patcher.vae.name)
-    out.mkdir(parents=True, exist_ok=True)
+    if save_every < 1:
+        raise ValueError(f"--save-every is {save_every}: it must be at least 1")
+    writable(out)
     tokenizer = Tokenizer.of(loaded)
     corpus = Corpus(loaded.data.train, tokenizer, loaded)
     if not corpus.unencoded:
-        raise ValueError("these shards hold latents: name shards of images")
+        raise ValueError("these shards hold latents, but the autoencoder is trained on images: name shards of images")
     trainer = Trainer(loaded, settings, out, corpus.dataset.fingerprint)
     patcher = LatentPatcher(loaded.model.patcher, trainer.device)
     parameters = sum(p.numel() for p in trainer.module.parameters())
-    tell(f"{out}: steps {trainer.step + 1} to {settings.steps}, {len(corpus.samples)} samples, {parameters} parameters")
-    began, said, first = time.monotonic(), 0.0, trainer.step
-    for pixels in batches(corpus, settings, trainer.step):
-        error, kl = trainer.learn(pixels, patcher)
-        if time.monotonic() - said > 5 or trainer.step == settings.steps:
-            said = time.monotonic()
-            pace = (said - began) / (trainer.step - first)
-            left = pace * (settings.steps - trainer.step)
+    log(f"{out}: steps {trainer.step + 1} to {settings.steps}, {len(corpus.samples)} samples, {parameters} parameters")
+    with Progress("training", "steps", settings.steps, done=trainer.step) as progress:
+        for pixels in progress.each(batches(corpus, settings, trainer.step)):
+            error, kl = trainer.learn(pixels, patcher)
             losses = f"error {error:.5f}, kl {kl:.3f}"
-            tell(f"step {trainer.step}: {losses}, {pace:.2f} s a step, {left / 60:.1f} minutes left")
-        if trainer.step % save_every == 0 or trainer.step == settings.steps:
-            trainer.save()
+            progress.detail = partial(str, losses)
+            if trainer.step % save_every == 0 or trainer.step == settings.steps:
+                trainer.save()
     finish(loaded, tokenizer, trainer, out)
 
 
 def batches(corpus: Corpus, settings: Settings, first: int) -> Iterator[dict[Grid, Tensor]]:
-    """What steps `first`, `first + 1`, ... see, decoded ahead in `data.workers` processes."""
+    """The images of steps `first`, `first + 1`, ..., prefetched by `data.workers` processes."""
     workers = corpus.config.data.workers
     source = Batches(corpus, settings)
     yield from DataLoader(source, batch_size=None, sampler=range(first, settings.steps), num_workers=workers)
 
 
 def finish(config: Config, tokenizer: Tokenizer, trainer: Trainer, out: Path) -> None:
-    """Measure the latents, write the folder, and say how well images come back."""
+    """Measure the latents, write the folder, and print the quality of the reconstruction."""
     module = trainer.module.eval().requires_grad_(False)
     autoencoder = Autoencoder(module, fingerprint(module), None)
-    found = measure(config, tokenizer, autoencoder, 4096)
-    mean, std = found.mean, found.std
+    statistics = measure(config, tokenizer, autoencoder, 4096)
+    mean, std = statistics.mean, statistics.std
     module.register_to_config(latents_mean=mean, latents_std=std)
     module.save_pretrained(out)
     facts = AutoencoderFacts(autoencoder.fingerprint, mean, std)
@@ -239,7 +253,7 @@ def finish(config: Config, tokenizer: Tokenizer, trainer: Trainer, out: Path) ->
 
 
 def quality(corpus: Corpus, patcher: LatentPatcher, images: int = 512) -> float:
-    """PSNR in decibels of images [0, 255] that were encoded and decoded."""
+    """PSNR in decibels between images (pixel values 0..255) and their reconstructions."""
     squares, count = 0.0, 0
     for grid, pixels_MNL in Batches(corpus, Settings(batch=images))[0].items():
         pixels = patcher.images(pixels_MNL, grid).permute(0, 2, 3, 1).numpy()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on this machine, started again for as long as it ends with code 75 (stopped by a signal after saving),
-# unless the signal came to this script.
+# Trains in one process on this machine. If the process exits with code 75 (a signal stopped it after saving), the
+# script starts it again. If the script itself gets SIGINT or SIGTERM, the run saves and the script exits.
 # Usage: launch/local.sh --config configs/scenes.yaml [--train.steps 2000 ...]
 set -uo pipefail
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}

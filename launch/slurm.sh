@@ -3,8 +3,9 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
-# One process per GPU. Two minutes before the time limit every process gets SIGUSR1, the run saves and ends with code
-# 75, and the job queues itself again. Usage: sbatch --nodes 4 launch/slurm.sh --config my.yaml [...]
+# Trains in one process per GPU. Two minutes before the time limit every process gets SIGUSR1; the run saves and exits
+# with code 75, and the script puts the job back into the queue.
+# Usage: sbatch --nodes 4 launch/slurm.sh --config my.yaml [...]
 set -uo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Train in PROCESSES processes of this machine (default: one per GPU, else one per core), started again for as long as
-# a run ends after a signal to its processes; a signal to this script saves and ends.
+# Trains in PROCESSES processes on this machine (default: one per GPU, or one per core without GPUs). If a signal to one
+# of the processes stops the run after saving, the script starts it again. If the script itself gets SIGINT or SIGTERM,
+# the run saves and the script exits.
 # Usage: PROCESSES=4 launch/torchrun.sh --config configs/scenes.yaml --train.zero_stage 2 [...]
 set -uo pipefail
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
@@ -14,6 +15,6 @@ while true; do
   child=$!
   wait "$child"; code=$?
   [ "$stop" -eq 1 ] && { wait "$child"; code=$?; }
-  # torchrun ends with 1 whatever its processes say, and names their codes in its report.
+  # torchrun exits with 1 for any failure, and prints the exit codes of its processes on standard error.
   [ "$code" -ne 0 ] && [ "$stop" -eq 0 ] && grep -q "exitcode  : 75" "$log" || exit "$code"
 done

@@ -1,4 +1,4 @@
-"""`mmgen ablate FILE`: a grid of settings times seeds, compared at equal steps, parameters or FLOPs.
+"""`mmgen ablate FILE`: trains and scores a grid of settings and seeds, at equal steps, parameters or FLOPs.
 
 FILE is YAML:
 
@@ -12,7 +12,7 @@ FILE is YAML:
     grid:                            # optional: every arm times every combination
       train.lr: [0.001, 0.003]
 
-Each run is a process of its own in `out/ARM/seed-N`; the same command goes on where it stopped.
+Each run is a separate process with the folder `out/ARM/seed-N`. The same command resumes a stopped ablation.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from mmgen.sequence.batch import prepare
 from mmgen.sequence.tokenizer import Tokenizer
 
 WIDTH_STEP = 8
-"""Feed-forward widths are tried in multiples of this."""
+"""Feed-forward widths of arms of equal parameters are multiples of this."""
 SCORES = (
     "t2i_accuracy", "t2i_accuracy_w1", "i2t_accuracy", "within_class_variance_ratio", "two_sample_accuracy", "fd_pixel",
     "val_loss_text", "val_loss_image", "seconds_per_step", "seconds_per_image", "parameters", "steps",
 )  # fmt: skip
-"""Columns of the table; `report.json` has every number that all runs of an arm report."""
+"""Scores in the printed table; `report.json` has every number that all runs of an arm report."""
 VAL_BY_CELL = "val_loss_image_by_place"
-"""A list in a run's report: the image loss of each cell of the patch grid."""
+"""Key of the list of image losses, one for each cell of the patch grid, in the report of a run."""
 
 
 class AblationFile(BaseModel):
-    """What is compared."""
+    """The contents of the YAML file of an ablation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     base: Path
@@ -68,18 +68,18 @@ class AblationFile(BaseModel):
 
 @dataclass(frozen=True)
 class Arm:
-    """One column of settings, made equal to the first arm in the way the file asks for."""
+    """One set of settings, already adjusted to the steps, parameters or FLOPs of the first arm."""
 
     name: str
     config: Config
     parameters: int
     flops: float
-    """Of one training step, forward and backward."""
+    """FLOPs of one training step, forward and backward."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean over seeds and half-width of its 95% interval, which a single seed does not have."""
+    """Mean over seeds and half-width of its 95% interval; the half-width of a single seed is None."""
 
     mean: float
     half_width: float | None
@@ -87,35 +87,36 @@ class Interval:
 
 @dataclass(frozen=True)
 class Intervals:
-    """One interval for each number of a list."""
+    """Means and half-widths of a list of numbers, one interval per element."""
 
     mean: list[float]
     half_width: list[float | None]
 
     def at(self, index: int) -> Interval:
-        """The interval of one number of the list."""
+        """Return the interval of one element."""
         return Interval(self.mean[index], self.half_width[index])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every number that all runs of an arm report, by arm; its fields are those of the ablation's `report.json`."""
+    """The contents of the `report.json` of an ablation."""
 
     equal: str
     seeds: list[int]
     arms: dict[str, dict[str, Interval | Intervals]]
+    """By arm, the interval of every number that all its runs report."""
 
 
 Report = Mapping[str, object]
-"""The `report.json` of one run."""
+"""The contents of the `report.json` of one run."""
 
 
 def read(path: Path) -> tuple[AblationFile, list[Arm]]:
-    """The arms of a file, their settings checked and made equal.
+    """Read the file of an ablation; returns it with its arms, which are checked and made equal.
 
     Raises:
-        ValueError: the file, its base or an override is wrong, or arms cannot be made equal.
-        FileNotFoundError: the base's tokenizer or shards are missing.
+        ValueError: the file, its base or an override is invalid, or arms cannot be made equal.
+        FileNotFoundError: the tokenizer or shards of the base do not exist.
     """
     try:
         file = AblationFile.model_validate(yaml.safe_load(path.read_text()))
@@ -137,7 +138,7 @@ def read(path: Path) -> tuple[AblationFile, list[Arm]]:
 
 
 def _cells(file: AblationFile) -> list[tuple[str, dict[str, object]]]:
-    """Every arm times every combination of the grid, by name."""
+    """Return the name and the overrides of every arm combined with every point of the grid."""
     cells = []
     for name, changes in file.arms.items():
         for values in itertools.product(*file.grid.values()):
@@ -148,7 +149,7 @@ def _cells(file: AblationFile) -> list[tuple[str, dict[str, object]]]:
 
 
 def nested(dotted: Mapping[str, object]) -> dict[str, object]:
-    """`{"a.b": 1}` as `{"a": {"b": 1}}`; values may be mappings themselves."""
+    """Convert `{"a.b": 1}` to `{"a": {"b": 1}}`; values may be mappings."""
     tree: dict[str, object] = {}
     for key, value in dotted.items():
         first, _, rest = key.partition(".")
@@ -169,37 +170,39 @@ def _equal(name: str, config: Config, how: str, first: Arm | None) -> Arm:
 
 
 def parameters(config: Config) -> int:
-    """Number of parameters of a configuration's model; nothing is allocated."""
+    """Return the number of parameters of the model of a configuration, without allocating it."""
     vocabulary = len(Tokenizer.of(config))
     with torch.device("meta"):
         return sum(p.numel() for p in MMGenModel(MMGenConfig.of(config, vocabulary)).parameters())
 
 
 def same_parameters(config: Config, wanted: int, name: str) -> Config:
-    """The configuration with the feed-forward width that brings it nearest to `wanted` parameters.
+    """Return the configuration with the feed-forward width whose parameter count is nearest to `wanted`.
 
     Raises:
-        ValueError: no width comes within 2%, or the backbone is a pretrained one.
+        ValueError: no width gives a count within 2%, or the backbone is pretrained.
     """
     if config.model.backbone.pretrained is not None:
-        raise ValueError(f"arm '{name}': a pretrained backbone has a fixed size; compare at equal steps or flops")
+        raise ValueError(
+            f"arm '{name}': a pretrained backbone has a fixed number of parameters; set `equal` to steps or flops"
+        )
 
     def at(width: int) -> Config:
         return override(config, {"model": {"backbone": {"intermediate_size": width}}})
 
     one, two = parameters(at(WIDTH_STEP)), parameters(at(2 * WIDTH_STEP))
     width = WIDTH_STEP * max(1, 1 + round((wanted - one) / (two - one)))
-    found = parameters(at(width))
-    if abs(found - wanted) > 0.02 * wanted:
+    count = parameters(at(width))
+    if abs(count - wanted) > 0.02 * wanted:
         raise ValueError(
-            f"arm '{name}' cannot have {wanted} parameters: at its smallest feed-forward layers it has {found}; "
+            f"arm '{name}' cannot have {wanted} parameters: with a feed-forward width of {width} it has {count}; "
             "make its head or depth smaller, or the first arm larger"
         )
     return at(width)
 
 
 def step_flops(config: Config) -> float:
-    """Floating-point operations of one training step, counted by torch on the run's first batch."""
+    """Return the floating-point operations of one training step, which torch counts on the first batch of the run."""
     tokenizer = Tokenizer.of(config)
     corpus = training_corpus(config, tokenizer, find_facts(config, tokenizer))
     model = build_model(config, len(tokenizer))
@@ -211,54 +214,57 @@ def step_flops(config: Config) -> float:
     return float(counter.get_total_flops())
 
 
-def ablate(path: Path, tell: Callable[[str], None]) -> Comparison:
-    """Run what is missing, one process per run, and write `report.json` into the file's `out`.
+def ablate(path: Path, report: Callable[[str], None]) -> Comparison:
+    """Train and score the runs that are not finished, one process per command, and write `report.json` into `out`.
+
+    `report` is called with lines of progress.
 
     Raises:
-        ValueError: the file is wrong, or a finished run in `out` has other settings.
+        ValueError: the file is invalid, or a run in `out` has other settings.
         ChildProcessError: a run failed; the message names it and its log.
     """
     file, arms = read(path)
     for arm in arms:
-        tell(
+        report(
             f"{arm.name}: {arm.parameters:,} parameters, {arm.config.train.steps} steps of {arm.flops / 1e9:.2f} GFLOP"
         )
     reports: dict[str, list[Report]] = {arm.name: [] for arm in arms}
-    for seed in file.seeds:  # seeds outermost, so that a table over few seeds exists early
+    for seed in file.seeds:  # seeds are the outer loop, so that a table of all arms exists after the first seed
         for arm in arms:
             folder = file.out / arm.name / f"seed-{seed}"
             config = override(arm.config, {"run": {"dir": folder, "seed": seed}})
-            reports[arm.name].append(_run(config, arm, tell))
+            reports[arm.name].append(_run(config, arm, report))
         done = len(reports[arms[0].name])
-        found = Comparison(file.equal, file.seeds[:done], {name: summary(runs) for name, runs in reports.items()})
-        write_report(file.out, asdict(found))
-    return found
+        comparison = Comparison(file.equal, file.seeds[:done], {name: summary(runs) for name, runs in reports.items()})
+        write_report(file.out, asdict(comparison))
+    return comparison
 
 
-def _run(config: Config, arm: Arm, tell: Callable[[str], None]) -> Report:
-    """The report of one run, which is trained and scored unless it has been."""
+def _run(config: Config, arm: Arm, report: Callable[[str], None]) -> Report:
+    """Return the report of one run, after training and scoring it if that is not done yet."""
     folder = config.run.dir
     folder.mkdir(parents=True, exist_ok=True)
     settings = folder / "ablation.yaml"
     wanted = config.model_dump(mode="json")
     if settings.exists() and yaml.safe_load(settings.read_text()) != wanted:
-        raise ValueError(f"{settings} is of other settings than the file now asks for: choose another `out`")
+        raise ValueError(f"{settings} has other settings than the ablation file now has: choose another `out`")
     settings.write_text(yaml.safe_dump(wanted, sort_keys=False))
-    report = folder / "report.json"
-    if not report.exists():
+    scores_file = folder / "report.json"
+    if not scores_file.exists():
         for command in ("train", "eval"):
-            tell(f"{folder}: {command}")
-            with (folder / f"{command}.log").open("w") as log:
+            report(f"{folder}: {command}")
+            with (folder / f"{command}.log").open("w") as output:
                 words = [sys.executable, "-m", "mmgen.cli", command, "--config", str(settings)]
-                code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
+                code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT).returncode
             if code:
                 raise ChildProcessError(
-                    f"{command} of {folder} ended with code {code}: see {log.name}. The same command goes on from here"
+                    f"{command} of {folder} ended with code {code}: see {output.name}. "
+                    "Repeat the command to resume the ablation"
                 )
-    found = json.loads(report.read_text())
-    seconds = found["train_seconds"] / config.train.steps
+    scores = json.loads(scores_file.read_text())
+    seconds = scores["train_seconds"] / config.train.steps
     return {
-        **found,
+        **scores,
         "seconds_per_step": seconds,
         "steps": config.train.steps,
         "gflop_per_step": arm.flops / 1e9,
@@ -266,17 +272,17 @@ def _run(config: Config, arm: Arm, tell: Callable[[str], None]) -> Report:
 
 
 def summary(reports: Sequence[Report]) -> dict[str, Interval | Intervals]:
-    """The interval over the runs of an arm of every number, or list of numbers, that all of them report."""
-    found: dict[str, Interval | Intervals] = {}
+    """Return the interval over runs of every number, or list of numbers, that all of them report."""
+    result: dict[str, Interval | Intervals] = {}
     for key in reports[0]:
-        values = [report.get(key) for report in reports]
+        values = [run.get(key) for run in reports]
         numbers = [value for value in values if _number(value)]
         lists = [value for value in values if isinstance(value, list) and value and all(map(_number, value))]
         if len(numbers) == len(values):
-            found[key] = interval(numbers)
+            result[key] = interval(numbers)
         elif len(lists) == len(values):
-            found[key] = intervals(lists)
-    return found
+            result[key] = intervals(lists)
+    return result
 
 
 def _number(value: object) -> TypeGuard[float]:
@@ -284,7 +290,7 @@ def _number(value: object) -> TypeGuard[float]:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and half-width of Student's 95% interval."""
+    """Return the mean and the half-width of Student's 95% interval."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, None)
@@ -293,6 +299,6 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def intervals(values: Sequence[Sequence[float]]) -> Intervals:
-    """One interval for each index of equally long lists."""
+    """Return the interval of each element of lists of equal length."""
     each = [interval(column) for column in zip(*values, strict=True)]
     return Intervals([item.mean for item in each], [item.half_width for item in each])

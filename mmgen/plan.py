@@ -1,4 +1,4 @@
-"""What a run would cost, computed without running it."""
+"""The plan of a run: parameters, tokens and memory, computed without running it."""
 
 from __future__ import annotations
 
@@ -14,48 +14,50 @@ from mmgen.objective import build_layout
 from mmgen.sequence.tokenizer import SPECIAL, Tokenizer
 from mmgen.train.engine import uses_bf16
 from mmgen.train.memory import Shape, theory
-from mmgen.train.optimizer import averages
+from mmgen.train.optimizer import ema_decays
 
 BYTES = 4
+"""Size of a number in fp32."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would cost; sizes of memory are in bytes, per process."""
+    """Sizes of a run; memory is in bytes per process."""
 
     parameters: int
     vocabulary: int
     tokens_per_step: int
     tokens_total: int
     positions_per_image: list[int]
-    """Of each image size, with its BOI, size token and EOI."""
+    """Positions in a row of an image of each declared size, including BOI, size token and EOI."""
     positions_added_by_copies: list[int]
+    """Positions of each size that a second copy of the image adds."""
     numbers_per_patch: int
     processes: int
     memory_state_bytes: int
-    """Sum of the next five."""
+    """Sum of the next five fields."""
     memory_weights_bytes: int
     memory_gradients_bytes: int
     memory_master_bytes: int
     memory_moments_bytes: int
     memory_averages_bytes: int
     memory_activation_bytes: int
-    """Of one micro-step in eager fp32."""
+    """Activations of one micro-step in eager fp32."""
     config: Config
 
     def as_json(self) -> dict[str, object]:
-        """The same as JSON has it."""
+        """Return the plan as JSON."""
         return {**asdict(self), "config": self.config.model_dump(mode="json")}
 
 
 def plan(config: Config) -> Plan:
-    """Resolved settings, parameter count, tokens per step and memory per process, from shapes alone.
+    """Compute the parameter count, tokens per step and memory per process of a run from shapes only.
 
-    Nothing is allocated: the model is built on the meta device. State is weights, gradients, masters, two moments and
-    the averages, for as many processes as WORLD_SIZE says.
+    The model is built on the meta device, which allocates nothing. The state is weights, gradients, fp32 master
+    weights, two moments and the EMA weights. The number of processes is that of the environment variable WORLD_SIZE.
 
     Raises:
-        ValueError: this number of processes cannot share the run.
+        ValueError: the rows of a step cannot be divided among this number of processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config.check_processes(world)
@@ -66,7 +68,7 @@ def plan(config: Config) -> Plan:
     rows, length = config.train.batch_rows, config.data.row_length
     micro = min(config.train.micro_rows or rows, -(-rows // world))
     shape = Shape(parameters, config.train.zero_stage, world, uses_bf16(config))
-    state = theory(shape, len(averages(config.train)))
+    state = theory(shape, len(ema_decays(config.train)))
     fields = model.backbone.config
     per_position = fields.num_hidden_layers * (16 * fields.hidden_size + 5 * fields.intermediate_size)
     copies = build_layout(config.objective, config.model.patcher).copies
@@ -92,7 +94,7 @@ def plan(config: Config) -> Plan:
 
 
 def _vocabulary(config: Config) -> int:
-    """Size of the vocabulary; without a tokenizer file yet, the bytes and special tokens."""
+    """Return the size of the vocabulary; if the tokenizer file does not exist yet, that of bytes and special tokens."""
     grids = config.model.patcher.grids
     if Path(config.data.tokenizer).is_file():
         return len(Tokenizer.of(config))

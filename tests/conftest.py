@@ -1,4 +1,4 @@
-"""Small things that many tests need. Everything is made on the spot; nothing is downloaded."""
+"""Helpers that many tests share: tiny configurations, models, pictures and shards. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GRIDS = [(2, 2), (3, 2)]
 
 
 def text_tokenizer() -> TextTokenizer:
-    """Bytes as tokens."""
+    """A tokenizer whose tokens are bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = TextTokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,7 +44,7 @@ def text_tokenizer() -> TextTokenizer:
 
 
 def tiny(tmp: Path, **changes: dict) -> Config:
-    """A model of a few thousand parameters on 4x4 and 6x4 RGB pictures with 2x2 patches."""
+    """Settings of a model of a few thousand parameters on 4x4 and 6x4 RGB pictures with 2x2 patches."""
     text_tokenizer().save(str(tmp / "tokenizer.json"))
     base = {
         "run": {"dir": str(tmp / "run"), "seed": 3},
@@ -70,7 +70,7 @@ def tiny(tmp: Path, **changes: dict) -> Config:
 
 
 def awake(config: Config, dtype: torch.dtype = torch.float64) -> tuple[MMGenModel, Tokenizer]:
-    """A model whose zero-initialised parts are random, so that nothing hides behind a zero."""
+    """A model whose zero-initialised weights are random, so that no error is hidden by a zero."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.of(config)
     model = MMGenModel(MMGenConfig.of(config, len(tokenizer))).to(dtype)
@@ -83,13 +83,13 @@ def awake(config: Config, dtype: torch.dtype = torch.float64) -> tuple[MMGenMode
 def packed(
     rows: list, length: int, tokenizer: Tokenizer, nothing: Block, patch_length: int, dtype: torch.dtype | None = None
 ) -> Batch:
-    """Written documents whose patches are ready, packed into rows as the model takes them."""
+    """Documents whose patches are final values, packed into rows and prepared for the model."""
     raw = collate(rows, RowFormat(length, tokenizer, nothing, Patches(patch_length, np.float32)))
     return prepare(raw, PixelPatcher(PatcherConfig()), "cpu", dtype)
 
 
 def ready(corpus: Documents, raw: RawBatch, dtype: torch.dtype | None = None) -> Batch:
-    """What a loader sent, as the model takes it."""
+    """A batch of the loader, prepared for the model."""
     return prepare(raw, corpus.patcher, "cpu", dtype)
 
 
@@ -105,7 +105,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    """A plain tar file, written by nothing of ours."""
+    """Write a plain tar file with Python's library, not with ours."""
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
@@ -115,7 +115,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def pairs(count: int, seed: int = 0) -> dict[str, bytes]:
-    """Members of a shard of captioned pictures."""
+    """The members of a shard of captioned pictures: file name to bytes."""
     rng = np.random.default_rng(seed)
     members: dict[str, bytes] = {}
     for i in range(count):
@@ -126,7 +126,7 @@ def pairs(count: int, seed: int = 0) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> None:
-    """accelerate keeps one precision per process; tests use several."""
+    """Reset accelerate, which holds one precision per process, because tests use several."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -137,7 +137,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def run(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str, str]:
-    """Exit code, output and errors of the command `mmgen`, in this process."""
+    """Run the command `mmgen` in this process; returns exit code, standard output and standard error."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["mmgen", *map(str, words)])
         with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""Ablations: which runs a file means, how arms are made equal, and that nothing is run twice."""
+"""Ablations: the runs of a file, arms made equal, intervals, and resuming without repeating a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def written(tmp_path: Path, config: Config, **fields: object) -> Path:
     return path
 
 
-def test_arms_times_grid(tmp_path: Path, config: Config) -> None:
+def test_every_arm_is_combined_with_the_grid(tmp_path: Path, config: Config) -> None:
     path = written(tmp_path, config, grid={"train.lr": [0.1, 0.2], "sample": [{"steps": 3}]})
     _, arms = ablate.read(path)
     assert [arm.name.split("_")[:2] for arm in arms] == [
@@ -70,18 +70,18 @@ def test_equal_flops(tmp_path: Path, config: Config) -> None:
     assert arms[0].flops == counter.get_total_flops()
 
 
-def test_intervals_are_students() -> None:
+def test_intervals_equal_those_of_scipys_t_distribution() -> None:
     values = [0.9, 0.95, 0.97]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
-    found = ablate.interval(values)
-    assert found.mean == pytest.approx((low + high) / 2)
-    assert found.half_width == pytest.approx((high - low) / 2)
+    interval = ablate.interval(values)
+    assert interval.mean == pytest.approx((low + high) / 2)
+    assert interval.half_width == pytest.approx((high - low) / 2)
     assert ablate.intervals([[1.0, 2.0], [3.0, 2.0]]).mean == [2.0, 2.0]
-    assert ablate.intervals([[1.0, 0.9], [3.0, 0.95], [2.0, 0.97]]).at(1) == found
+    assert ablate.intervals([[1.0, 0.9], [3.0, 0.95], [2.0, 0.97]]).at(1) == interval
     assert ablate.interval([1.0]) == ablate.Interval(1.0, None)
 
 
-def test_numbers_that_all_runs_report_are_summarised() -> None:
+def test_the_summary_has_numbers_that_all_runs_report() -> None:
     runs = [
         {"a": 1, "b": 2.0, "c": [1, 2], "d": "x", "e": True, "f": [], "g": 1},
         {"a": 3, "b": 2.0, "c": [3, 2], "g": None},
@@ -90,26 +90,26 @@ def test_numbers_that_all_runs_report_are_summarised() -> None:
 
 
 def test_nested_keys() -> None:
-    found = ablate.nested({"train.lr": 1, "train": {"steps": 2}, "sample.steps": 3, "run": {"seed": 1}, "run.seed": 2})
-    assert found == {"train": {"lr": 1, "steps": 2}, "sample": {"steps": 3}, "run": {"seed": 2}}
+    tree = ablate.nested({"train.lr": 1, "train": {"steps": 2}, "sample.steps": 3, "run": {"seed": 1}, "run.seed": 2})
+    assert tree == {"train": {"lr": 1, "steps": 2}, "sample": {"steps": 3}, "run": {"seed": 2}}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"equal": "wishes"}, "equal"),
+        ({"equal": "minutes"}, "equal"),
         ({"arm": {}}, "arm"),
         ({"arms": {"a": {"train.stepz": 3}}}, "arm 'a': unknown key 'train.stepz', did you mean 'train.steps'"),
         ({"seeds": []}, "seeds"),
     ],
 )
-def test_bad_files_are_explained(tmp_path: Path, config: Config, fields: dict, message: str) -> None:
+def test_invalid_files_raise_with_the_key(tmp_path: Path, config: Config, fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ablate.read(written(tmp_path, config, **fields))
 
 
 def test_runs_resume_and_failures_are_named(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each run is one process per command; what is finished is not run again, and a failed run stops the rest."""
+    """Each command is one process; finished runs are not repeated, and a failed run stops the ablation."""
     commands: list[tuple[str, str]] = []
     broken = {"seed": 1}
 
@@ -125,9 +125,9 @@ def test_runs_resume_and_failures_are_named(tmp_path: Path, config: Config, monk
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr(ablate.subprocess, "run", fake)
-    path, told = written(tmp_path, config), list[str]()
+    path, lines = written(tmp_path, config), list[str]()
     with pytest.raises(ChildProcessError, match=r"train of .*transfusion/seed-1 ended with code 1: see .*train\.log"):
-        ablate.ablate(path, told.append)
+        ablate.ablate(path, lines.append)
     assert commands[:4] == [
         ("train", "transfusion 0"),
         ("eval", "transfusion 0"),
@@ -139,7 +139,7 @@ def test_runs_resume_and_failures_are_named(tmp_path: Path, config: Config, monk
     commands.clear()
     broken.clear()
     broken["seed"] = -1
-    report = asdict(ablate.ablate(path, told.append))
+    report = asdict(ablate.ablate(path, lines.append))
     assert [seed for _, seed in commands] == ["transfusion 1", "transfusion 1", "mar 1", "mar 1"]
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     arm = report["arms"]["mar"]
@@ -148,4 +148,4 @@ def test_runs_resume_and_failures_are_named(tmp_path: Path, config: Config, monk
     assert arm["val"]["mean"] == pytest.approx([1.0, 0.55])
     other = written(tmp_path, config, arms={"transfusion": {"train.lr": 0.5}})
     with pytest.raises(ValueError, match="choose another `out`"):
-        ablate.ablate(other, told.append)
+        ablate.ablate(other, lines.append)

@@ -14,9 +14,10 @@ from mmgen.config import OBJECTIVE_SETTINGS, Config, PatcherConfig, SampleConfig
 from mmgen.config_io import REGISTRIES, check_names, field_names, load, merged, override, settings
 from tests.conftest import run
 
-NAMES = """run.dir run.seed data.train data.val data.row_length train.steps train.batch_rows train.log_every train.save_every
-train.zero_stage train.lr train.warmup_steps model.backbone model.patcher.kind objective.kind objective.prediction
-objective.loss_space objective.lambda_image sample.steps sample.guidance_scale sample.solver"""
+NAMES = """run.dir run.seed data.train data.val data.row_length train.steps train.batch_rows train.log_every
+train.save_every train.zero_stage train.lr train.warmup_steps model.backbone model.patcher.kind
+objective.kind objective.prediction objective.loss_space objective.lambda_image sample.steps
+sample.guidance_scale sample.solver"""
 
 
 def test_settings_that_scripts_rely_on_exist() -> None:

@@ -1,1 +1,1 @@
-"""Speed against a floor, in one interleaved run."""
+"""Benchmarks: each one times mmgen and a reference in alternating rounds."""

@@ -1,7 +1,7 @@
-"""`mmgen bench data`: reading through the index against webdataset's own pipeline, packing, and the cost of resuming.
+"""`mmgen bench data`: times reading against webdataset's pipeline, and measures packing, waiting and resuming.
 
-Both sides decode with the same functions and turn a sample into the same token ids and patch rows, in one process and
-one thread, in alternating rounds; seconds are processor time, so that other programs on the machine disturb little.
+All readers decode with the same functions and return the same token ids and patches, in one process and one thread, in
+alternating rounds. Seconds are processor time, which other programs on the machine affect little.
 """
 
 from __future__ import annotations
@@ -36,37 +36,39 @@ from mmgen.train.checkpoint.read import known_facts
 from mmgen.train.optimizer import build_optimizer
 
 SIMULATED = 10**8
+"""Samples of the simulated index."""
 POSITIONS = (10, 10**4, 10**6)
+"""Numbers of documents after which a run resumes."""
 
 
 Decoder = Callable[[dict[str, Any]], Any]
-"""From the members of a sample, extension to bytes, to its token ids and patch rows."""
+"""Decodes the members of a sample, bytes by extension, to its token ids and patches."""
 
 
 def decoder(corpus: Corpus) -> Decoder:
-    """What every pipeline does with a captioned image."""
+    """Return the function that every reader uses to decode a captioned image."""
     data, patcher = corpus.config.data, corpus.config.model.patcher
 
-    def rows(sample: dict[str, Any]) -> Any:
+    def decode(sample: dict[str, Any]) -> Any:
         image = next(sample[name] for name in IMAGES if name in sample)
         opened = open_image(image, data.limits, lambda image: draft(image, patcher.image_sizes))
         framed = fit(opened, patcher.channels, patcher.image_sizes, data.resize)
         caption = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])["caption"]
         return corpus.tokenizer.encode(caption), corpus.patcher.pixels(framed)
 
-    return rows
+    return decode
 
 
-def webdataset_pipeline(shards: list[str], rows: Decoder) -> Iterator[Any]:
-    """webdataset's reader, grouping and map."""
+def webdataset_pipeline(shards: list[str], decode: Decoder) -> Iterator[Any]:
+    """Read shards with webdataset's reader, grouping and map."""
     import webdataset
 
     pipeline = webdataset.WebDataset(shards, shardshuffle=False, handler=webdataset.reraise_exception)
-    return iter(pipeline.map(rows))
+    return iter(pipeline.map(decode))
 
 
-def spdl_pipeline(shards: list[str], rows: Decoder) -> Iterator[Any]:
-    """SPDL's tar reader, and its pipeline with one thread for the decoding."""
+def spdl_pipeline(shards: list[str], decode: Decoder) -> Iterator[Any]:
+    """Read shards with SPDL's tar reader and its pipeline, which decodes in one thread."""
     from spdl.io import iter_tarfile
     from spdl.pipeline import PipelineBuilder
 
@@ -78,14 +80,14 @@ def spdl_pipeline(shards: list[str], rows: Decoder) -> Iterator[Any]:
                     yield {extension: data for _, extension, data in members}
 
     pipeline = (
-        PipelineBuilder().add_source(samples()).pipe(rows, output_order="input").add_sink(16).build(num_threads=1)
+        PipelineBuilder().add_source(samples()).pipe(decode, output_order="input").add_sink(16).build(num_threads=1)
     )
     with pipeline.auto_stop():
         yield from pipeline
 
 
 def _timed(work: Callable[[], int]) -> float:
-    """Samples per second of processor time."""
+    """Return the samples per second of processor time of `work`, which returns the number of samples."""
     began = time.process_time()
     count = work()
     return count / (time.process_time() - began)
@@ -93,27 +95,40 @@ def _timed(work: Callable[[], int]) -> float:
 
 @dataclass(frozen=True)
 class DataTimes:
-    """What reading costs, and what packing wastes."""
+    """Speed of reading and resuming, and how full rows are; a fill is the share of positions that are not padding."""
 
     rates: dict[str, float]
-    """Samples per second of processor time: `webdataset`, `cold` (nothing decoded is kept), `warm`, perhaps `spdl`."""
+    """Samples per second of processor time, by reader.
+
+    `webdataset`; `cold` (mmgen without its cache of decoded samples); `warm` (mmgen with all samples in the cache);
+    `spdl` if it is installed.
+    """
     wait_fraction: float
+    """Share of a training step that waits for data."""
     packing_fill: float
+    """Fill of the rows of the run."""
     packing_fill_greedy: float
+    """Fill of greedy packing."""
     packing_fill_padded: float
+    """Fill of one document per row, padded to the longest document."""
     packing_fill_long_rows: float
+    """Fill of rows of a simulated index that are more than 16 median documents long."""
     index_samples_per_second: float
+    """Speed of writing the index of a shard."""
     resume_seconds: dict[str, float]
-    """By the number of documents behind which a run resumes."""
+    """Seconds of resuming, by the number of documents before that point."""
     resume_from_files_seconds: float
+    """Seconds from opening the shards of the run to its first row."""
     samples: int
+    """Samples read per round."""
     lost: int
+    """Samples that could not be read."""
     document_lengths: dict[str, int]
-    """By percentile."""
+    """Positions of a document, by percentile."""
     rounds: int
 
     def as_dict(self) -> dict[str, object]:
-        """The times in `mmgen bench data --json`."""
+        """Return the times as `mmgen bench data --json` prints them."""
         rates, rest = self.rates, asdict(self)
         del rest["rates"]
         return {
@@ -125,11 +140,12 @@ class DataTimes:
         }
 
 
-def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], None]) -> DataTimes:
-    """Medians over interleaved rounds.
+def bench_data(config: Config, rounds: int, samples: int, report: Callable[[str], None]) -> DataTimes:
+    """Time all readers in `rounds` alternating rounds of `samples` samples; rates are medians over the rounds.
 
     Raises:
-        ValueError, FileNotFoundError: the configuration names shards or a tokenizer that do not exist.
+        ValueError: the shards are not local.
+        FileNotFoundError: shards or the tokenizer do not exist.
     """
     torch.set_num_threads(1)
     config = override(config, {"data": {"workers": 0, "crop": "center"}})
@@ -142,21 +158,22 @@ def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], 
     if store.is_url(shards[0]):
         raise ValueError("mmgen bench data reads local shards: give paths in data.train")
 
-    def theirs(pipeline: Callable[[list[str], Decoder], Iterator[Any]]) -> Callable[[], int]:
+    def library_reader(pipeline: Callable[[list[str], Decoder], Iterator[Any]]) -> Callable[[], int]:
         return lambda: sum(1 for _ in itertools.islice(pipeline(shards, decoder(cold)), count))
 
-    def through(corpus: Corpus) -> Callable[[], int]:
+    def mmgen_reader(corpus: Corpus) -> Callable[[], int]:
         return lambda: len([corpus.decoded(0, index) for index in order])
 
-    through(warm)()
-    contestants = {"webdataset": theirs(webdataset_pipeline), "cold": through(cold), "warm": through(warm)}
+    mmgen_reader(warm)()
+    readers = {"webdataset": library_reader(webdataset_pipeline), "cold": mmgen_reader(cold)}
+    readers["warm"] = mmgen_reader(warm)
     if importlib.util.find_spec("spdl") and importlib.util.find_spec("spdl.io"):
-        contestants["spdl"] = theirs(spdl_pipeline)
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
+        readers["spdl"] = library_reader(spdl_pipeline)
+    rates: dict[str, list[float]] = {name: [] for name in readers}
     for number in range(rounds):
-        for name, work in contestants.items():
+        for name, work in readers.items():
             rates[name].append(_timed(work))
-        tell(f"round {number + 1} of {rounds}: " + ", ".join(f"{name} {rates[name][-1]:.0f}/s" for name in rates))
+        report(f"round {number + 1} of {rounds}: " + ", ".join(f"{name} {rates[name][-1]:.0f}/s" for name in rates))
     medians = {name: statistics.median(values) for name, values in rates.items()}
 
     lengths = [warm.length(0, index) for index in range(min(count, 2000))]
@@ -185,7 +202,7 @@ def bench_data(config: Config, rounds: int, samples: int, tell: Callable[[str], 
 
 
 def wait_fraction(config: Config, corpus: Corpus, rounds: int) -> float:
-    """Share of a training step spent waiting for its batch, with the decoded samples warm and one loader process."""
+    """Return the share of a training step that waits for its batch, with one loader worker and a warm cache."""
     ahead = override(config, {"data": {"workers": 1}})
     corpus.config = ahead
     model = build_model(config, len(corpus.tokenizer))
@@ -201,7 +218,7 @@ def wait_fraction(config: Config, corpus: Corpus, rounds: int) -> float:
             (losses.text / max(1, losses.text_count) + losses.image / max(1, losses.image_count)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if number >= 2:  # the loader starts up during the first ones
+        if number >= 2:  # the first steps include the start of the loader
             waits.append(waited)
             wholes.append(time.perf_counter() - began)
     corpus.config = config
@@ -209,7 +226,7 @@ def wait_fraction(config: Config, corpus: Corpus, rounds: int) -> float:
 
 
 def _simulated(epochs: Any, indices: Any) -> Any:
-    """Lengths of a made-up index: a log-normal caption and an image of 64 patches."""
+    """Return document lengths of a simulated index: a caption of log-normal length and an image of 64 patches."""
     bits = (mix(indices.astype(np.uint64)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     text = np.exp(3 + 0.7 * np.sqrt(2) * _inverse_erf(2 * bits - 1)).astype(np.int64)
     return 69 + np.minimum(text, 400), np.ones_like(indices), np.zeros_like(indices)
@@ -224,14 +241,14 @@ def _plan() -> Plan:
 
 
 def simulated_fill() -> float:
-    """Fill where a row is more than 16 median documents long."""
+    """Return the fill of packed rows that are more than 16 median documents long."""
     source = _plan().rows(Position())
     rows = [next(source)[0] for _ in range(500)]
     return sum(document.length for row in rows for document in row) / (500 * 2048)
 
 
 def resume_seconds(at: int) -> float:
-    """From nothing to the first row behind `at` documents, over a simulated index of 10^8 samples."""
+    """Return the seconds to plan the first row after `at` documents of a simulated index of 10^8 samples."""
     times = []
     for _ in range(3):
         began = time.process_time()
@@ -242,7 +259,7 @@ def resume_seconds(at: int) -> float:
 
 
 def reopened(config: Config, tokenizer: Tokenizer, facts: AutoencoderFacts | None) -> float:
-    """From the files of the run's own shards to its first row."""
+    """Return the seconds from opening the shards of the run to its first row."""
     began = time.process_time()
     corpus = Corpus(config.data.train, tokenizer, config, facts)
     next(corpus.plan.rows(Position()))

@@ -1,4 +1,4 @@
-"""`mmgen bench generation`: drawing with the key-value cache against computing everything anew at every call."""
+"""`mmgen bench generation`: times drawing with the key-value cache against recomputation of all positions."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ PROMPT = "a prompt of some length, as captions have it"
 
 @dataclass(frozen=True)
 class GenerationTimes:
-    """Medians over the rounds, for one objective and size."""
+    """Medians over the rounds, for one objective and one image size."""
 
     seconds: float
-    """Per image, with the cache."""
+    """Seconds per image with the cache."""
     seconds_recomputed: float
+    """Seconds per image without the cache."""
     recomputed_over_cached: float
+    """Ratio of the two."""
     largest_difference: float
-    """Between the two images."""
+    """Largest absolute difference between the patches of the two images."""
 
 
 class Recomputing:
-    """The backbone without a cache: every call runs it on all positions of its lanes from the first on."""
+    """The backbone without a cache: every call runs it on all positions of its lanes."""
 
     def __init__(self, model: MMGenModel, cache: RowCache) -> None:
         self.model = model
@@ -65,8 +67,8 @@ class Recomputing:
         return hidden.gather(1, call.slots_LW.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
-class _Keeper(Observer):
-    """Keeps the patches of the last image."""
+class _LastImage(Observer):
+    """Stores the patches of the last image."""
 
     def drew(self, requests: Sequence[int], x_RNP: Tensor) -> None:
         self.x_NP: NDArray[np.float32] = x_RNP[0].float().cpu().numpy()
@@ -75,13 +77,14 @@ class _Keeper(Observer):
 def bench_generation(
     config: Config, rounds: int, sides: Sequence[int] = SIDES, parts: Parts = REAL
 ) -> dict[str, GenerationTimes]:
-    """Time each objective and size, with and without the cache; keys are `OBJECTIVE_PATCHES`.
+    """Time each objective and image size with and without the cache; keys of the result are `OBJECTIVE_PATCHES`.
 
-    Weights are random, so only times and equality mean anything. Each round draws every kind of image once. `parts`
-    are those of the decoder with the cache.
+    Each round draws every kind of image once. The weights are random. `sides` are image sides in patches. `parts` are
+    the parts of the decoder with the cache.
 
     Raises:
-        ValueError, FileNotFoundError: the configuration names no tokenizer, or settings do not fit.
+        ValueError: `rounds` is below 1, or settings do not fit each other.
+        FileNotFoundError: the tokenizer does not exist.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -91,28 +94,28 @@ def bench_generation(
         for side in sides
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in cells}
-    apart: dict[str, float] = {}
+    differences: dict[str, float] = {}
     for i in range(rounds + 1):  # the first round warms up
         for name, (cached, recomputing) in cells.items():
             one, with_cache = _draw(cached)
             other, without = _draw(recomputing)
-            apart[name] = float(np.abs(one - other).max())
+            differences[name] = float(np.abs(one - other).max())
             if i:
                 seconds[name].append((with_cache, without))
     result: dict[str, GenerationTimes] = {}
     for name, pairs in seconds.items():
         fast, slow = (statistics.median(column) for column in zip(*pairs, strict=True))
-        result[name] = GenerationTimes(fast, slow, slow / fast, apart[name])
+        result[name] = GenerationTimes(fast, slow, slow / fast, differences[name])
     return result
 
 
 def as_json(times: dict[str, GenerationTimes]) -> dict[str, dict[str, float]]:
-    """The times in `mmgen bench generation --json`."""
+    """Return the times as `mmgen bench generation --json` prints them."""
     return {name: asdict(cell) for name, cell in times.items()}
 
 
 def _decoders(config: Config, objective: dict[str, Any], side: int, parts: Parts) -> tuple[Decoder, Decoder]:
-    """With the cache, and without it; both share a model."""
+    """Return a decoder with the cache and one without it, of the same model."""
     pixels = side * config.model.patcher.side
     patcher = {"image_sizes": [[pixels, pixels]]}
     config = override(config, {"objective": objective, "model": {"patcher": patcher}})
@@ -121,19 +124,19 @@ def _decoders(config: Config, objective: dict[str, Any], side: int, parts: Parts
     model = build_model(config, len(tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():
-        for p in model.parameters():  # nothing hides behind the zeros that output layers start with
+        for p in model.parameters():  # zero-initialised output layers would hide differences
             p.add_(0.02 * torch.randn_like(p))
     model.to(device)
     return (
-        Decoder(model, tokenizer, config.sample, replace(parts, observer=_Keeper())),
-        Decoder(model, tokenizer, config.sample, Parts(backbone=Recomputing, observer=_Keeper())),
+        Decoder(model, tokenizer, config.sample, replace(parts, observer=_LastImage())),
+        Decoder(model, tokenizer, config.sample, Parts(backbone=Recomputing, observer=_LastImage())),
     )
 
 
 def _draw(decoder: Decoder) -> tuple[NDArray[np.float32], float]:
-    """Patches of one image, and the seconds it took."""
+    """Draw one image; returns its patches and the seconds it took."""
     began = time.perf_counter()
     decoder.generate([Request([PROMPT], "image", seed=1)])
     seconds = time.perf_counter() - began
-    assert isinstance(decoder.parts.observer, _Keeper)
+    assert isinstance(decoder.parts.observer, _LastImage)
     return decoder.parts.observer.x_NP, seconds

@@ -1,4 +1,4 @@
-"""`mmgen bench samplers`: what each solver adds to the calls of its network."""
+"""`mmgen bench samplers`: measures the time that each solver adds to the calls of its network."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mmgen.flow.time import uniform_grid
 
 @dataclass(frozen=True)
 class SamplerTimes:
-    """Medians of interleaved rounds."""
+    """Medians over alternating rounds."""
 
     overhead: dict[str, float]
-    """Of each solver: what it adds, as a share of the time of its network's calls."""
+    """Time that each solver adds, divided by the time of its network calls."""
     network_call_seconds: float
     threads: int
     rounds: int
 
     def as_dict(self) -> dict[str, float]:
-        """The times in `mmgen bench samplers --json`."""
+        """Return the times as `mmgen bench samplers --json` prints them."""
         result: dict[str, float] = {f"overhead_{name}": share for name, share in self.overhead.items()}
         return result | {
             "network_call_seconds": self.network_call_seconds,
@@ -36,15 +36,15 @@ class SamplerTimes:
 
 
 def bench_samplers(rounds: int) -> SamplerTimes:
-    """Time each solver around a network.
+    """Time each solver with a network of 24 matrix products, which takes some milliseconds per call.
 
-    The network is two dozen products that take some milliseconds, on rows of 64 numbers, an eighth of its width. The
-    clock runs around its calls and around the whole solution, so that what else the machine does disturbs both alike.
+    The state is 64 vectors of 64 numbers; the width of the network is 512. The clock runs around each network call and
+    around the whole solution, so that other load on the machine affects both equally.
     """
     sizes = [64, *[512] * 23, 64]
     weights = [torch.randn(into, out) / into**0.5 for into, out in pairwise(sizes)]
     z, times = torch.randn(64, 64), uniform_grid(20)
-    samplers = [name for name in SOLVERS if name not in ("langevin", "annealed_langevin")]
+    names = [name for name in SOLVERS if name not in ("langevin", "annealed_langevin")]
     calls: list[float] = []
 
     def network(z: Tensor, t: Tensor) -> Tensor:
@@ -54,9 +54,9 @@ def bench_samplers(rounds: int) -> SamplerTimes:
         calls.append(time.perf_counter() - began)
         return z
 
-    shares: dict[str, list[float]] = {name: [] for name in samplers}
+    shares: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds + 1):
-        for name in samplers:
+        for name in names:
             first, began = len(calls), time.perf_counter()
             solve(build_solver(name, z, times, LinearPath()), network)
             shares[name].append((time.perf_counter() - began) / sum(calls[first:]) - 1)

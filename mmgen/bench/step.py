@@ -1,9 +1,9 @@
-"""`mmgen bench step`: a training step over a bare loop with the same matrix products, in one interleaved run.
+"""`mmgen bench step`: times a training step against a bare loop with the same matrix products.
 
-The floor is a hand-written causal decoder of the same depth, widths and vocabulary: plain tensors, RMSNorm,
-rotary positions, SwiGLU, causal attention without a mask, logits at as many positions and patch rows in and out as the
-batch has, mean losses and AdamW. It has no packing, no mask, no positions in two dimensions, no averaged
-weights, no keyed noise. What remains above 1 is what mmgen adds.
+The bare loop, called the floor, trains a minimal causal decoder of the same depth, widths and vocabulary. It has plain
+tensors, RMSNorm, rotary positions, SwiGLU, causal attention without a mask, as many logits, input patches and output
+patches as the batch has, mean losses and AdamW. It has no packing, no attention mask, no two-dimensional positions, no
+EMA and no keyed noise. The ratio of the two times shows the cost of these parts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Step = Callable[[], None]
 
 
 class Floor:
-    """The bare decoder, from the sizes of a model; parameters are plain leaf tensors."""
+    """The bare loop, with the sizes of a model; its parameters are plain leaf tensors."""
 
     def __init__(self, model: MMGenModel, batch: Batch, bf16: bool) -> None:
         fields, self.batch, self.bf16 = model.backbone.config, batch, bf16
@@ -84,7 +84,7 @@ class Floor:
         return F.rms_norm(h, (width,))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention by the means that mmgen takes: on a CPU two products where compiled, else fp32."""
+        """Causal attention with the kernels of mmgen: on a CPU two matrix products if compiled in bf16, else fp32."""
         groups = self.heads // self.kv_heads
         if query.device.type != "cpu":
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1)
@@ -97,7 +97,7 @@ class Floor:
         return torch.softmax(scores, -1).to(value.dtype) @ value
 
     def step(self) -> None:
-        """Forward, backward and AdamW."""
+        """Run the forward pass, the backward pass and AdamW."""
         batch = self.batch
         with torch.autocast(batch.ids_BS.device.type, torch.bfloat16, enabled=self.bf16):
             h = F.embedding(batch.ids_BS, self.embed).flatten(0, 1)
@@ -112,7 +112,7 @@ class Floor:
 
 
 def product_step(config: Config, model: MMGenModel, batch: Batch, bf16: bool) -> Step:
-    """What the trainer does with a batch: forward, joint loss, backward, clipping, AdamW with averaged weights."""
+    """Return a training step as the trainer runs it: forward, joint loss, backward, clipping, AdamW with EMA."""
     optimizer = build_optimizer(model, config.train)
     model.train()
 
@@ -131,29 +131,31 @@ def product_step(config: Config, model: MMGenModel, batch: Batch, bf16: bool) ->
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Medians of interleaved rounds."""
+    """Medians over alternating rounds."""
 
     step: float
-    """Seconds."""
+    """Seconds of a training step."""
     floor: float
-    """Seconds of the bare loop."""
+    """Seconds of a step of the bare loop."""
     peak_memory_bytes: int
+    """Peak memory of a training step in eager mode: of the device, or of the process on a CPU."""
     parameters: int
     positions: int
+    """Positions of the batch."""
     bf16: bool
     threads: int
     rounds: int
     step_compiled: float | None = None
-    """None where the device cannot compile."""
+    """Seconds of a compiled training step; None if the device cannot compile."""
     floor_compiled: float | None = None
 
     @property
     def ratio_to_floor(self) -> float:
-        """What mmgen adds to the bare loop."""
+        """Time of a training step over that of the bare loop."""
         return self.step / self.floor
 
     def as_dict(self) -> dict[str, float]:
-        """The times in `mmgen bench step --json`."""
+        """Return the times as `mmgen bench step --json` prints them."""
         result: dict[str, float] = {"step_seconds": self.step, "floor_seconds": self.floor}
         if self.step_compiled is not None and self.floor_compiled is not None:
             result |= {"step_compiled_seconds": self.step_compiled, "floor_compiled_seconds": self.floor_compiled}
@@ -162,13 +164,15 @@ class StepTimes:
         return result | {name: getattr(self, name) for name in names}
 
 
-def bench_step(config: Config, rounds: int, tell: Callable[[str], None], compiled: bool | None = None) -> StepTimes:
-    """Time each kind of step; every round times all of them once.
+def bench_step(config: Config, rounds: int, report: Callable[[str], None], compiled: bool | None = None) -> StepTimes:
+    """Time training steps and steps of the bare loop; every round times each of them once.
 
-    `compiled` says whether compiled steps are timed too; by default where the device can compile.
+    `compiled` adds compiled steps; by default they are timed if the device can compile. `report` is called with
+    lines of progress.
 
     Raises:
-        ValueError: the configuration names shards or a tokenizer that do not exist.
+        ValueError: the configuration is invalid.
+        FileNotFoundError: shards or the tokenizer do not exist.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.run.seed)
@@ -185,13 +189,13 @@ def bench_step(config: Config, rounds: int, tell: Callable[[str], None], compile
         suffix = "_compiled" if compiling else ""
         steps[f"step{suffix}"] = product_step(config, model, batch, bf16)
         if not compiling:
-            steps["step"]()  # the peak is that of this step, before anything else is built
+            steps["step"]()  # the peak memory must not include the floor or compiled steps, which are built later
             peak = peak_memory(device)
         floor = Floor(model, batch, bf16)
         if compiling:
             floor.decode = torch.compile(floor._decode)
         steps[f"floor{suffix}"] = floor.step
-    medians = _median_seconds(steps, rounds, device, tell)
+    medians = _median_seconds(steps, rounds, device, report)
     return StepTimes(
         **medians,
         peak_memory_bytes=peak,
@@ -211,13 +215,13 @@ def _first_batch(config: Config, tokenizer: Tokenizer, device: torch.device) -> 
 
 
 def _median_seconds(
-    steps: dict[str, Step], rounds: int, device: torch.device, tell: Callable[[str], None]
+    steps: dict[str, Step], rounds: int, device: torch.device, report: Callable[[str], None]
 ) -> dict[str, float]:
-    """Of each step, over interleaved rounds behind two calls that warm up."""
+    """Return the median seconds of each step over alternating rounds, after two warm-up calls."""
     for name, step in steps.items():
         began = time.perf_counter()
         step()
-        tell(f"{name}: first call {time.perf_counter() - began:.1f} s")
+        report(f"{name}: first call {time.perf_counter() - began:.1f} s")
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -231,7 +235,7 @@ def _median_seconds(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory of the device, or of this process on a CPU, in bytes."""
+    """Return the peak memory of the device, or of this process on a CPU, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024

@@ -10,21 +10,27 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from mmgen.cli.flags import Json
-from mmgen.cli.show import plus_minus, print_json, print_table, rounded, tell
+from mmgen.cli.show import log, plus_minus, print_json, print_table, rounded
 
 if TYPE_CHECKING:
     from mmgen.ablate import Comparison, Interval, Intervals
 
 
 def ablate(
-    file: Annotated[Path, Parameter(help="YAML file: base, out, equal, seeds, arms, grid (see mmgen/ablate.py).")],
+    file: Annotated[Path, Parameter(help="YAML file of arms and seeds, as described in mmgen/ablate.py.")],
     *,
     as_json: Json = False,
 ) -> int:
-    """Train and score a grid of settings times seeds, and compare them; the same command goes on where it stopped."""
+    """Train and score a grid of settings and seeds, and compare them.
+
+    The same command continues an ablation that was stopped: runs that are finished are not repeated.
+
+    Example:
+        mmgen ablate configs/ablations/objectives.yaml
+    """
     from mmgen.ablate import ablate as run
 
-    found = run(file, tell)
+    found = run(file, log)
     if as_json:
         print_json(asdict(found))
     else:

@@ -11,19 +11,18 @@ from typing import Annotated
 
 import cyclopts
 from cyclopts import App, Parameter
-from pydantic import ValidationError
 
 from mmgen import __version__
 from mmgen.cli.commands import COMMANDS, GROUPS
-from mmgen.cli.flags import Choices, Overrides, with_flags
-from mmgen.cli.show import tell
+from mmgen.cli.errors import sentence
+from mmgen.cli.flags import Overrides, with_flags
+from mmgen.cli.help import GROUP, OVERVIEW, Columns, closing, parts
+from mmgen.cli.show import log
 from mmgen.config import Config
-from mmgen.config_io import REGISTRIES, explain, load, override, registered
+from mmgen.config_io import load, override
 
 USAGE = 2
 """Exit code of an error in what the user gave."""
-HELP = ("--help", "-h")
-CONFIG_HELP = "YAML file of settings, each of which is a flag too: `mmgen settings` lists them."
 
 
 def main() -> None:
@@ -32,26 +31,21 @@ def main() -> None:
     _choose_accelerator()
     try:
         code = launch(sys.argv[1:])
-    except (cyclopts.CycloptsError, ValidationError) as error:
-        wrong = error if isinstance(error, ValidationError) else error.__cause__
-        explained = isinstance(wrong, ValidationError) and "\n".join(explain(item) for item in wrong.errors())
-        code = complain(explained or str(error))
     except (FloatingPointError, ChildProcessError) as error:
         code = complain(str(error), 1)
-    except (ValueError, OSError, ImportError) as error:
-        code = complain(str(error))
+    except (cyclopts.CycloptsError, ValueError, OSError, ImportError) as error:
+        code = complain(sentence(error))
     sys.exit(code or 0)
 
 
 def launch(words: Sequence[str]) -> int:
     """Read the YAML file, put the overrides on top, and run the command; returns its exit code."""
-    wants_help = any(word in HELP for word in words) and _names_command(words)
-    app = build(tuple((name, registered(name)) for name in REGISTRIES) if wants_help else ())
+    app = build()
 
     @app.meta.default
     def with_settings(
         *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-        config: Annotated[Path | None, Parameter(help=CONFIG_HELP)] = None,
+        config: Annotated[Path | None, Parameter(show=False)] = None,
     ) -> int:
         base = Config() if config is None else load(config)
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
@@ -64,27 +58,36 @@ def launch(words: Sequence[str]) -> int:
     return int(app.meta(words, exit_on_error=False, print_error=False, result_action="return_value") or 0)
 
 
-def build(choices: Choices = ()) -> App:
-    """The command-line program; help of settings lists `choices`, which are registries' and need torch."""
-    app = App(name="mmgen", version=__version__, help="Train and use one transformer over text and images.")
-    groups = {name: App(name=name, help=text) for name, text in GROUPS.items()}
-    for group in groups.values():
-        app.command(group)
-    for words, command in COMMANDS.items():
+def build() -> App:
+    """The command-line program with all commands, in the order of `COMMANDS`."""
+    app = App(
+        name="mmgen",
+        version=__version__,
+        help="Train and use one transformer over text and images.",
+        help_format="plaintext",
+        help_formatter=Columns(),
+        help_epilogue=OVERVIEW,
+        group_parameters="Options",
+    )
+    for flag in ("--help", "--version"):
+        app[flag].show = False
+    groups: dict[str, App] = {}
+    for order, (words, command) in enumerate(COMMANDS.items()):
         *parents, name = words.split()
-        place = groups[parents[0]] if parents else app
-        place.command(with_flags(command, choices), name=name)
+        for parent in set(parents) - set(groups):
+            groups[parent] = App(name=parent, help=GROUPS[parent], help_epilogue=GROUP.format(parent), sort_key=order)
+            app.command(groups[parent])
+        parent_app = groups[parents[0]] if parents else app
+        description, _ = parts(command)
+        parent_app.command(
+            with_flags(command), name=name, help=description, help_epilogue=closing(command), sort_key=order
+        )
     return app
-
-
-def _names_command(words: Sequence[str]) -> bool:
-    line = f" {' '.join(words)} "
-    return any(f" {name} " in line for name in COMMANDS)
 
 
 def complain(message: str, code: int = USAGE) -> int:
     """Print an error for people and return the exit code."""
-    tell(f"mmgen: error: {message}")
+    log(f"mmgen: error: {message}")
     return code
 
 

@@ -7,20 +7,32 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from mmgen.cli.flags import Json, Rounds, Settings
-from mmgen.cli.show import show, tell
+from mmgen.cli.show import log, show
 from mmgen.config import Config
 
 
 def step(*, config: Settings = Config(), rounds: Rounds = 30, as_json: Json = False) -> int:
-    """Time a training step over a bare loop with the same matrix products, eager and compiled."""
+    """Time a training step against a bare loop of the same products.
+
+    Both are timed in turns, with and without torch.compile.
+
+    Example:
+        mmgen bench step --config configs/scenes.yaml --rounds 5
+    """
     from mmgen.bench.step import bench_step
 
-    show(bench_step(config, rounds, tell).as_dict(), as_json)
+    show(bench_step(config, rounds, log).as_dict(), as_json)
     return 0
 
 
 def generation(*, config: Settings = Config(), rounds: Rounds = 3, as_json: Json = False) -> int:
-    """Time drawing with the cache against full recomputation, for each objective, at 64 and 256 patches."""
+    """Time drawing images with and without the key-value cache.
+
+    Each objective draws images of 64 and of 256 patches.
+
+    Example:
+        mmgen bench generation --config configs/scenes.yaml --rounds 1
+    """
     from mmgen.bench import generation as bench
 
     show(bench.as_json(bench.bench_generation(config, rounds)), as_json)
@@ -31,18 +43,30 @@ def data(
     *,
     config: Settings = Config(),
     rounds: Rounds = 5,
-    samples: Annotated[int, Parameter(help="Samples read in each.")] = 2000,
+    samples: Annotated[int, Parameter(help="Samples that each repetition reads.")] = 2000,
     as_json: Json = False,
 ) -> int:
-    """Time reading against webdataset's pipeline, and packing, waiting and resuming."""
+    """Time reading shards against webdataset; packing, resuming.
+
+    The waiting time of a training step for its batch is measured too.
+
+    Example:
+        mmgen bench data --config configs/scenes.yaml --samples 500
+    """
     from mmgen.bench.data import bench_data
 
-    show(bench_data(config, rounds, samples, tell).as_dict(), as_json)
+    show(bench_data(config, rounds, samples, log).as_dict(), as_json)
     return 0
 
 
 def samplers(*, rounds: Rounds = 15, as_json: Json = False) -> int:
-    """Time what each sampler adds to the calls of a network of a millisecond or more."""
+    """Time what each solver adds to the network that it calls.
+
+    The network is a stand-in that takes a millisecond or more per call.
+
+    Example:
+        mmgen bench samplers --rounds 3
+    """
     from mmgen.bench.samplers import bench_samplers
 
     show(bench_samplers(rounds).as_dict(), as_json)

@@ -8,19 +8,28 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from mmgen.cli.flags import Json, Settings
-from mmgen.cli.show import print_json, tell
+from mmgen.cli.show import log, print_json
 from mmgen.config import Config
 from mmgen.config_io import load
 
 
 def parity(
-    file: Annotated[Path | None, Parameter(help="YAML file; the same as --config.")] = None,
+    file: Annotated[Path | None, Parameter(help="YAML file of settings; the same as --config FILE.")] = None,
     *,
     config: Settings = Config(),
-    inject: Annotated[str | None, Parameter(help="Break the decoder in a named way.")] = None,
+    inject: Annotated[
+        str | None,
+        Parameter(
+            help="Break the decoder on purpose: noisy-context, shifted-t, causal-mask, stale-cache or wrong-position."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> int:
-    """Compare what sampling computes with what training computes; ends with code 1 where they differ."""
+    """Compare what sampling and training compute; code 1 if they differ.
+
+    Example:
+        mmgen check parity --config configs/scenes.yaml
+    """
     from mmgen.parity import check_parity
 
     results = [report.as_dict() for report in check_parity(config if file is None else load(file), inject)]
@@ -30,7 +39,7 @@ def parity(
         return 0 if holds else 1
     for result in results:
         largest = max(value for name, value in result.items() if name.startswith("largest"))
-        tell(
+        log(
             f"{'holds' if result['holds'] else 'FAILS'}  {result['variant']}: {result['positions']} positions, "
             f"largest relative difference {largest:.1e}{'; ' + result['first'] if result['first'] else ''}"
         )

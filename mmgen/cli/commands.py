@@ -1,4 +1,4 @@
-"""Every command. To add one, write a file beside this one and a line into `COMMANDS`."""
+"""The table of commands. To add one, write a file in this folder and a line in `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
 """The words of a command to its function, whose parameters are the flags and whose result is the exit code."""
 
 GROUPS = {
-    "bench": "Measure speed against a floor, in one interleaved run.",
-    "check": "Checks that a configuration's parts fit each other.",
-    "data": "Index, check and show shards.",
-    "lab": "Small experiments with known answers that prove the flow toolbox.",
+    "bench": "Measure speed: training step, generation, data and solvers.",
+    "check": "Check that sampling computes what training computes.",
+    "data": "Index, check and show shards, and propose image sizes.",
+    "lab": "Run small flow experiments whose exact answers are known.",
 }
-"""The first word of commands of two words, and what they have in common."""
+"""The first word of commands of two words, and their purpose."""

@@ -9,32 +9,44 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from mmgen.cli.flags import DataSettings, Folder, Json
-from mmgen.cli.show import print_json, show, tell
+from mmgen.cli.show import log, print_json, show
 from mmgen.config import Config, SourceConfig
 
 if TYPE_CHECKING:
     from mmgen.sequence.tokenizer import Tokenizer
 
-Shards = Annotated[str, Parameter(help="Shards; by default those of data.train and data.val.")]
-Workers = Annotated[int, Parameter(help="Processes; by default one per core.")]
+Shards = Annotated[str, Parameter(help="Shard files; by default those of data.train and data.val.")]
+Workers = Annotated[int, Parameter(help="Worker processes; 0 starts one per core.")]
 
 
 def index(*shards: Shards, config: DataSettings = Config(), workers: Workers = 0, as_json: Json = False) -> int:
-    """Write the index of every shard that has none; a second call goes on where a first one stopped."""
+    """Write the index of every shard that has none.
+
+    The same command continues an index that was stopped.
+
+    Example:
+        mmgen data index --config configs/scenes.yaml
+    """
     from mmgen.data.tools.check import index_shards
 
-    show(index_shards(*_chosen(shards, config), config, workers or os.cpu_count() or 1, tell).as_dict(), as_json)
+    show(index_shards(*_chosen(shards, config), config, workers or os.cpu_count() or 1, log).as_dict(), as_json)
     return 0
 
 
 def buckets(
     *shards: Shards,
     config: DataSettings = Config(),
-    n: Annotated[int, Parameter(help="Most sizes.")] = 5,
-    pixels: Annotated[str, Parameter(help="Height x width whose area no size exceeds.")] = "256x256",
+    n: Annotated[int, Parameter(help="Largest number of sizes.")] = 5,
+    pixels: Annotated[str, Parameter(help="Height and width; no size has a larger area.")] = "256x256",
     as_json: Json = False,
 ) -> int:
-    """Propose `model.patcher.image_sizes`: those that crop least from the images of the index."""
+    """Propose image sizes that crop least from the images of shards.
+
+    The result is a value for `model.patcher.image_sizes`. The shards must have an index.
+
+    Example:
+        mmgen data buckets --config configs/scenes.yaml --n 3 --pixels 40x40
+    """
     from mmgen.data.tools.sizes import propose
 
     sides = pixels.split("x")
@@ -47,22 +59,27 @@ def buckets(
 def check(
     *shards: Shards,
     config: DataSettings = Config(),
-    decode: Annotated[bool, Parameter(help="Decode every image too.")] = True,
-    world: Annotated[int, Parameter(help="Ranks whose shares are balanced.")] = 8,
+    decode: Annotated[bool, Parameter(help="Also decode every image.")] = True,
+    world: Annotated[int, Parameter(help="Number of processes for which the balance of shares is checked.")] = 8,
     inject: Annotated[
-        str | None, Parameter(help="Break the order: per_rank_seed, dropped_carry, off_by_one, duplicated_shard.")
+        str | None,
+        Parameter(help="Break the order on purpose: per_rank_seed, dropped_carry, off_by_one or duplicated_shard."),
     ] = None,
     workers: Workers = 0,
     as_json: Json = False,
 ) -> int:
-    """Say what shards hold and lose, and whether the order keeps its promises; code 1 where anything is bad."""
+    """Check shards and the order of their samples; code 1 if a check fails.
+
+    Example:
+        mmgen data check --config configs/scenes.yaml
+    """
     from mmgen.data.tools import check as whole
     from mmgen.data.tools.check_streams import check_streams
     from mmgen.train.checkpoint.read import known_facts
 
     patterns, tokenizer = _chosen(shards, config)
     facts = known_facts(config)
-    options = whole.CheckOptions(tell, decode, inject, workers or os.cpu_count() or 1, world, facts)
+    options = whole.CheckOptions(log, decode, inject, workers or os.cpu_count() or 1, world, facts)
     report: whole.Report
     if config.data.streams and not shards:
         report = check_streams(tokenizer, config, options)
@@ -75,13 +92,17 @@ def check(
 
 
 def show_rows(
-    count: Annotated[int, Parameter(help="Rows.")] = 4,
+    count: Annotated[int, Parameter(help="Number of rows.")] = 4,
     *shards: Shards,
     config: DataSettings = Config(),
     out: Folder = Path("runs/data"),
     as_json: Json = False,
 ) -> int:
-    """Draw packed rows as the model sees them: mask, text, images."""
+    """Draw packed rows as the model reads them: mask, text and images.
+
+    Example:
+        mmgen data show 2 --config configs/scenes.yaml
+    """
     from mmgen.data.loader import Corpus
     from mmgen.data.tools.show import show as draw_rows
     from mmgen.train.checkpoint.read import known_facts
@@ -96,7 +117,7 @@ def show_rows(
 
 
 def _chosen(shards: tuple[str, ...], config: Config) -> tuple[list[str | SourceConfig], Tokenizer]:
-    """Patterns and tokenizer of a `data` command."""
+    """The shard patterns and the tokenizer of a `data` command."""
     from mmgen.sequence.tokenizer import Tokenizer
 
     patterns: list[str | SourceConfig] = [*shards] or [*config.data.train, *config.data.val]

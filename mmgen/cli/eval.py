@@ -6,17 +6,23 @@ from typing import Annotated
 
 from mmgen.cli.flags import Json, Uses
 from mmgen.cli.run import load_run
-from mmgen.cli.show import show, tell
+from mmgen.cli.show import log, show
 from mmgen.config import Config
 
 EvalSettings = Annotated[Config, Uses(("run", "sample", "eval"))]
 
 
 def evaluate(*, config: EvalSettings = Config(), as_json: Json = False) -> int:
-    """Score a trained run; writes report.json and samples/evaluation.png into its folder."""
+    """Score a trained run and write its report.json.
+
+    The run folder also gets samples/evaluation.png, a sheet of the first pictures that were drawn.
+
+    Example:
+        mmgen eval --config configs/scenes.yaml --eval.samples 200
+    """
     from mmgen.evaluate.report import evaluate as score
 
     trained = load_run(config)
-    show(score(trained.model, trained.tokenizer, config, trained.trainer, tell).flat(), as_json)
-    tell(f"report: {config.run.dir / 'report.json'}   pictures: {config.run.dir / 'samples' / 'evaluation.png'}")
+    show(score(trained.model, trained.tokenizer, config, trained.trainer, log).flat(), as_json)
+    log(f"report: {config.run.dir / 'report.json'}   pictures: {config.run.dir / 'samples' / 'evaluation.png'}")
     return 0

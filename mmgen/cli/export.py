@@ -16,10 +16,16 @@ from mmgen.config import Config
 def export(
     *,
     config: RunSettings = Config(),
-    out: Annotated[Path, Parameter(help="Folder to write.")] = Path("export"),
+    out: Annotated[Path, Parameter(help="Folder that the model is written to.")] = Path("export"),
     as_json: Json = False,
 ) -> int:
-    """Write a trained run as a Hugging Face folder, with the weights that `sample.weights` names."""
+    """Write a trained run as a Hugging Face folder.
+
+    `sample.weights` chooses which weights are written: averaged ones (EMA) by default.
+
+    Example:
+        mmgen export --config configs/scenes.yaml --out exported
+    """
     from mmgen.train.checkpoint.export import export as write
 
     found = newest(config)

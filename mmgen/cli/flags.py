@@ -13,7 +13,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 from cyclopts import Parameter
 from pydantic import BaseModel, BeforeValidator, create_model
@@ -25,20 +25,18 @@ from mmgen.config_io import section_of
 
 @dataclass(frozen=True)
 class Uses:
-    """The sections of settings that a command's help shows; the others can be set as well."""
+    """The sections of settings that a command uses, as its help names them; the other settings are flags too."""
 
     sections: tuple[str, ...] = tuple(Config.model_fields)
 
 
-Choices = tuple[tuple[str, tuple[str, ...]], ...]
-"""Settings with the names that each may have."""
 Settings = Annotated[Config, Uses()]
 RunSettings = Annotated[Config, Uses(("run", "sample"))]
-"""Settings of a command on a trained run: the model and its objective are the run's own."""
+"""Settings of a command on a trained run, whose model and objective are stored with it."""
 DataSettings = Annotated[Config, Uses(("run", "data", "model", "objective"))]
-Json = Annotated[bool, Parameter(name="--json", help="Print one JSON document and nothing else.", negative="")]
-Folder = Annotated[Path, Parameter(help="Folder for the images.")]
-Rounds = Annotated[int, Parameter(help="Interleaved repetitions.")]
+Json = Annotated[bool, Parameter(name="--json", help="Print the result as one JSON document.", negative="")]
+Folder = Annotated[Path, Parameter(help="Folder that the images are written to.")]
+Rounds = Annotated[int, Parameter(help="Repetitions; the compared variants take turns in each.")]
 
 
 class Overrides(BaseModel):
@@ -47,16 +45,12 @@ class Overrides(BaseModel):
     model_config = Config.model_config
 
 
-def with_flags(command: Callable[..., int], choices: Choices = ()) -> Callable[..., int]:
-    """The command with a flag for every setting in place of `config`; a command without `config` as it is.
-
-    `choices` are what help lists.
-    """
+def with_flags(command: Callable[..., int]) -> Callable[..., int]:
+    """The command with a flag for every setting instead of `config`; a command without `config` is not changed."""
     hints = get_type_hints(command, include_extras=True)
     if "config" not in hints:
         return command
-    (uses,) = (item for item in get_args(hints["config"]) if isinstance(item, Uses))
-    flags = twin(Config, uses.sections, choices)
+    flags = twin(Config)
     hints["config"] = Annotated[flags, Parameter(name="*")]
     signature = inspect.signature(command)
     parameters = [
@@ -74,25 +68,23 @@ def with_flags(command: Callable[..., int], choices: Choices = ()) -> Callable[.
 
 
 @cache
-def twin(model: type[BaseModel], shown: tuple[str, ...], choices: Choices, prefix: str = "") -> type[Overrides]:
-    """A class with the fields of a section and of those inside it, and without their checks."""
+def twin(model: type[BaseModel]) -> type[Overrides]:
+    """A class with the fields of a section and of the sections inside it, without their checks.
+
+    Help shows none of these flags, since there are 300 of them: `mmgen settings` lists and searches them.
+    """
     fields: dict[str, Any] = {}
     for name, field in [*model.model_fields.items(), *_earlier(model)]:
-        own = copy(field)
+        flag = copy(field)
         kind: object = field.annotation
         if section := section_of(kind):
-            kind = twin(section, shown, choices, f"{prefix}{name}.")
-            own.default = kind()
+            kind = twin(section)
+            flag.default = kind()
         elif get_origin(kind) is list:
-            own.metadata = [*field.metadata, BeforeValidator(_whole_list)]
-        elif names := dict(choices).get(prefix + name):
-            own.metadata = [*field.metadata, Parameter(choices=names)]
-        if name not in model.model_fields:
-            own.metadata = [*own.metadata, Parameter(show=False)]
-        if not prefix:
-            own.metadata = [*own.metadata, Parameter(show=name in shown, group=f"Settings of {name}")]
-        own.annotation = kind  # type: ignore[assignment]
-        fields[name] = (kind, own)
+            flag.metadata = [*field.metadata, BeforeValidator(_whole_list)]
+        flag.metadata = [*flag.metadata, Parameter(show=False)]
+        flag.annotation = kind  # type: ignore[assignment]
+        fields[name] = (kind, flag)
     return create_model(model.__name__, __base__=Overrides, __doc__=model.__doc__, **fields)
 
 

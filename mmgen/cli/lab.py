@@ -10,11 +10,15 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from mmgen.cli.flags import Json
-from mmgen.cli.show import print_json, print_table, tell
+from mmgen.cli.show import log, print_json, print_table
 
 
 def list_experiments(*, as_json: Json = False) -> int:
-    """Every experiment, its title, and the faults that turn it red."""
+    """List the experiments with the faults that each must detect.
+
+    Example:
+        mmgen lab list
+    """
     from mmgen.lab.catalog import EXPERIMENTS
 
     if as_json:
@@ -28,16 +32,22 @@ def list_experiments(*, as_json: Json = False) -> int:
 
 
 def run_experiments(
-    *names: Annotated[str, Parameter(help="Experiments, as `mmgen lab list` names them.")],
-    everything: Annotated[bool, Parameter(name="--all", help="Run all of them.", negative="")] = False,
-    fast: Annotated[bool, Parameter(help="Small sizes: minutes for all.", negative="")] = False,
-    out: Annotated[Path, Parameter(help="Folder for a JSON and a PNG per experiment.")] = Path("runs/lab"),
-    seed: int = 0,
-    inject: Annotated[str | None, Parameter(help="Make the toolbox wrong: sign, half, minus_s2 or shifted_t.")] = None,
-    jobs: Annotated[int, Parameter(help="Experiments at a time, one thread each.")] = os.cpu_count() or 1,
+    *names: Annotated[str, Parameter(help="Experiments, as listed by `mmgen lab list`.")],
+    everything: Annotated[bool, Parameter(name="--all", help="Run all experiments.", negative="")] = False,
+    fast: Annotated[bool, Parameter(help="Use small sizes: all experiments take minutes.", negative="")] = False,
+    out: Annotated[Path, Parameter(help="Folder for a JSON file and a picture of each experiment.")] = Path("runs/lab"),
+    seed: Annotated[int, Parameter(help="Seed of all random numbers.")] = 0,
+    inject: Annotated[
+        str | None, Parameter(help="Break the toolbox on purpose: sign, half, minus_s2 or shifted_t.")
+    ] = None,
+    jobs: Annotated[int, Parameter(help="Experiments that run at a time, each with one thread.")] = os.cpu_count() or 1,
     as_json: Json = False,
 ) -> int:
-    """Run experiments; ends with code 1 where a bound does not hold."""
+    """Run experiments; code 1 if a result is outside its bound.
+
+    Example:
+        mmgen lab run --all --fast
+    """
     from mmgen.lab.catalog import EXPERIMENTS, Options, check, run_all
 
     everyone = [e.name for e in EXPERIMENTS.values() if inject is None or inject in e.faults]
@@ -49,13 +59,11 @@ def run_experiments(
     results = []
     for result in run_all(chosen, jobs, Options(fast, seed, out, inject)):
         results.append(result)
-        tell(f"{'holds' if result.holds else 'FAILS'}  {result.name}  {result.seconds} s  {result.picture}")
+        log(f"{'holds' if result.holds else 'FAILS'}  {result.name}  {result.seconds} s  {result.picture}")
         for bound in result.bounds:
-            tell(f"    {'  ' if bound.holds else '! '}{bound.figure}: {bound.value:.4g} ({bound.wanted})")
+            log(f"    {'  ' if bound.holds else '! '}{bound.figure}: {bound.value:.4g} ({bound.wanted})")
         for known in result.differences:
-            tell(
-                f"    ~ {known.figure}: {known.measured:.4g} (known difference, wanted {known.wanted}: {known.reason})"
-            )
+            log(f"    ~ {known.figure}: {known.measured:.4g} (known difference, wanted {known.wanted}: {known.reason})")
     if as_json:
         print_json([result.as_json() for result in results])
     return 0 if all(result.holds for result in results) else 1

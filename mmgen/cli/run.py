@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mmgen.cli.show import tell
+from mmgen.cli.show import log
 from mmgen.config import Config
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def newest(config: Config) -> Checkpoint:
     """The newest whole checkpoint of a run; its model must be the one of the settings."""
     from mmgen.train.checkpoint import read as checkpoint
 
-    found = checkpoint.newest_good(config.run.dir, tell)
+    found = checkpoint.newest_good(config.run.dir, log)
     if found is None:
         raise FileNotFoundError(f"{config.run.dir} holds no checkpoint: train it first with `mmgen train --config ...`")
     checkpoint.check_same_model(found, config)

@@ -14,13 +14,17 @@ from mmgen.config import Config
 
 
 def sample(
-    *prompts: Annotated[str, Parameter(help="Captions, one image each.")],
+    *prompts: Annotated[str, Parameter(help="Captions; one image is drawn for each.")],
     config: RunSettings = Config(),
     out: Folder = Path("samples"),
-    seed: Annotated[int, Parameter(help="Seed of the first image; the next ones count up.")] = 0,
+    seed: Annotated[int, Parameter(help="Seed of the first image; the seeds of the others count up.")] = 0,
     as_json: Json = False,
 ) -> int:
-    """Draw images from captions with a trained run."""
+    """Draw images from captions with a trained run.
+
+    Example:
+        mmgen sample --config configs/scenes.yaml "a green 5 bottom left" "a red 7"
+    """
     from mmgen.generate.decoder import Decoder, Request
     from mmgen.image import sheet
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-def tell(message: str) -> None:
+def log(message: str) -> None:
     """One line for people, on standard error."""
     print(message, file=sys.stderr, flush=True)
 

@@ -16,12 +16,15 @@ TrainSettings = Annotated[Config, Uses(("run", "data", "model", "objective", "tr
 def train(
     *,
     config: TrainSettings = Config(),
-    dry_run: Annotated[bool, Parameter(help="Print the plan and run nothing.", negative="")] = False,
+    dry_run: Annotated[bool, Parameter(help="Print sizes and memory, and do not train.", negative="")] = False,
     as_json: Json = False,
 ) -> int:
-    """Train a run, or continue it: the same command resumes from the last checkpoint.
+    """Train a run, or continue it from its last checkpoint.
 
-    Ends with code 75 when Ctrl-C or SIGTERM stopped it after saving.
+    Ctrl-C or SIGTERM saves a checkpoint and ends with code 75; the same command then continues the run.
+
+    Example:
+        mmgen train --config configs/scenes.yaml --train.steps 2000
     """
     if dry_run:
         from mmgen.plan import plan

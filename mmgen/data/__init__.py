@@ -1,1 +1,1 @@
-"""WebDataset shards to packed global steps, in an order and with randomness that depend on content alone."""
+"""Reading WebDataset shards as packed global steps, in an order that depends on seed and content alone."""

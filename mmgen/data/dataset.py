@@ -1,9 +1,8 @@
-"""All shards of all sources as one numbered set of samples, with what planning needs to know of them."""
+"""All shards of all sources as one numbered set of samples, with the facts that planning needs."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mmgen.config import Config, PatcherConfig, SourceConfig
+from mmgen.config import Config, DataConfig, PatcherConfig, SourceConfig
 from mmgen.data.order import Hashes, Ints, uniform
+from mmgen.data.progress import Progress
 from mmgen.data.shards import store
 from mmgen.data.shards.index import TEXT, ShardIndex, ensure, ensure_all, load, tokens_column
 from mmgen.data.shards.pictures import STORED
@@ -26,44 +26,45 @@ from mmgen.objective import build_layout
 from mmgen.sequence.tokenizer import Tokenizer
 
 OPEN_SHARDS = 256
-"""Shards whose facts a process keeps."""
+"""Number of shards whose facts a process caches."""
 CHECKED = 1 << 20
-"""Samples up to which lengths are checked before a run; beyond, a document that is too long stops it when planned."""
+"""Largest data set whose document lengths are checked before a run, in samples. In a larger one, a document that is too
+long stops the run when it is planned."""
 AS_WRITTEN, CAPTION_FIRST, IMAGE_FIRST, DROPPED = range(4)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Per sample what its length follows from; arrays of shape [n]."""
+    """The facts of n samples that their lengths are computed from; arrays of shape [n]."""
 
     hashes: Hashes
     paired: NDArray[np.bool_]
     text: Ints
-    """Tokens of all its text."""
+    """Tokens of all text."""
     tail: Ints
-    """Tokens of the text behind its last image."""
+    """Tokens of the text after the last image."""
     images: Ints
     patches: Ints
     learned_images: Ints
     """Images that have a loss."""
     learned_patches: Ints
 
-    def take(self, places: Ints) -> Facts:
-        """Those of some samples."""
-        return Facts(*(column[places] for column in vars(self).values()))
+    def take(self, selected: Ints) -> Facts:
+        """The facts of the selected samples."""
+        return Facts(*(column[selected] for column in vars(self).values()))
 
 
 class Columns(Protocol):
-    """What facts are computed from: the columns of an index, in a file or in memory."""
+    """The columns of an index, in a file or in memory, from which facts are computed."""
 
     count: int
 
     def column(self, name: str) -> NDArray[Any]:
-        """One column."""
+        """The column of this name."""
 
 
 def patch_grids(index: Columns, patcher: PatcherConfig) -> Ints:
-    """The patch grid [s, 2] of each segment, (0, 0) at text."""
+    """The patch grid (rows, columns) of each segment as an array [s, 2]; (0, 0) for text."""
     sizes = np.stack([index.column("height_s"), index.column("width_s")], axis=1).astype(np.int64)
     declared = np.array(patcher.grids, dtype=np.int64)
     grids = np.zeros_like(sizes)
@@ -77,7 +78,7 @@ def patch_grids(index: Columns, patcher: PatcherConfig) -> Ints:
 
 
 def facts_of(index: Columns, tokens: str, grids: Ints) -> Facts:
-    """Facts of all samples of an index; `tokens` names its column of text lengths."""
+    """The facts of all samples of an index; `tokens` is the name of its column of text lengths."""
     kind, lengths = index.column("kind_s"), index.column(tokens).astype(np.int64)
     ends = index.column("segment_end_n")
     sample = np.repeat(np.arange(index.count), np.diff(ends, prepend=0))
@@ -99,22 +100,25 @@ def facts_of(index: Columns, tokens: str, grids: Ints) -> Facts:
 
 
 class Measured(ABC):
-    """Numbered samples whose documents have a form and a length in each epoch."""
+    """Numbered samples whose documents have a form and a length in each epoch.
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    With `cut_overlong`, a document that is longer than a row has the length of a row instead of raising ValueError.
+    """
+
+    def __init__(self, config: Config, cut_overlong: bool = False) -> None:
+        self.config, self.cut_overlong = config, cut_overlong
         self.copies = build_layout(config.objective, config.model.patcher).copies
 
     @abstractmethod
     def gather(self, indices: Ints) -> Facts:
-        """Facts of any samples, in the order of `indices`."""
+        """The facts of some samples, in the order of `indices`."""
 
     @abstractmethod
     def name(self, index: int) -> tuple[str, str]:
-        """Name of the shard, and key, of a sample."""
+        """Shard name and key of a sample."""
 
     def forms(self, epochs: Ints, facts: Facts) -> Ints:
-        """The form of each sample in its epoch: decided before packing, by the sample's key."""
+        """The form of each sample in its epoch. It depends on the sample's key and is drawn before packing."""
         data, seed = self.config.data, self.config.run.seed
         flip, drop = np.empty(len(epochs)), np.empty(len(epochs))
         for epoch in np.unique(epochs).tolist():
@@ -126,31 +130,70 @@ class Measured(ABC):
         return np.where(facts.paired & (flip < data.image_first), IMAGE_FIRST, forms).astype(np.int64)
 
     def lengths(self, epochs: Ints, indices: Ints) -> tuple[Ints, Ints, Ints]:
-        """(positions, learned images, form) of documents in their epochs; raises ValueError where one is too long."""
+        """(positions, learned images, form) of documents in their epochs.
+
+        Raises:
+            ValueError: a document is longer than a row and is not to be cut.
+        """
         facts = self.gather(indices)
         forms = self.forms(epochs, facts)
         text = np.where(forms == DROPPED, facts.tail, facts.text)
-        return self._fit(indices, facts, text), facts.learned_images, forms
+        if not self.cut_overlong and (documents := self.overlong(indices, facts, text)):
+            raise ValueError(refusal(documents, self.config.data))
+        fitted: Ints = np.minimum(self._around_text(facts) + text, self.config.data.row_length)
+        return fitted, facts.learned_images, forms
 
-    def _fit(self, indices: Ints, facts: Facts, text: Ints) -> Ints:
-        row_length = self.config.data.row_length
+    def overlong(self, indices: Ints, facts: Facts, text: Ints | None = None) -> list[Overlong]:
+        """The documents that do not fit into a row with `text` tokens of text, by default with all their text.
+
+        With `data.overlong: truncate`, these are the documents that do not fit without any text.
+        """
+        around = self._around_text(facts)
+        length = around + (facts.text if text is None else text)
+        least = around if self.config.data.overlong == "truncate" else length
+        too_long = np.flatnonzero(least > self.config.data.row_length).tolist()
+        return [Overlong(*self.name(int(indices[i])), int(least[i])) for i in too_long]
+
+    def _around_text(self, facts: Facts) -> Ints:
+        """Positions of each document without its text."""
         # An image that is not learned has one copy, a clean one.
-        around = 2 + 3 * facts.images + facts.patches + (self.copies - 1) * facts.learned_patches
-        length = around + text
-        worst = around if self.config.data.overlong == "truncate" else length
-        if (worst > row_length).any():
-            first = int(np.argmax(worst > row_length))
-            shard, key = self.name(int(indices[first]))
-            raise ValueError(
-                f"sample {shard}/{key} needs {length[first]} positions but data.row_length is {row_length}: "
-                "lengthen the row, shorten the caption, or set data.overlong to truncate"
-            )
-        fitted: Ints = np.minimum(length, row_length)
-        return fitted
+        positions: Ints = 2 + 3 * facts.images + facts.patches + (self.copies - 1) * facts.learned_patches
+        return positions
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """A document that does not fit into a row."""
+
+    shard: str
+    key: str
+    positions: int
+    """Positions that it needs."""
+
+
+def refusal(documents: Sequence[Overlong], data: DataConfig) -> str:
+    """The error message for documents that are longer than a row."""
+    first, longest = documents[0], max(document.positions for document in documents)
+    others = (
+        f" ({len(documents)} documents are longer than a row; the longest needs {longest})"
+        if len(documents) > 1
+        else ""
+    )
+    return (
+        f"sample {first.shard}/{first.key} needs {first.positions} positions, but data.row_length is "
+        f"{data.row_length}{others}: {overlong_remedy(data)}"
+    )
+
+
+def overlong_remedy(data: DataConfig) -> str:
+    """What a user can do about documents that are longer than a row."""
+    if data.overlong == "truncate":
+        return "its images alone are too long; raise data.row_length, or declare smaller model.patcher.image_sizes"
+    return "raise data.row_length, shorten the text, or set data.overlong to truncate"
 
 
 class Sources:
-    """Shards with their weights."""
+    """The shards of each source, and the weights of the sources."""
 
     def __init__(self, patterns: Patterns) -> None:
         plain = [pattern for pattern in patterns if isinstance(pattern, str)]
@@ -161,27 +204,28 @@ class Sources:
 
 
 class Dataset(Measured):
-    """The samples of some shards, through their indexes, which are made where they are missing.
+    """The samples of some shards, read through their indexes. Missing indexes are made.
 
     Raises:
-        FileNotFoundError, ValueError: a shard is missing, holds no usable sample, or one too long for a row.
+        FileNotFoundError: a shard does not exist.
+        ValueError: a source holds no usable sample.
     """
 
-    def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config, cut_overlong: bool = False) -> None:
+        super().__init__(config, cut_overlong)
         self.tokenizer = tokenizer
         sources = Sources(patterns)
         self.shards = [shard for part in sources.shards for shard in part]
         self.weights = sources.weights
-        ensure_all(self.shards, tokenizer, config.data, tell=_tell)
+        ensure_all(self.shards, tokenizer, config.data)
         self.bad: list[BadRecord] = []
         self.hashes: list[str] = []
         self.pictures: str | None = None
         """A shard that holds images as pixels."""
         self.stored: dict[str, dict[str, str]] = {}
-        """Kind of precomputed arrays to the fingerprint of what made them (empty where unknown) to a shard of such."""
+        """Kind of precomputed arrays to the fingerprint of their maker (empty if unknown) to an example shard."""
         counts = []
-        for shard in self.shards:
+        for shard in Progress("reading indexes", "shards", len(self.shards), quiet=True).over(self.shards):
             index = ensure(shard, tokenizer, config.data)
             counts.append(index.count)
             self.bad += index.meta.bad
@@ -195,10 +239,10 @@ class Dataset(Measured):
         ends = np.cumsum([0] + [len(part) for part in sources.shards])
         self.counts = [int(self.starts[b] - self.starts[a]) for a, b in pairwise(ends)]
         if not all(self.counts):
-            why = ""
+            why = ": the shards are empty"
             if self.bad:
                 first = self.bad[0]
-                why = f": the first of {len(self.bad)} bad ones is {first.shard}/{first.key}: {first.reason}"
+                why = f". Bad samples: {len(self.bad)}, the first is {first.name}: {first.reason}"
             raise ValueError(f"no usable sample in {', '.join(map(str, patterns))}{why}")
         self.index = lru_cache(OPEN_SHARDS)(self._index)
         self.facts = lru_cache(OPEN_SHARDS)(self._facts)
@@ -209,7 +253,7 @@ class Dataset(Measured):
 
     @property
     def fingerprint(self) -> str:
-        """A name for the content of all shards in their order."""
+        """A hash of the names and contents of all shards in their order."""
         facts = (f"{store.name(shard)} {digest}" for shard, digest in zip(self.shards, self.hashes, strict=True))
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
@@ -217,62 +261,64 @@ class Dataset(Measured):
         return ensure(self.shards[shard], self.tokenizer, self.config.data)
 
     def _facts(self, shard: int) -> Facts:
-        """Facts of all samples of one shard."""
+        """The facts of all samples of one shard."""
         return facts_of(self.index(shard), tokens_column(self.tokenizer), self.grids(shard))
 
     def _grids(self, shard: int) -> Ints:
-        """The patch grid [s, 2] of each segment of a shard, (0, 0) at text."""
+        """The patch grids [s, 2] of the segments of one shard; (0, 0) for text."""
         return patch_grids(self.index(shard), self.config.model.patcher)
 
     def where(self, index: int) -> tuple[int, int]:
-        """Shard and place in it of a sample."""
+        """The number of a sample's shard, and its number in that shard."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return shard, index - int(self.starts[shard])
 
     def name(self, index: int) -> tuple[str, str]:
-        """Name of the shard, and key, of a sample."""
+        """Shard name and key of a sample."""
         shard, place = self.where(index)
         return store.name(self.shards[shard]), self.index(shard).key(place)
 
     def sample(self, index: int) -> Sample:
-        """A sample, its images still encoded; raises `BadSample`."""
+        """A sample whose images are still encoded; raises `BadSample`."""
         shard, place = self.where(index)
         return load(self.shards[shard], self.index(shard), place, self.config.data)
 
     def grids_of(self, index: int) -> list[tuple[int, int]]:
-        """Patch grids of the images of a sample."""
+        """The patch grids of the images of a sample."""
         shard, place = self.where(index)
         ends = self.index(shard).column("segment_end_n")
         here = slice(int(ends[place - 1]) if place else 0, int(ends[place]))
         return [(rows, columns) for rows, columns in self.grids(shard)[here].tolist() if rows]
 
     def gather(self, indices: Ints) -> Facts:
-        """Facts of any samples, in the order of `indices`."""
+        """The facts of some samples, in the order of `indices`."""
         shards = np.searchsorted(self.starts, indices, side="right") - 1
         order = np.argsort(shards, kind="stable")
-        found, bounds = np.unique(shards[order], return_index=True)
+        numbers, bounds = np.unique(shards[order], return_index=True)
         parts = [
             self.facts(int(shard)).take(indices[places] - self.starts[shard])
-            for shard, places in zip(found, np.split(order, bounds[1:]), strict=True)
+            for shard, places in zip(numbers, np.split(order, bounds[1:]), strict=True)
         ]
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return Facts(*(np.concatenate([vars(part)[name] for part in parts])[back] for name in vars(parts[0])))
 
     def refuse_overlong(self) -> None:
-        """Raise ValueError for the first document that is longer than a row, where samples are few enough to look."""
-        for shard in range(len(self.shards)) if len(self) <= CHECKED else ():
+        """Raise ValueError if a document is longer than a row; a data set of more than `CHECKED` samples is skipped."""
+        if len(self) <= CHECKED and (documents := self.overlong_documents()):
+            raise ValueError(refusal(documents, self.config.data))
+
+    def overlong_documents(self) -> list[Overlong]:
+        """All documents that do not fit into a row with all their text."""
+        documents: list[Overlong] = []
+        for shard in range(len(self.shards)):
             facts = self.facts(shard)
-            self._fit(np.arange(len(facts.text)) + self.starts[shard], facts, facts.text)
-
-
-def _tell(done: int, total: int) -> None:
-    if total > 1 and (done == total or done % max(1, total // 10) == 0):
-        print(f"indexed {done} of {total} shards (`mmgen data index` does it ahead)", file=sys.stderr, flush=True)
+            documents += self.overlong(np.arange(len(facts.text)) + self.starts[shard], facts)
+        return documents
 
 
 class Samples(Sequence[Sample]):
-    """The samples of a data set, each read when it is asked for."""
+    """The samples of a data set as a sequence; a sample is read when it is accessed."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset

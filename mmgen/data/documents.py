@@ -1,4 +1,4 @@
-"""Samples as documents: decoded, written, and collated into the batches of a step."""
+"""Documents of samples: decoding, writing, and collating them into the batches of a step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmgen.sequence.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a global step that one of `world` processes takes: rows rank, rank + world, ..."""
+    """The part of a global step that one of `world` processes trains on: rows rank, rank + world, ..."""
 
     rank: int = 0
     world: int = 1
@@ -36,11 +36,11 @@ class WrittenRow:
     """A planned row, decoded and written, before it is collated."""
 
     strips: Sequence[Strip | int]
-    """Its documents; the length in place of one that could not be decoded."""
+    """Its documents; for one that could not be decoded, its planned length."""
     positions: int
-    """Positions of its documents, padding not counted."""
+    """Positions of its documents, without padding."""
     images: int
-    """Images that are learned."""
+    """Number of learned images."""
     bad: Sequence[BadRecord]
     """Samples that could not be used."""
 
@@ -52,18 +52,18 @@ class Step:
     number: int
     micro: Sequence[RawBatch]
     after: Position | Cursors
-    """Where the run stands once this step is done."""
+    """Position of the run in its data after this step."""
     documents: int
     positions: int
-    """Positions of real documents, padding not counted."""
+    """Positions of documents, without padding."""
     images: int
-    """Images that are learned."""
+    """Number of learned images."""
     bad: Sequence[BadRecord]
     """Samples that could not be decoded."""
 
     @staticmethod
     def of_rows(number: int, micro: Sequence[RawBatch], after: Position | Cursors, rows: Sequence[WrittenRow]) -> Step:
-        """The step whose micro-batches hold these rows."""
+        """The step of these micro-batches, with the totals of its rows."""
         return Step(
             number,
             micro,
@@ -75,16 +75,16 @@ class Step:
         )
 
     def pin_memory(self) -> Step:
-        """A copy with its batches in page-locked memory, from where a GPU copies while it computes."""
+        """A copy with its batches in page-locked memory, so that a GPU copies them while it computes."""
         return replace(self, micro=[batch.pin_memory() for batch in self.micro])
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An image before it is placed in a document."""
+    """A decoded image as N patches of P numbers."""
 
     x_NP: NDArray[Any]
-    """Pixels in 0..255, or patches that are ready (latents, codes)."""
+    """Pixel values in 0..255, or precomputed patches (latents, codes)."""
     grid: Grid
     learn: bool = True
 
@@ -99,15 +99,15 @@ class Decoded:
 
     @property
     def nbytes(self) -> int:
-        """About the memory that it takes."""
+        """Approximate size in memory."""
         sizes = (8 * len(s.ids) if isinstance(s, TextSegment) else s.x_NP.nbytes for s in self.segments)
         return sum(sizes) + 200
 
 
 class Documents(ABC):
-    """Samples written as documents, one at a time.
+    """Turns samples into documents, one at a time.
 
-    Decoding and every random draw happen per document and depend on (seed, epoch, shard, key) alone.
+    Decoding and every random draw are per document and depend on (seed, epoch, shard, key) alone.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: Config, autoencoder: AutoencoderFacts | None = None) -> None:
@@ -117,30 +117,30 @@ class Documents(ABC):
 
     @abstractmethod
     def segments(self, planned: PlannedDocument) -> Decoded:
-        """The sample of a planned document; raises `BadSample`."""
+        """The decoded sample of a planned document; raises `BadSample`."""
 
     @property
     @abstractmethod
     def unencoded(self) -> bool:
-        """Batches carry pixels, which `prepare` scales or encodes, and not precomputed patches."""
+        """Whether batches hold pixels, which `prepare` scales or encodes, instead of precomputed patches."""
 
     @abstractmethod
     def name(self, planned: PlannedDocument) -> tuple[str, str]:
-        """Name of its shard, and key, of a planned document."""
+        """Shard name and key of a planned document."""
 
     @abstractmethod
     def steps(self, first: int, last: int, start: Any, share: Share) -> Iterator[Step]:
-        """Global steps [first, last) of a run that stands at `start`, decoded ahead in `data.workers` processes."""
+        """Global steps [first, last) from position `start`, decoded ahead in `data.workers` processes."""
 
     @abstractmethod
     def first_step(self, share: Share = Share()) -> Step:
-        """The share of `rank` in a run's first global step, made in this process: for who measures or inspects one."""
+        """A rank's share of the first global step, made in this process; for measuring and inspecting one step."""
 
     def document(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Document:
-        """Decode one document; `quantiles` are the stratified draws for t of its learned images.
+        """Decode one document. `quantiles` are the stratified draws in [0, 1) for t of its learned images.
 
         Raises:
-            BadSample: it cannot be decoded.
+            BadSample: the sample cannot be decoded.
         """
         decoded = self.segments(planned)
         segments = list(decoded.segments)
@@ -169,14 +169,14 @@ class Documents(ABC):
         return document
 
     def write(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Strip:
-        """Decode one document and write it. Raises `BadSample`."""
+        """Decode one document and write it as tokens and patches; raises `BadSample`."""
         strip = Writer(self.tokenizer).document(self.document(planned, quantiles))
         if len(strip) != planned.length:
-            raise BadSample(f"its document has {len(strip)} positions, planned were {planned.length}")
+            raise BadSample(f"its document has {len(strip)} positions, but {planned.length} were planned")
         return strip
 
     def _cut(self, segments: Sequence[TextSegment | DecodedImage], length: int) -> list[TextSegment | DecodedImage]:
-        """Text shortened from the end until the document has its planned length; empty text is left out."""
+        """The segments with text cut from the end to the planned length of the document; empty text is dropped."""
         spare = 2 + sum(map(self._positions, segments)) - length
         kept: list[TextSegment | DecodedImage] = []
         for segment in reversed(segments):
@@ -189,14 +189,14 @@ class Documents(ABC):
         return kept
 
     def _positions(self, segment: TextSegment | DecodedImage) -> int:
-        """Positions that a segment takes in a row."""
+        """Number of positions of a segment in a row."""
         if isinstance(segment, TextSegment):
             return len(segment.ids)
         rows, columns = segment.grid
         return 3 + (self.layout.copies if segment.learn else 1) * rows * columns
 
     def decode(self, sample: Sample, grids: Sequence[Grid], epoch: int) -> Decoded:
-        """Tokens and patches of a sample whose images have these patch grids; raises `BadSample`."""
+        """The tokens and patches of a sample whose images have the patch grids `grids`; raises `BadSample`."""
         expected = iter(grids)
         segments: list[TextSegment | DecodedImage] = []
         for i, segment in enumerate(sample.segments):
@@ -215,29 +215,29 @@ class Documents(ABC):
         data, patcher = self.config.data, self.config.model.patcher
         image = open_image(picture.data, data.limits, lambda image: draft(image, patcher.image_sizes))
         image = fit(image, patcher.channels, patcher.image_sizes, data.resize, centering)
-        pixels_NP, found = self.patcher.pixels(image)
-        if found != grid:
-            raise BadSample(f"the image has grid {found}, planned was {grid}")
+        pixels_NP, actual = self.patcher.pixels(image)
+        if actual != grid:
+            raise BadSample(f"the image has the patch grid {actual}, but {grid} was planned")
         return DecodedImage(pixels_NP, grid, picture.learn)
 
     def _stored(self, picture: Picture, grid: Grid) -> DecodedImage:
         stored = open_stored(picture.data)
         if stored.kind != self.patcher.stored:
-            raise BadSample(f"it holds {STORED[stored.kind].plural}, which model.patcher.kind does not take")
+            raise BadSample(f"it holds {STORED[stored.kind].plural}, which model.patcher.kind does not accept")
         try:
-            x_NP, found = self.patcher.encode_stored(stored.array)
+            x_NP, actual = self.patcher.encode_stored(stored.array)
         except ValueError as error:
             raise BadSample(str(error)) from None
-        if found != grid:
+        if actual != grid:
             height, width = (n * STORED[stored.kind].cell_pixels(self.config.model.patcher) for n in stored.size)
             raise BadSample(
-                f"{stored.kind} {list(stored.array.shape)} stands for {height}x{width} pixels, which "
+                f"{stored.kind} {list(stored.array.shape)} represents an image of {height}x{width} pixels, which "
                 "model.patcher.image_sizes does not declare"
             )
         return DecodedImage(x_NP, grid, picture.learn)
 
     def batch(self, rows: Sequence[Sequence[Strip | int]]) -> RawBatch:
-        """Collate written rows."""
+        """Collate written rows into one batch."""
         patches = self.patcher.sent if self.unencoded else self.patcher.ready
         return collate(
             rows, RowFormat(self.config.data.row_length, self.tokenizer, self.layout.context((0, 0)), patches)
@@ -246,7 +246,8 @@ class Documents(ABC):
     def written(self, row: PlannedRow, ordinal: int, quantile: Callable[[int], float]) -> WrittenRow:
         """Decode and write the documents of a row.
 
-        `ordinal` is the number of the row's first learned image; `quantile` gives each number its draw for t.
+        `ordinal` is the number of the row's first learned image in the step; `quantile` maps such a number to the
+        stratified draw for t.
         """
         strips: list[Strip | int] = []
         bad: list[BadRecord] = []
@@ -262,7 +263,7 @@ class Documents(ABC):
         return WrittenRow(strips, sum(document.length for document in row), following - ordinal, bad)
 
     def micro_batches(self, rows: Sequence[WrittenRow], world: int) -> list[RawBatch]:
-        """The written rows of a rank as its micro-batches, filled up with empty rows."""
+        """The micro-batches of a rank from its written rows, padded with empty rows to equal size."""
         settings = self.config.train
         share = -(-settings.batch_rows // world)
         micro = min(settings.micro_rows or share, share)

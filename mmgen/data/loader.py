@@ -1,4 +1,4 @@
-"""Global steps: planned rows, decoded, written and collated, ahead of the model."""
+"""Global steps of indexed shards: rows are planned, decoded and collated in loader processes ahead of the model."""
 
 from __future__ import annotations
 
@@ -33,19 +33,32 @@ from mmgen.sequence.tokenizer import Tokenizer
 Form = Literal["as written", "caption first", "image first", "caption dropped"]
 FORMS: tuple[Form, ...] = ("as written", "caption first", "image first", "caption dropped")
 FETCHERS = 16
-"""Samples of a remote store that are fetched at the same time."""
+"""Samples of a remote store that are fetched concurrently."""
 
 
 class Corpus(Documents):
-    """The documents of a list of shards, read through their indexes, and the plan of their order."""
+    """The documents of a list of shards, read through their indexes, and the plan of their order.
+
+    With `cut_overlong`, documents that are longer than a row are planned with the length of a row instead of refused;
+    `mmgen data check` uses it to report all of them.
+
+    Raises:
+        ValueError: a document is longer than a row, or shards hold arrays that `model.patcher.kind` does not accept.
+    """
 
     def __init__(
-        self, patterns: Patterns, tokenizer: Tokenizer, config: Config, autoencoder: AutoencoderFacts | None = None
+        self,
+        patterns: Patterns,
+        tokenizer: Tokenizer,
+        config: Config,
+        autoencoder: AutoencoderFacts | None = None,
+        cut_overlong: bool = False,
     ) -> None:
         super().__init__(tokenizer, config, autoencoder)
-        self.dataset = Dataset(patterns, tokenizer, config)
+        self.dataset = Dataset(patterns, tokenizer, config, cut_overlong)
         self._check_kind()
-        self.dataset.refuse_overlong()
+        if not cut_overlong:
+            self.dataset.refuse_overlong()
         self.bad, self.samples = self.dataset.bad, Samples(self.dataset)
         self.start = Position()
         mixture = Mixture(self.dataset.counts, self.dataset.weights, config.run.seed, config.data.block)
@@ -57,7 +70,7 @@ class Corpus(Documents):
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def _check_kind(self) -> None:
-        """Raise ValueError where shards hold arrays that the patcher does not take, or made by another autoencoder."""
+        """Raise ValueError if shards hold arrays that the patcher does not accept or that another autoencoder made."""
         patcher, dataset = self.config.model.patcher, self.dataset
         for kind, makers in dataset.stored.items():
             shard, plural = next(iter(makers.values())), STORED[kind].plural
@@ -68,7 +81,7 @@ class Corpus(Documents):
                 )
             if dataset.pictures:
                 raise ValueError(
-                    f"{shard} holds {plural} and {dataset.pictures} images: name shards of one kind "
+                    f"{shard} holds {plural}, but {dataset.pictures} holds images: name shards of one kind "
                     "(`python -m data_prep.latents` makes latents of images)"
                 )
             if self.config.data.crop == "random":
@@ -78,8 +91,8 @@ class Corpus(Documents):
                 if fingerprint and fingerprint != self.patcher.fingerprint:
                     raise ValueError(
                         f"the latents of {shard} come from another autoencoder (fingerprint {fingerprint}) than "
-                        f"'{patcher.vae.name}' (fingerprint {self.patcher.fingerprint}): name that "
-                        "one in model.patcher.vae.name, or make the latents anew with `python -m data_prep.latents`"
+                        f"'{patcher.vae.name}' (fingerprint {self.patcher.fingerprint}): set model.patcher.vae.name to "
+                        "the autoencoder that made them, or compute them again with `python -m data_prep.latents`"
                     )
 
     @property
@@ -88,20 +101,20 @@ class Corpus(Documents):
 
     @property
     def description(self) -> str:
-        """What is trained on, in words."""
+        """The number of samples, for the first line of a run."""
         return f"{len(self.samples)} samples"
 
     def known(self, position: Position | Cursors) -> int:
-        """Samples that a rate of bad ones is taken of."""
+        """Number of samples that the share of bad samples is relative to."""
         return len(self.samples) + len(self.bad)
 
     def form(self, epoch: int, index: int) -> Form:
-        """In which order this sample's text and images stand in this epoch."""
+        """The order of text and images of this sample in this epoch."""
         facts = self.dataset.gather(np.array([index]))
         return FORMS[int(self.dataset.forms(np.array([epoch]), facts)[0])]
 
     def length(self, epoch: int, index: int) -> int:
-        """Positions of the document in this epoch."""
+        """Number of positions of the sample's document in this epoch."""
         return int(self.dataset.lengths(np.array([epoch]), np.array([index]))[0][0])
 
     def has_image(self, index: int) -> bool:
@@ -115,7 +128,10 @@ class Corpus(Documents):
         return self.dataset.name(planned.index)
 
     def decoded(self, epoch: int, index: int) -> Decoded:
-        """A sample, decoded; the first ones are kept, so that a small corpus is decoded once. Raises `BadSample`."""
+        """A decoded sample, from the cache where possible; raises `BadSample`.
+
+        The first samples are cached up to `data.cache_bytes`, so that a small corpus is decoded once.
+        """
         if index in self._cache:
             return self._cache[index]
         sample = self._fetched.pop(index, None) or self.dataset.sample(index)
@@ -129,7 +145,7 @@ class Corpus(Documents):
         return decoded
 
     def step(self, number: int, rows: Sequence[PlannedRow], after: Position, share: Share = Share()) -> Step:
-        """Decode a share of a global step."""
+        """Decode this process's share of a global step."""
         total = sum(document.images for row in rows for document in row)
         shared, _ = chances(self.config.run.seed, "t", number)
         self._prefetch([document.index for row in rows[share.rank :: share.world] for document in row])
@@ -150,7 +166,7 @@ class Corpus(Documents):
         return self.step(planned.number, planned.rows, planned.after, share)
 
     def _prefetch(self, indices: Sequence[int]) -> None:
-        """Fetch samples of remote shards side by side: each alone would wait for its answer."""
+        """Fetch samples of remote shards concurrently, because each request waits for the network."""
         self._fetched.clear()
         if not any(self._remote):
             return
@@ -169,16 +185,16 @@ class Corpus(Documents):
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A global step before anything is decoded."""
+    """A global step before its samples are decoded."""
 
     number: int
     rows: list[PlannedRow]
     after: Position
-    """Where the run stands once it is done."""
+    """Position of the run in its data after this step."""
 
 
 def planned_steps(plan: Plan, batch_rows: int, first: int, last: int, start: Position) -> Iterator[PlannedStep]:
-    """Global steps [first, last) of a run that stands at `start`, before anything is decoded."""
+    """Global steps [first, last) from position `start`, before their samples are decoded."""
     source = plan.rows(start)
     for number in range(first, last):
         rows = [next(source) for _ in range(batch_rows)]
@@ -186,7 +202,7 @@ def planned_steps(plan: Plan, batch_rows: int, first: int, last: int, start: Pos
 
 
 class _Stream(IterableDataset[Step]):
-    """Steps from a position on; worker w of W makes steps w, w + W, ..."""
+    """Steps from a position; worker w of W makes steps w, w + W, ..."""
 
     def __init__(self, corpus: Corpus, first: int, last: int, start: Position, share: Share) -> None:
         self.corpus, self.first, self.last, self.start, self.share = corpus, first, last, start, share
@@ -201,19 +217,19 @@ class _Stream(IterableDataset[Step]):
 
 
 def steps(corpus: Documents, first: int, last: int, start: Any, share: Share = Share()) -> Iterator[Step]:
-    """Global steps [first, last) of a run that stands at `start`, decoded ahead in `data.workers` processes."""
+    """Global steps [first, last) from position `start`, decoded ahead in `data.workers` processes."""
     return corpus.steps(first, last, start, share)
 
 
 def ahead(source: IterableDataset[Any], workers: int, pinned: bool) -> Iterator[Any]:
-    """The items of `source`, made ahead in `workers` processes; 0 makes them here."""
+    """The items of `source`, prefetched by `workers` processes; with 0 workers, this process makes them."""
     begin = partial(_begin_worker, os.getpid())
     options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": begin} if workers else {}
     return iter(DataLoader(source, batch_size=None, num_workers=workers, pin_memory=pinned, **options))
 
 
 def _begin_worker(parent: int, worker: int) -> None:
-    """Signals reach the whole process group; only the training process answers, and ends its workers."""
+    """Ignore signals in a worker: they reach the whole process group, and the training process ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -221,9 +237,10 @@ def _begin_worker(parent: int, worker: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """End the workers of a loader that an uncaught exception still holds.
+    """End the workers of a loader that is still alive when an uncaught exception ends the process.
 
-    multiprocessing sends them SIGTERM, which they ignore, and waits. This runs before, because it is registered later.
+    multiprocessing sends them SIGTERM, which they ignore, and then waits. This function is registered later and
+    therefore runs earlier.
     """
     for child in multiprocessing.active_children():
         if child.daemon:
@@ -231,7 +248,7 @@ def _end_workers() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A worker whose training process was killed would wait forever to hand over its last step."""
+    """End a worker whose training process was killed; otherwise it waits without end to deliver its last step."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -1,7 +1,7 @@
-"""The order of documents, their packing into rows, and keyed randomness: pure functions of seed and content.
+"""The order of documents, their packing into rows, and keyed random numbers: pure functions of seed and content.
 
-Nothing here depends on how many processes or workers there are, and nothing is kept between calls: any window of any
-epoch is computed alone, in time and memory that do not grow with the data set.
+Nothing here depends on the number of processes or workers, and no state is kept between calls: any window of any epoch
+is computed alone, in time and memory that do not grow with the data set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 PATTERN = 1 << 14
-"""Documents after which the sequence of a mixture's sources repeats; weights are met to within 1 in this number."""
+"""Period of the sequence of a mixture's sources, in documents; weights are exact to 1 in this number."""
 ROUNDS = 6
 
 
@@ -27,18 +27,18 @@ def _digest(parts: tuple[object, ...]) -> bytes:
 
 
 def keyed(*parts: object) -> np.random.Generator:
-    """A counter-based generator whose key is a hash of `parts`: equal parts, equal numbers, on any machine."""
+    """A counter-based generator whose key is a hash of `parts`: equal parts give equal numbers on any machine."""
     return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(parts), "little")))
 
 
 def chances(*parts: object) -> tuple[float, float]:
-    """Two uniform numbers in [0, 1) straight from the hash of `parts`: ten times cheaper than `keyed`."""
+    """Two uniform numbers in [0, 1), taken directly from the hash of `parts`: ten times cheaper than `keyed`."""
     one, two = struct.unpack("<QQ", _digest(parts))
     return (one >> 11) * 2.0**-53, (two >> 11) * 2.0**-53
 
 
 def mix(values: Hashes) -> Hashes:
-    """A bijection of 64 bits that scatters them (finaliser of SplitMix64, Steele et al. 2014)."""
+    """A bijection on 64-bit numbers that scrambles their bits (the finaliser of SplitMix64, Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -50,16 +50,17 @@ def _salts(parts: tuple[object, ...]) -> tuple[np.uint64, np.uint64]:
 
 
 def uniform(keys: Hashes, *parts: object) -> NDArray[np.float64]:
-    """A uniform number in [0, 1) for each 64-bit key, of `parts`: thousands of samples in one call."""
+    """A uniform number in [0, 1) for each 64-bit key and `parts`, for thousands of samples in one call."""
     one, two = _salts(parts)
     bits = mix(mix(keys ^ one) ^ two)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permuted(places: Ints, count: int, *parts: object) -> Ints:
-    """Images of `places` under a permutation of [0, count) that `parts` choose, without ever listing it.
+    """The images of `places` under a permutation of [0, count) that is keyed by `parts` and never stored.
 
-    A Feistel network on the next larger power of four, walked until it lands inside (Black and Rogaway 2002).
+    A Feistel network on the next larger power of four, applied until the result is below `count` (cycle walking,
+    Black and Rogaway 2002).
     """
     half = np.uint64(max(4, ((max(count, 2) - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -78,9 +79,9 @@ def permuted(places: Ints, count: int, *parts: object) -> Ints:
 
 
 def epoch_order(count: int, seed: object, epoch: int, where: range | None = None, block: int = 1) -> Ints:
-    """The order of `count` documents in an epoch, or the part of it that `where` names.
+    """The order of `count` documents in an epoch, or the range `where` of it.
 
-    Blocks of `block` neighbours are permuted; where they begin moves from epoch to epoch.
+    Blocks of `block` neighbours are permuted. The offset of the blocks changes from epoch to epoch.
     """
     where = range(count) if where is None else where
     places = np.arange(where.start, where.stop, dtype=np.int64)
@@ -95,10 +96,10 @@ def epoch_order(count: int, seed: object, epoch: int, where: range | None = None
 
 
 def pack(lengths: Sequence[int] | Ints, row_length: int) -> list[list[int]]:
-    """Best-fit-decreasing packing: indices of `lengths` row by row, each row's sum at most `row_length`.
+    """Best-fit-decreasing packing: the indices of each row, whose lengths sum to at most `row_length`.
 
-    The longest document first, each to the fullest open row that still holds it; ties in the given order.
-    Deterministic; O(n log n).
+    Documents are taken from long to short, ties in the given order. Each goes into the fullest open row that still has
+    space for it. Deterministic; O(n log n).
     """
     rows: list[list[int]] = []
     space: list[tuple[int, int]] = []  # (free positions, row), sorted
@@ -118,41 +119,41 @@ def pack(lengths: Sequence[int] | Ints, row_length: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Position:
-    """Position of a run in its data: the next row is `row` of `window` of `epoch`."""
+    """Position of a run in its data: the next row is row `row` of window `window` of epoch `epoch`."""
 
     epoch: int = 0
     window: int = 0
     row: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        """For a checkpoint."""
+        """The position as a checkpoint stores it."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Position of one stream: the next row is `row` of its window `window`, which begins at `place` and `group`."""
+    """Position of one stream: the next row is row `row` of window `window`, which begins at `place` and `group`."""
 
     epoch: int = 0
     window: int = 0
     row: int = 0
     place: int = 0
-    """Of the shard in the stream's list of this epoch."""
+    """Index of the shard in the stream's list of this epoch."""
     group: int = 0
-    """Of the sample in its shard, bad ones counted."""
+    """Index of the sample in its shard, bad ones included."""
     met: int = 0
-    """Samples of the first epoch that were read before this window, bad ones among them."""
+    """Samples of the first epoch that were read before this window, bad ones included."""
 
 
 @dataclass(frozen=True)
 class Cursors:
-    """Position of a run without an index: the cursor of each stream, of a rank's own ones or of all."""
+    """Position of a run without an index: a cursor for each stream of one rank or of all ranks."""
 
     streams: dict[int, Cursor] = field(default_factory=dict)
-    """Streams that are not named are at their beginning."""
+    """Number of a stream to its cursor; a stream that is missing is at its beginning."""
 
     def as_dict(self) -> dict[str, list[list[int]]]:
-        """For a checkpoint: number and cursor of each stream."""
+        """The number and the cursor of each stream, for a checkpoint."""
         return {"streams": [[number, *astuple(self.streams[number])] for number in sorted(self.streams)]}
 
     def of_stream(self, number: int) -> Cursor:
@@ -161,39 +162,40 @@ class Cursors:
 
     @staticmethod
     def union(parts: Iterable[Cursors]) -> Cursors:
-        """Cursors of several ranks as one."""
+        """The cursors of several ranks in one object."""
         return Cursors({number: cursor for part in parts for number, cursor in part.streams.items()})
 
     @staticmethod
     def of(stored: dict[str, list[list[int]]]) -> Cursors:
-        """What `as_dict` wrote."""
+        """The cursors from the output of `as_dict`."""
         return Cursors({number: Cursor(*rest) for number, *rest in stored["streams"]})
 
 
 @dataclass(frozen=True)
 class PlannedDocument:
-    """A document's place in the order, before anything is decoded."""
+    """A document in the planned order, before its sample is read or decoded."""
 
     epoch: int
-    """Of its source."""
+    """Epoch of its source."""
     index: int
-    """Of the sample in the data set."""
+    """Index of the sample in the data set."""
     length: int
     """Positions in its row."""
     images: int = 0
+    """Number of learned images."""
     form: int = 0
-    """Its form, as `Lengths` gives it."""
+    """Order of text and images, one of the forms in `mmgen.data.dataset`."""
 
 
 PlannedRow = list[PlannedDocument]
 Lengths = Callable[[Ints, Ints], tuple[Ints, Ints, Ints]]
-"""(epochs, indices) to each document's length in positions, number of images, and form (see `mmgen.data.dataset`)."""
+"""(epochs, indices) to each document's length in positions, number of learned images, and form."""
 
 
 class Mixture:
-    """Sources with weights, dealt in a fixed pattern, so that the n-th document is known without the ones before it.
+    """Sources with weights, drawn in a fixed pattern, so that the n-th document is computed without the ones before it.
 
-    Samples of all sources are numbered through. A single source is its epochs, one after the other.
+    Samples of all sources are numbered consecutively. With a single source the sequence is its epochs in turn.
     """
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int, block: int = 1) -> None:
@@ -205,7 +207,7 @@ class Mixture:
         self._before = np.concatenate([np.zeros((1, len(counts)), dtype=np.int64), np.cumsum(hits, axis=0)])
 
     def drawn(self, first: int) -> Ints:
-        """How many of the first `first` documents come from each source."""
+        """The number of documents among the first `first` that come from each source."""
         turns, rest = divmod(first, len(self.pattern))
         counted: Ints = turns * self._before[-1] + self._before[rest]
         return counted
@@ -224,14 +226,14 @@ class Mixture:
                 n = min(end - at, count - place)
                 part = here[at - begin : at - begin + n]
                 epochs[part] = epoch
-                found = epoch_order(count, name, epoch, range(place, place + n), self.block)
-                indices[part] = found + self.starts[source]
+                order = epoch_order(count, name, epoch, range(place, place + n), self.block)
+                indices[part] = order + self.starts[source]
                 at += n
         return epochs, indices
 
 
 def smooth(weights: Sequence[float], length: int) -> Ints:
-    """A sequence of `length` source numbers in which each source has its share and is spread evenly."""
+    """A sequence of `length` source numbers in which each source has its share and is evenly spread."""
     shares = np.asarray(weights, dtype=np.float64) / sum(weights) * length
     counts = np.maximum(1, np.floor(shares)).astype(np.int64)
     for source in np.argsort(counts - shares, kind="stable")[: max(0, length - int(counts.sum()))]:
@@ -244,9 +246,8 @@ def smooth(weights: Sequence[float], length: int) -> Ints:
 class Plan:
     """The endless sequence of packed rows.
 
-    Window w of an epoch is documents [w K, (w + 1) K) of its order, packed alone; so any row can be found
-    again from (epoch, window, row) by packing one window. An epoch of a mixture is as many documents as there are
-    samples.
+    Window w of an epoch holds documents [w K, (w + 1) K) of its order and is packed alone. So any row is recomputed
+    from (epoch, window, row) by packing one window. An epoch of a mixture has as many documents as there are samples.
     """
 
     def __init__(self, mixture: Mixture, window: int, row_length: int, lengths: Lengths) -> None:
@@ -254,7 +255,7 @@ class Plan:
         self.count = mixture.total
 
     def packed(self, epoch: int, window: int) -> list[PlannedRow]:
-        """The rows of one window, in an order that says nothing of their lengths."""
+        """The rows of one window, in an order that does not depend on their lengths."""
         start = epoch * self.count
         first, last = window * self.window, min((window + 1) * self.window, self.count)
         epochs, indices = self.mixture.documents(start + first, start + last)
@@ -268,7 +269,7 @@ class Plan:
         return [[documents[i] for i in rows[r]] for r in rng.permutation(len(rows))]
 
     def rows(self, start: Position) -> Iterator[tuple[PlannedRow, Position]]:
-        """Rows from `start` on, each with the position that follows it."""
+        """Rows from `start`, each with the position that follows it."""
         epoch, window, first = start.epoch, start.window, start.row
         while True:
             while window * self.window < self.count:

@@ -1,12 +1,12 @@
-"""The order of shards that have no index: V streams, each of which reads its shards forward.
+"""The order of documents without an index: V streams that each read their shards forward.
 
-An epoch deals the shards, in an order of its own, to the streams in turn. A stream reads its shards one after the
-other, gathers its share of `data.window` samples, and shuffles and packs them alone, as the index's order does with
-its windows. A global step takes equally many rows of every stream, and a stream belongs to one process. So the global
-batch at step n is the same for any number of processes that divides V, and for any number of workers.
+In each epoch the shards are shuffled and assigned to the streams in turn. A stream reads its shards in sequence,
+collects its share of `data.window` samples, and shuffles and packs this window alone. A global step takes the same
+number of rows from every stream, and a stream belongs to one process. So the global batch at step n is the same for any
+number of processes that divides V, and for any number of workers.
 
-State is six integers per stream. Resuming reads the shard in which the window began from its first byte up to there,
-without decoding, and the window: at most one shard and one window per stream, wherever in the data that is.
+The state is six integers per stream. To resume, a stream reads its present shard again, without decoding, up to the
+start of its window, and then the window: at most one shard and one window, at any position in the data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mmgen.config import Config
-from mmgen.data.dataset import Facts, Measured, facts_of, patch_grids
+from mmgen.data.dataset import Facts, Measured, Overlong, facts_of, patch_grids
 from mmgen.data.documents import Decoded, Documents, Share, Step, WrittenRow
 from mmgen.data.loader import Corpus, ahead
 from mmgen.data.order import (
@@ -48,21 +48,21 @@ from mmgen.image.patch import Grid
 from mmgen.sequence.tokenizer import Tokenizer
 
 BARREN = 16
-"""Epochs without a usable sample after which a stream gives up."""
+"""Consecutive epochs without a usable sample after which a stream raises an error."""
 SETTLED = 1000
-"""Samples before which a rate of bad ones says nothing."""
+"""Least number of samples that the share of bad samples is relative to; a share of fewer samples is not meaningful."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldDocument(PlannedDocument):
-    """A planned document with its sample, still encoded: nothing can be read again."""
+class StreamDocument(PlannedDocument):
+    """A planned document with its sample, still encoded, because a stream cannot read it again."""
 
     sample: Sample
     grids: list[Grid]
 
 
 @dataclass(frozen=True)
-class Held:
+class ReadSample:
     """A sample that was read, still encoded."""
 
     sample: Sample
@@ -72,13 +72,13 @@ class Held:
 
 @dataclass(frozen=True)
 class Met:
-    """What a stream meets next in a shard."""
+    """The next sample in a shard of a stream, usable or bad."""
 
     place: int
-    """Of the shard in the stream's list."""
+    """Index of the shard in the stream's list."""
     group: int
-    """Number of the sample after this one in its shard."""
-    found: Held | BadRecord
+    """Index of the following sample in the shard."""
+    sample: ReadSample | BadRecord
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,21 @@ class StreamRow:
 
     documents: PlannedRow
     after: Cursor
-    """Where the stream stands after it."""
+    """Position of the stream after this row."""
     bad: list[BadRecord]
-    """Bad samples that were met on the way to it."""
+    """Bad samples that were read since the previous row."""
 
 
 class Window(Measured):
-    """The samples that a stream holds, numbered from 0, as an index in memory."""
+    """The samples of one window of a stream, numbered from 0, with an index in memory."""
 
-    def __init__(self, held: Sequence[Held], tokenizer: Tokenizer, config: Config) -> None:
-        super().__init__(config)
-        self.samples, self.count = [one.sample for one in held], len(held)
+    def __init__(
+        self, samples: Sequence[ReadSample], tokenizer: Tokenizer, config: Config, cut_overlong: bool = False
+    ) -> None:
+        super().__init__(config, cut_overlong)
+        self.samples, self.count = [one.sample for one in samples], len(samples)
         builder = Builder()
-        for one in held:
+        for one in samples:
             builder.add(one.sample, one.group, one.segments)
         self._columns = builder.columns(tokenizer)
         grids = patch_grids(self, config.model.patcher)
@@ -108,24 +110,28 @@ class Window(Measured):
         self.grids = [[(r, c) for r, c in part.tolist() if r] for part in np.split(grids, ends)]
 
     def column(self, name: str) -> NDArray[np.generic]:
-        """One column of the index."""
+        """The column of this name."""
         return self._columns[name]
 
     def gather(self, indices: Ints) -> Facts:
         return self._facts.take(indices)
+
+    def overlong_documents(self) -> list[Overlong]:
+        """All documents that do not fit into a row with all their text."""
+        return self.overlong(np.arange(self.count), self._facts)
 
     def name(self, index: int) -> tuple[str, str]:
         return self.samples[index].shard, self.samples[index].key
 
 
 class Streams:
-    """The endless rows of each stream; nothing but its window is kept of one."""
+    """The endless rows of each stream; a stream keeps only its window in memory."""
 
     def __init__(self, shards: Sequence[str], tokenizer: Tokenizer, config: Config) -> None:
         self.shards, self.tokenizer, self.config = list(shards), tokenizer, config
         self.count = config.data.streams
         self.window = -(-config.data.window // self.count)
-        """Samples of one window of one stream."""
+        """Number of samples of one window of one stream."""
         self.seed = config.run.seed
         if len(self.shards) < self.count:
             raise ValueError(
@@ -135,18 +141,18 @@ class Streams:
 
     @property
     def fingerprint(self) -> str:
-        """A name for the shards in their order, by their names: nobody has read them yet."""
+        """A hash of the names of the shards in their order; their contents are not read."""
         return hashlib.sha256("\n".join(map(store.name, self.shards)).encode()).hexdigest()
 
     def shard(self, stream: int, place: int, epoch: int) -> str | None:
-        """The shard that a stream reads at a place of its list; None behind its last."""
+        """The shard at index `place` of a stream's list; None after its last."""
         at, count = stream + place * self.count, len(self.shards)
         if at >= count:
             return None
         return self.shards[int(epoch_order(count, f"{self.seed} shards", epoch, range(at, at + 1))[0])]
 
     def rows(self, stream: int, start: Cursor) -> Iterator[StreamRow]:
-        """Rows of a stream from `start` on.
+        """Rows of a stream from position `start`.
 
         Raises:
             ValueError: a document is longer than a row, or no sample of the stream's shards can be used.
@@ -157,57 +163,61 @@ class Streams:
             source = self._epoch(stream, at)
             barren += 1
             while True:
-                held, following = self._gather(source, at, bad)
-                if not held:
+                samples, following = self._gather(source, at, bad)
+                if not samples:
                     break
                 if at.row:  # they came with the window's first row
                     bad = []
-                rows, barren = self.packed(stream, at, Window(held, self.tokenizer, self.config)), 0
+                rows, barren = self.packed(stream, at, self.indexed(samples)), 0
                 for r in range(at.row, len(rows)):
                     after = replace(at, row=r + 1) if r + 1 < len(rows) else following
                     yield StreamRow(rows[r], after, bad)
                     bad = []
                 at = following
             at = Cursor(epoch=at.epoch + 1, met=following.met)
-        last = f": the last bad one is {bad[-1]}" if bad else ""
+        last = f": the last bad one is {bad[-1].name}: {bad[-1].reason}" if bad else ""
         raise ValueError(f"stream {stream} finds no usable sample in its shards{last}")
 
+    def indexed(self, samples: Sequence[ReadSample]) -> Window:
+        """A window of these samples."""
+        return Window(samples, self.tokenizer, self.config)
+
     def packed(self, stream: int, at: Cursor, window: Window) -> list[PlannedRow]:
-        """The rows of a window that begins at `at`, in an order that says nothing of their lengths."""
+        """The rows of a window that begins at `at`, in an order that does not depend on their lengths."""
         rng = keyed(self.seed, "stream", stream, at.epoch, at.window)
         order = rng.permutation(window.count)
         columns = (column.tolist() for column in window.lengths(np.full(window.count, at.epoch), order))
         documents = [
-            HeldDocument(at.epoch, index, *facts, sample=window.samples[index], grids=window.grids[index])
+            StreamDocument(at.epoch, index, *facts, sample=window.samples[index], grids=window.grids[index])
             for index, *facts in zip(order.tolist(), *columns, strict=True)
         ]
         rows = pack([document.length for document in documents], self.config.data.row_length)
         return [[documents[i] for i in rows[r]] for r in rng.permutation(len(rows))]
 
-    def _gather(self, source: Iterator[Met], at: Cursor, bad: list[BadRecord]) -> tuple[list[Held], Cursor]:
-        """The samples of the window at `at`, none at the epoch's end, and where the next one begins."""
-        held: list[Held] = []
+    def _gather(self, source: Iterator[Met], at: Cursor, bad: list[BadRecord]) -> tuple[list[ReadSample], Cursor]:
+        """The samples of the window at `at` (none at the end of the epoch), and the start of the next window."""
+        samples: list[ReadSample] = []
         following = replace(at, window=at.window + 1, row=0)
         for met in source:
             following = replace(following, place=met.place, group=met.group, met=following.met + (at.epoch == 0))
-            if isinstance(met.found, BadRecord):
-                bad.append(met.found)
+            if isinstance(met.sample, BadRecord):
+                bad.append(met.sample)
                 continue
-            held.append(met.found)
-            if len(held) == self.window:
+            samples.append(met.sample)
+            if len(samples) == self.window:
                 break
-        return held, following
+        return samples, following
 
     def _epoch(self, stream: int, at: Cursor) -> Iterator[Met]:
-        """What a stream meets from `at` to the end of its epoch."""
+        """The samples of a stream from `at` to the end of its epoch."""
         place, first = at.place, at.group
         while (shard := self.shard(stream, place, at.epoch)) is not None:
-            for group, found in self._shard(shard, first):
-                yield Met(place, group, found)
+            for group, sample in self._shard(shard, first):
+                yield Met(place, group, sample)
             place, first = place + 1, 0
 
-    def _shard(self, shard: str, first: int) -> Iterator[tuple[int, Held | BadRecord]]:
-        """What stands in a shard behind its `first` samples; a reading that breaks off is taken up where it was."""
+    def _shard(self, shard: str, first: int) -> Iterator[tuple[int, ReadSample | BadRecord]]:
+        """The samples of a shard after its first `first` ones; an interrupted read is retried from the same sample."""
         data, name = self.config.data, store.name(shard)
         for wait in (*store.RETRIES, None):
             number, seen = 0, set[int]()
@@ -226,43 +236,42 @@ class Streams:
                     yield number + 1, BadRecord(name, error.key, damage(error))
                 return
             except FileNotFoundError:
-                raise FileNotFoundError(f"shard {shard} does not exist: correct data.train, or bring it back") from None
+                raise FileNotFoundError(f"shard {shard} does not exist: correct data.train, or restore it") from None
             except OSError as error:
                 if wait is None:
                     raise OSError(f"shard {shard} cannot be read: {error}") from None
                 time.sleep(wait)
 
-    def _look(self, name: str, group: Group, again: bool) -> Held | BadRecord:
+    def _look(self, name: str, group: Group, again: bool) -> ReadSample | BadRecord:
         try:
             if again:
                 raise BadSample(repeated(group))
             sample = parse(name, group, self.config.data)
             if any(isinstance(segment, Picture) and segment.stored for segment in sample.segments):
                 raise BadSample(
-                    "latents and codes are read through the index alone, which knows what made them: set data.streams "
-                    "to 0"
+                    "latents and codes are read only through an index, which records their maker: set data.streams to 0"
                 )
-            return Held(sample, group, [segment_facts(segment, self.config.data) for segment in sample.segments])
+            return ReadSample(sample, group, [segment_facts(segment, self.config.data) for segment in sample.segments])
         except BadSample as error:
             return BadRecord(name, group.key, str(error))
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one loader process has of a global step: some of the streams."""
+    """The part of a global step that one loader process makes from some of the streams."""
 
     number: int
-    """Of the step."""
+    """Number of the step."""
     after: Cursors
-    """Where its streams stand once the step is done."""
+    """Positions of these streams after the step."""
     rows: dict[int, list[WrittenRow]]
-    """Rows of each stream."""
+    """Stream to its rows."""
 
 
 class StreamCorpus(Documents):
     """The documents of a list of shards, read forward in `data.streams` streams, without an index.
 
-    Each loader process reads some of this process's streams and writes their documents; they are put together here.
+    Each loader process reads some of this process's streams and writes their documents; this class joins the parts.
     """
 
     def __init__(
@@ -279,20 +288,20 @@ class StreamCorpus(Documents):
 
     @property
     def description(self) -> str:
-        """What is trained on, in words."""
+        """The numbers of shards and streams, for the first line of a run."""
         return f"{len(self.dataset.shards)} shards in {self.dataset.count} streams"
 
     def known(self, position: Position | Cursors) -> int:
-        """Samples that a rate of bad ones is taken of: those met up to `position`, but not fewer than `SETTLED`."""
+        """Number of samples that the share of bad samples is relative to: those read so far, at least `SETTLED`."""
         assert isinstance(position, Cursors)
         return max(SETTLED, sum(cursor.met for cursor in position.streams.values()))
 
     def segments(self, planned: PlannedDocument) -> Decoded:
-        assert isinstance(planned, HeldDocument)
+        assert isinstance(planned, StreamDocument)
         return self.decode(planned.sample, planned.grids, planned.epoch)
 
     def name(self, planned: PlannedDocument) -> tuple[str, str]:
-        assert isinstance(planned, HeldDocument)
+        assert isinstance(planned, StreamDocument)
         return planned.sample.shard, planned.sample.key
 
     def part(self, number: int, sources: dict[int, Iterator[StreamRow]]) -> Part:
@@ -312,7 +321,7 @@ class StreamCorpus(Documents):
         return Part(number, Cursors(cursors), rows)
 
     def joined(self, parts: Sequence[Part], share: Share) -> Step:
-        """A share of a global step, whose row i is of stream i mod V."""
+        """This process's share of a global step, in which row i comes from stream i mod V."""
         rows = {stream: own for part in parts for stream, own in part.rows.items()}
         count = self.dataset.count
         mine = [rows[i % count][i // count] for i in range(share.rank, self.config.train.batch_rows, share.world)]
@@ -335,13 +344,13 @@ class StreamCorpus(Documents):
 
 
 def _spread(shared: float, offset: float, rows: list[PlannedRow]) -> Callable[[int], float]:
-    """The draw for t of each image of a stream's rows; streams are offset against each other, so all are even."""
+    """The stratified draw for t of each image of a stream; streams are offset, so that all draws are evenly spread."""
     total = sum(document.images for row in rows for document in row)
     return lambda ordinal: stratified(shared, ordinal + offset, total)
 
 
 class _Lanes(IterableDataset[Part]):
-    """Parts of steps; worker w of W reads every W-th stream, so that no byte is read twice."""
+    """Parts of steps; worker w of W reads streams w, w + W, ..., so that no byte is read twice."""
 
     def __init__(self, corpus: StreamCorpus, first: int, last: int, start: Cursors, own: range) -> None:
         self.corpus, self.first, self.last, self.start, self.own = corpus, first, last, start, own
@@ -358,10 +367,11 @@ class _Lanes(IterableDataset[Part]):
 def training_corpus(
     config: Config, tokenizer: Tokenizer, autoencoder: AutoencoderFacts | None = None
 ) -> Corpus | StreamCorpus:
-    """What `data.train` holds, in streams or through indexes as `data.streams` says.
+    """The documents of `data.train`, read through indexes or, if `data.streams` is set, in streams.
 
     Raises:
-        FileNotFoundError, ValueError: a shard is missing, or there are too few of them.
+        FileNotFoundError: a shard does not exist.
+        ValueError: the shards cannot be used with these settings.
     """
     kind = StreamCorpus if config.data.streams else Corpus
     return kind(config.data.train, tokenizer, config, autoencoder)

@@ -1,1 +1,1 @@
-"""Scores: what a picture shows, how good a set of pictures is, and the report of a run."""
+"""Scores of a trained model: tasks that read pictures, metrics, baselines and the report of a run."""

@@ -1,4 +1,4 @@
-"""Cheap generators that draw the same captions as a model; its scores are read against theirs."""
+"""Baselines: cheap generators that draw the same captions as a model, to compare its scores with."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mmgen.evaluate.features import Real, rows
+from mmgen.evaluate.features import Real, features
 from mmgen.evaluate.tasks import Object, Pixels, Truth
 
 Grey = NDArray[np.generic]
 Baseline = Callable[[list[Pixels], np.random.Generator], Grey]
+"""Draws one digit [8, 8], pixel values 0 to 255, from the training digits of its class."""
 
 
 def training_digit(digits: list[Pixels], rng: np.random.Generator) -> Grey:
-    """A training digit as it is: what the scores of real pictures are, at the same captions."""
+    """A training digit without change: its scores are those of real pictures of the same captions."""
     return digits[int(rng.integers(len(digits)))]
 
 
 def class_mean(digits: list[Pixels], rng: np.random.Generator) -> Grey:
-    """The class mean plus noise."""
+    """The mean of the training digits of the class, plus Gaussian noise of standard deviation 16."""
     return np.asarray(np.mean(digits, 0)) + rng.normal(0, 16, digits[0].shape)
 
 
 def noised_copy(digits: list[Pixels], rng: np.random.Generator) -> Grey:
-    """A training digit plus noise."""
+    """A training digit of the class, plus Gaussian noise of standard deviation 16."""
     return digits[int(rng.integers(len(digits)))] + rng.normal(0, 16, digits[0].shape)
 
 
@@ -36,9 +37,9 @@ def mean_of_two(digits: list[Pixels], rng: np.random.Generator) -> Grey:
 
 
 def class_gaussian(digits: list[Pixels], rng: np.random.Generator) -> Grey:
-    """A draw from the Gaussian fitted to the class."""
-    flat = rows(digits) * 255
-    draw = rng.multivariate_normal(flat.mean(0), np.cov(flat, rowvar=False), method="eigh")
+    """A sample of the Gaussian fitted to the training digits of the class."""
+    pixels = features(digits) * 255
+    draw = rng.multivariate_normal(pixels.mean(0), np.cov(pixels, rowvar=False), method="eigh")
     return np.asarray(draw.reshape(digits[0].shape))
 
 
@@ -50,8 +51,8 @@ BASELINES: dict[str, Baseline] = {
 }
 
 
-def imitate(baseline: Baseline, wanted: Sequence[Truth], real: Real) -> list[Pixels]:
-    """The pictures that a baseline draws for captions."""
+def draw_baseline(baseline: Baseline, wanted: Sequence[Truth], real: Real) -> list[Pixels]:
+    """Draw one picture for each caption with a baseline; `wanted` holds the objects that each caption names."""
     rng = np.random.default_rng(0)
 
     def grey(thing: Object) -> Pixels:

@@ -1,4 +1,4 @@
-"""Distances between sets of pictures, which are rows of features [n, d]."""
+"""Distances between sets of pictures, each set an array of features [n, d]."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from sklearn.svm import SVC
 
 Features = NDArray[np.float64]
 DIMENSIONS = 64
-"""More features than this are first projected on as many principal components of real training pictures."""
+"""Pictures of more features than this are projected on this many principal components of real training pictures."""
 
 
 def frechet(a: Features, b: Features) -> float:
-    """Squared Fréchet (2-Wasserstein) distance of the Gaussians fitted to two sets (Dowson and Landau 1982).
+    """Return the squared Fréchet (2-Wasserstein) distance of the Gaussians fitted to two sets.
 
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^(1/2) S_b S_a^(1/2))^(1/2)), by symmetric eigendecompositions.
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^(1/2) S_b S_a^(1/2))^(1/2)) (Dowson and Landau 1982), computed by symmetric
+    eigendecompositions.
     """
     mean = np.square(a.mean(0) - b.mean(0)).sum()
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -31,31 +32,36 @@ def frechet(a: Features, b: Features) -> float:
 
 
 def frechet_unbiased(a: Features, b: Features, sizes: int = 8, draws: int = 8) -> float | None:
-    """`frechet` as both sets grow without end (FD infinity, Chong and Forsyth 2020); may be a little below zero.
+    """Return `frechet` extrapolated to infinitely many pictures (FD infinity, Chong and Forsyth 2020).
 
-    The distance of n and n pictures exceeds that of their distributions by about c / n, which for a few hundred
-    pictures is most of it: a line through subsets of n / 2 to n pictures is followed to 1 / n = 0. Subsets take the
-    same places of both sets, as pictures of the same captions stand there. None where half of them are fewer than
-    the features: the excess is no line there.
+    The distance of n and n pictures exceeds the distance of their distributions by about c / n. For a few hundred
+    pictures this excess is most of the distance. The function computes the distance of random subsets of n / 2 to n
+    pictures, fits a line over 1 / n and returns its value at 1 / n = 0, which may be slightly negative. A subset takes
+    the same indices from both sets, because pictures of equal index have the same caption.
+
+    Returns None if half of the pictures are not more than the features, because the excess is then not linear in 1 / n.
     """
     n, rng = min(len(a), len(b)), np.random.default_rng(0)
     if n // 2 <= a.shape[1]:
         return None
     counts = np.linspace(n // 2, n, sizes).astype(int)
-    found = []
+    means = []
     for count in counts:
-        chosen = [rng.permutation(n)[:count] for _ in range(draws)]
-        found.append(np.mean([frechet(a[places], b[places]) for places in chosen]))
-    return float(np.polyfit(1 / counts, found, 1)[1])
+        subsets = [rng.permutation(n)[:count] for _ in range(draws)]
+        means.append(np.mean([frechet(a[subset], b[subset]) for subset in subsets]))
+    return float(np.polyfit(1 / counts, means, 1)[1])
 
 
 def compress(train: Features) -> PCA | None:
-    """The projection that `frechet` needs where pictures have many pixels; None where they do not."""
+    """Fit the projection on `DIMENSIONS` principal components; None if there are not more features than that."""
     return PCA(DIMENSIONS, random_state=0).fit(train) if train.shape[1] > DIMENSIONS else None
 
 
 def two_sample_accuracy(a: Features, b: Features) -> float:
-    """Cross-validated accuracy of telling `a` from `b`, 0.5 where they are alike (Lopez-Paz and Oquab 2017)."""
+    """Return the cross-validated accuracy of a classifier that separates `a` from `b` (Lopez-Paz and Oquab 2017).
+
+    It is about 0.5 for two sets of equal distribution and 1 for sets that the classifier always separates.
+    """
     n = min(len(a), len(b))
     both, side = np.concatenate([a[:n], b[:n]]), np.repeat([0, 1], n)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
@@ -63,12 +69,12 @@ def two_sample_accuracy(a: Features, b: Features) -> float:
 
 
 def nearest_distance(a: Features, train: Features) -> float:
-    """Mean Euclidean distance from each picture of `a` to the nearest one of `train`."""
+    """Return the Euclidean distance of a picture of `a` to the nearest one of `train`, averaged over `a`."""
     squares = np.square(a).sum(1)[:, None] + np.square(train).sum(1)[None] - 2 * a @ train.T
     return float(np.sqrt(np.clip(squares.min(1), 0, None)).mean())
 
 
 def within_class_variance(classes: Mapping[int, Features]) -> float:
-    """Variance summed over features, inside each class, averaged over classes."""
-    inside = [rows.var(0, ddof=1).sum() for rows in classes.values() if len(rows) > 1]
+    """Return the variance inside each class, summed over features and averaged over classes."""
+    inside = [members.var(0, ddof=1).sum() for members in classes.values() if len(members) > 1]
     return float(np.mean(inside)) if inside else 0.0

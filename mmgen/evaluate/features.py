@@ -1,4 +1,4 @@
-"""Pictures of shards, and the features in which sets of pictures are compared."""
+"""Reads the pictures of shards and computes the features for comparing sets of pictures."""
 
 from __future__ import annotations
 
@@ -26,93 +26,96 @@ from mmgen.image.patch import Floats, Grid, Patcher
 
 
 class Pictures:
-    """The readable pictures of shards, at the size and in the colours that the model draws; latents are decoded."""
+    """The readable pictures of shards, at the size and in the colours of the model; latents are decoded.
+
+    Samples that cannot be read are left out and appended to `bad`.
+    """
 
     def __init__(self, patterns: Patterns, patcher: Patcher, bad: list[BadRecord]) -> None:
         self.samples: list[Sample] = []
-        found: list[Image.Image | tuple[Floats, Grid]] = []
+        stored: list[Image.Image | tuple[Floats, Grid]] = []
         for sample in read(patterns, bad):
             picture = next((segment for segment in sample.segments if isinstance(segment, Picture)), None)
             if picture is None or (picture.stored and patcher.stored is None):
                 continue
             try:
                 if picture.stored:
-                    found.append(patcher.encode_stored(open_stored(picture.data).array))
+                    stored.append(patcher.encode_stored(open_stored(picture.data).array))
                 else:
-                    found.append(patcher.fit(open_image(picture.data)))
+                    stored.append(patcher.fit(open_image(picture.data)))
                 self.samples.append(sample)
             except ValueError as error:
                 bad.append(BadRecord(sample.shard, sample.key, str(error)))
-        self.images = developed(found, patcher)
+        self.images = decoded(stored, patcher)
         self.pixels = [pixels(image) for image in self.images]
         self.truth = [truth(sample) for sample in self.samples]
 
 
-def developed(found: Sequence[Image.Image | tuple[Floats, Grid]], patcher: Patcher) -> list[Image.Image]:
-    """Images as they are, and patch rows decoded, those of one grid together."""
+def decoded(stored: Sequence[Image.Image | tuple[Floats, Grid]], patcher: Patcher) -> list[Image.Image]:
+    """Decode the items that are patches [N, P] with their grid, one grid at a time; images stay unchanged."""
     images: dict[int, Image.Image] = {}
     grids: dict[Grid, dict[int, Floats]] = defaultdict(dict)
-    for i, item in enumerate(found):
+    for i, item in enumerate(stored):
         if isinstance(item, Image.Image):
             images[i] = item
         else:
             grids[item[1]][i] = item[0]
-    for grid, rows in grids.items():
-        images |= zip(rows, patcher.pictures(np.stack([*rows.values()]), grid), strict=True)
-    return [images[i] for i in range(len(found))]
+    for grid, patches in grids.items():
+        images |= zip(patches, patcher.pictures(np.stack([*patches.values()]), grid), strict=True)
+    return [images[i] for i in range(len(stored))]
 
 
 class Real:
-    """Real pictures with known content, of training and held out; every comparison takes `n` of each side."""
+    """Real pictures of known content, from training and held-out shards; comparisons use `n` pictures of each side."""
 
     def __init__(self, task: Task, train: Pictures, test: Pictures, n: int) -> None:
         self.task, self.n = task, min(n, len(test.pixels), len(train.pixels))
         self.test, self.test_truth = test.pixels, test.truth
-        self.train_rows, self.test_rows = rows(train.pixels), rows(test.pixels)
-        self.pca = compress(self.train_rows)
+        self.train_features, self.test_features = features(train.pixels), features(test.pixels)
+        self.pca = compress(self.train_features)
         self.digits = digits_by_class(task, train.pixels, train.truth)
         test_digits = digits_by_class(task, test.pixels, test.truth)
-        self.variance = within_class_variance({k: rows(v) for k, v in test_digits.items()})
-        self.nearest = nearest_distance(self.test_rows[: self.n], self.train_rows)
+        self.variance = within_class_variance({k: features(v) for k, v in test_digits.items()})
+        self.nearest = nearest_distance(self.test_features[: self.n], self.train_features)
 
     def _pair(self, pictures: Sequence[Pixels]) -> tuple[Features, Features]:
-        a, b = rows(pictures[: self.n]), self.test_rows[: self.n]
+        a, b = features(pictures[: self.n]), self.test_features[: self.n]
         return (self.pca.transform(a), self.pca.transform(b)) if self.pca else (a, b)
 
     def frechet(self, pictures: Sequence[Pixels]) -> float:
-        """Fréchet distance to the held-out pictures, in (at most 64) pixel components."""
+        """Return the Fréchet distance to the held-out pictures, in at most 64 principal components of pixels."""
         return frechet(*self._pair(pictures))
 
     def frechet_unbiased(self, pictures: Sequence[Pixels]) -> float | None:
-        """The same without what so few pictures add to it; None where they are too few to tell."""
+        """Return that distance extrapolated to infinitely many pictures; None if there are too few pictures."""
         return frechet_unbiased(*self._pair(pictures))
 
     def separable(self, pictures: Sequence[Pixels]) -> float:
-        """How well a classifier tells pictures from held-out real ones.
+        """Return the accuracy of a classifier that separates pictures from held-out real ones.
 
-        Both are rounded to the 17 grey levels of the data: a background that is off by 1 in 255, which no eye sees,
-        would give away every picture that was not rounded by the scanner.
+        Both are rounded to the 17 pixel values of the data. Otherwise a background that is off by 1 in 255, which is
+        invisible, would separate every picture that was not rounded by the scanner.
         """
-        return two_sample_accuracy(*self._pair([seventeen_levels(shown) for shown in pictures]))
+        return two_sample_accuracy(*self._pair([seventeen_values(picture) for picture in pictures]))
 
 
-def seventeen_levels(shown: Pixels) -> Pixels:
-    """Pixel values 0..255, rounded to multiples of 255 / 16; real digits stay as they are."""
-    rounded: Pixels = np.rint(np.rint(shown * (16 / 255)) * (255 / 16)).astype(np.uint8)
+def seventeen_values(picture: Pixels) -> Pixels:
+    """Round pixel values 0 to 255 to the multiples of 255 / 16 that the data has; real digits do not change."""
+    rounded: Pixels = np.rint(np.rint(picture * (16 / 255)) * (255 / 16)).astype(np.uint8)
     return rounded
 
 
-def rows(pictures: Sequence[Pixels]) -> Features:
-    """Pictures as rows of numbers in [0, 1]."""
+def features(pictures: Sequence[Pixels]) -> Features:
+    """Convert pictures to features [n, d]: their pixel values, from 0 to 1."""
     return np.stack(pictures).reshape(len(pictures), -1) / 255
 
 
 def digits_by_class(task: Task, pictures: Sequence[Pixels], truths: Sequence[Truth]) -> dict[int, list[Pixels]]:
-    """The grey digits found where they should be, by the class they should have."""
+    """Return the digits [8, 8] that pictures show where their captions name one, by the digit that captions name."""
     classes: dict[int, list[Pixels]] = defaultdict(list)
-    for shown, wanted in zip(pictures, truths, strict=True):
-        places = {thing.place: thing.digit for thing in wanted}
-        for mark in task.marks(shown) or []:
-            if mark.place in places:
-                classes[places[mark.place]].append(mark.grey)
+    for picture, objects in zip(pictures, truths, strict=True):
+        expected = {thing.place: thing.digit for thing in objects}
+        for mark in task.marks(picture) or []:
+            if mark.place in expected:
+                classes[expected[mark.place]].append(mark.grey)
     return dict(sorted(classes.items()))

@@ -1,4 +1,4 @@
-"""A judge that names what a picture shows; it is trained on real digits that the generator never saw."""
+"""The judge: a classifier that reads pictures, trained on real digits that the model is not trained on."""
 
 from __future__ import annotations
 
@@ -14,20 +14,30 @@ from mmgen.evaluate.tasks import Mark, Object, Pixels, Task, Truth
 
 
 def pixels(image: Image.Image) -> Pixels:
-    """Pixel values [H, W] or [H, W, 3] of an image."""
+    """Return the pixel values of an image, [height, width] or [height, width, 3], 0 to 255."""
     return np.asarray(image)
 
 
 def truth(sample: Sample) -> Truth:
-    """The objects that a sample's JSON lists; raises ValueError where it lists none."""
+    """Return the objects that the JSON of a sample lists.
+
+    Raises:
+        ValueError: the JSON has no list `objects`.
+    """
     objects = sample.meta.get("objects")
     if not objects:
-        raise ValueError(f"sample {sample.name} lists no objects in its JSON: evaluation needs labelled shards")
+        raise ValueError(
+            f"sample {sample.name} has no list `objects` in its JSON: `mmgen eval` needs shards whose JSON lists the "
+            "objects of each picture, as those of data_prep.digits and data_prep.scenes do"
+        )
     return frozenset(Object(**fields) for fields in objects)
 
 
 class Judge:
-    """A support vector classifier on 8x8 grey digits, and a task's plain rules for colour and place."""
+    """Reads pictures: a task finds digits with their colours and quadrants, a support vector classifier names them.
+
+    `shards` hold single 8x8 grey digits with labels, on which the classifier is trained.
+    """
 
     def __init__(self, task: Task, shards: Sequence[str]) -> None:
         samples = [sample for sample in read(shards) if sample.image is not None]
@@ -37,13 +47,13 @@ class Judge:
         self._digits = SVC(C=10).fit(_features(greys), labels)
 
     def read(self, pictures: Sequence[Pixels]) -> list[Truth | None]:
-        """What each picture shows, or None where it cannot be read."""
-        marks: list[list[Mark] | None] = [self.task.marks(picture) for picture in pictures]
-        every = [mark for found in marks if found for mark in found]
+        """Return the objects that each picture shows, or None for a picture that the task cannot read."""
+        by_picture: list[list[Mark] | None] = [self.task.marks(picture) for picture in pictures]
+        every = [mark for marks in by_picture if marks for mark in marks]
         names = iter(self._digits.predict(_features([mark.grey for mark in every])).tolist() if every else [])
         return [
-            None if found is None else frozenset(Object(next(names), mark.colour, mark.place) for mark in found)
-            for found in marks
+            None if marks is None else frozenset(Object(next(names), mark.colour, mark.place) for mark in marks)
+            for marks in by_picture
         ]
 
 

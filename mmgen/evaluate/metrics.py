@@ -1,4 +1,4 @@
-"""Scores of pictures drawn for captions. A new metric is a function of `Drawn` and a line in `METRICS`."""
+"""Metrics of pictures drawn for captions: each one is a function of `Drawn` and a line in `METRICS`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from functools import cached_property
 import numpy as np
 
 from mmgen.evaluate.distances import nearest_distance, within_class_variance
-from mmgen.evaluate.features import Real, digits_by_class, rows
+from mmgen.evaluate.features import Real, digits_by_class, features
 from mmgen.evaluate.judge import Judge
 from mmgen.evaluate.tasks import Pixels, Truth
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures, what each should show, and what they are compared with."""
+    """Pictures, the objects that each should show, and the real pictures and the judge that they are scored with."""
 
     pictures: Sequence[Pixels]
     wanted: Sequence[Truth]
@@ -25,50 +25,65 @@ class Drawn:
 
     @cached_property
     def shown(self) -> list[Truth | None]:
-        """What the judge sees in each picture, or None where it sees nothing certain."""
+        """The objects that the judge reads in each picture, or None for a picture that it cannot read."""
         return self.judge.read(self.pictures)
 
 
 Metric = Callable[[Drawn], float | None]
-"""A score, or None where there are too few pictures to tell."""
+"""Returns a score, or None if there are too few pictures to compute it."""
 
 
 def agreement(read_back: Sequence[Truth | None], wanted: Sequence[Truth]) -> float:
-    """Share of pictures (or captions) with every attribute right and nothing else."""
+    """Return the share of pictures (or captions) that name exactly the wanted objects, with every attribute right."""
     return float(np.mean([a == b for a, b in zip(read_back, wanted, strict=True)]))
 
 
 def accuracy(drawn: Drawn) -> float:
-    """Share of pictures that show what their captions ask for."""
+    """Share of pictures in which the judge reads exactly what the caption names; higher is better."""
     return agreement(drawn.shown, drawn.wanted)
 
 
+def frechet_distance(drawn: Drawn) -> float:
+    """Fréchet distance to real held-out pictures, in pixels; lower is better."""
+    return drawn.real.frechet(drawn.pictures)
+
+
+def unbiased_frechet_distance(drawn: Drawn) -> float | None:
+    """Fréchet distance extrapolated to infinitely many pictures; lower is better, 0 for equal distributions."""
+    return drawn.real.frechet_unbiased(drawn.pictures)
+
+
 def variance_ratio(drawn: Drawn) -> float:
-    """Variance inside each class of digits, over that of real digits."""
+    """Variance of digits inside each class, over that of real digits; 1 is best, low values show little variety."""
     digits = digits_by_class(drawn.real.task, drawn.pictures, drawn.wanted)
-    variance = within_class_variance({k: rows(v) for k, v in digits.items()}) if digits else 0.0
+    variance = within_class_variance({k: features(v) for k, v in digits.items()}) if digits else 0.0
     return variance / drawn.real.variance
 
 
+def separability(drawn: Drawn) -> float:
+    """Accuracy of a classifier that separates drawn from real held-out pictures; lower is better, 0.5 is chance."""
+    return drawn.real.separable(drawn.pictures)
+
+
 def nearest_ratio(drawn: Drawn) -> float:
-    """Mean distance to the nearest training picture, over that of real held-out pictures; low where it copies."""
+    """Mean distance to the nearest training picture, over that of real held-out pictures; low values show copying."""
     real = drawn.real
-    return nearest_distance(rows(drawn.pictures[: real.n]), real.train_rows) / real.nearest
+    return nearest_distance(features(drawn.pictures[: real.n]), real.train_features) / real.nearest
 
 
 METRICS: dict[str, Metric] = {
     "t2i_accuracy": accuracy,
-    "fd_pixel": lambda drawn: drawn.real.frechet(drawn.pictures),
-    "fd_pixel_unbiased": lambda drawn: drawn.real.frechet_unbiased(drawn.pictures),
+    "fd_pixel": frechet_distance,
+    "fd_pixel_unbiased": unbiased_frechet_distance,
     "within_class_variance_ratio": variance_ratio,
-    "two_sample_accuracy": lambda drawn: drawn.real.separable(drawn.pictures),
+    "two_sample_accuracy": separability,
     "nn_distance_ratio": nearest_ratio,
 }
-"""What a model and its baselines are scored by, under the names in `report.json`."""
+"""The metrics of a model and its baselines, by their keys in `report.json`."""
 
 Scores = dict[str, float | None]
 
 
 def score(drawn: Drawn) -> Scores:
-    """Every metric."""
+    """Compute every metric."""
     return {name: metric(drawn) for name, metric in METRICS.items()}

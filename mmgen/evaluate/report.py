@@ -1,4 +1,4 @@
-"""The report of a run: captions to images, images to captions, held-out losses, and what baselines score."""
+"""The report of a run: scores of images and captions, held-out losses, and the scores of baselines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from mmgen.config import Config, SampleConfig, choose
 from mmgen.data.loader import Corpus
 from mmgen.data.shards.samples import BadRecord, Sample, read
-from mmgen.evaluate.baselines import BASELINES, imitate, training_digit
+from mmgen.evaluate.baselines import BASELINES, draw_baseline, training_digit
 from mmgen.evaluate.features import Pictures, Real
 from mmgen.evaluate.judge import Judge, pixels, truth
 from mmgen.evaluate.metrics import Drawn, Scores, agreement, score
@@ -32,67 +32,76 @@ from mmgen.train.validate import held_out
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Captions of held-out pictures, compared with what the pictures show."""
+    """Scores of captions that the model writes for real held-out pictures."""
 
     i2t_n: int
+    """Number of captioned pictures."""
     i2t_accuracy: float
+    """Share of captions that name exactly the objects of their picture."""
 
 
 @dataclass(frozen=True)
 class HeldOutLosses:
-    """Losses over one epoch of held-out data with fixed noise."""
+    """Losses over one epoch of held-out data, with fixed noise."""
 
     val_loss_text: float
-    """Nats per text target."""
+    """Cross-entropy in nats per text target."""
     val_loss_image: float
-    """Per entry of a patch."""
+    """Image loss per entry of a patch."""
     val_loss_image_by_place: list[float]
-    """The same at each cell of the first declared patch grid, in raster order."""
+    """Image loss of each cell of the first declared patch grid, in raster order."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `report.json` holds; `flat` gives its keys."""
+    """The contents of `report.json`; `flat` returns them under their keys."""
 
     step: int
+    """Training step of the checkpoint."""
     t2i_n: int
+    """Number of captions that are drawn."""
     t2i_guidance: float
+    """Guidance scale of the drawn pictures."""
     t2i_solver_steps: int
     seconds_per_image: float
     scores: Scores
-    """Every metric of the model's pictures."""
+    """Every metric of the drawn pictures."""
     t2i_accuracy_w1: float
-    """Without guidance."""
+    """`t2i_accuracy` without guidance."""
     t2i_accuracy_shuffled: float
-    """Against the captions of other pictures: what chance gives."""
+    """`t2i_accuracy` against the caption of the next picture: the accuracy of chance."""
     t2i_ceiling: float
-    """Of real pictures, which the judge does not always read right."""
+    """Accuracy of the judge on real held-out pictures."""
     fd_pixel_floor: float
+    """`fd_pixel` of real training digits, composed for the same captions."""
     two_sample_accuracy_real: float
+    """`two_sample_accuracy` of the same pictures."""
     t2i_accuracy_heldout_combination: float | None
+    """`t2i_accuracy` of captions whose combinations of attributes are not in the training data."""
     captions: CaptionScores
     losses: HeldOutLosses | None
     bad_samples: int
+    """Number of samples that could not be read."""
     train_seconds: float
     parameters: int
     reference_generators: dict[str, Scores]
-    """Every metric of the pictures of each baseline."""
+    """Every metric of each baseline."""
     eval_seconds: float
 
     def flat(self) -> dict[str, Any]:
-        """One flat object for JSON; scores that were not asked for are left out."""
-        found: dict[str, Any] = {}
+        """Return one flat object for JSON, without the scores that the settings do not ask for."""
+        flat: dict[str, Any] = {}
         for name, value in asdict(self).items():
             if name in ("scores", "captions", "losses"):
-                found |= value or {}
+                flat |= value or {}
             elif value is not None:
-                found[name] = value
-        return found
+                flat[name] = value
+        return flat
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A model that draws captions and describes pictures, `batch` requests at a time."""
+    """A model that draws captions and captions pictures, `batch` requests at a time."""
 
     model: MMGenModel
     tokenizer: Tokenizer
@@ -100,13 +109,13 @@ class Generator:
     batch: int
 
     def draw(self, samples: Sequence[Sample], guidance_scale: float) -> list[Image.Image]:
-        """A picture for the caption of each sample."""
+        """Draw a picture for the caption of each sample."""
         requests = [Request([sample.caption], "image", seed) for seed, sample in enumerate(samples)]
         decoder = self._decoder(guidance_scale=guidance_scale)
         return [result.images[0] for part in self._batches(requests) for result in decoder.generate(part)]
 
     def describe(self, images: Sequence[Image.Image]) -> list[str]:
-        """The most likely caption of each picture."""
+        """Write the caption of each picture, by greedy choice."""
         requests = [Request([image], "text") for image in images]
         decoder = self._decoder(temperature=0.0)
         return [result.text for part in self._batches(requests) for result in decoder.generate(part)]
@@ -119,12 +128,15 @@ class Generator:
 
 
 def evaluate(
-    model: MMGenModel, tokenizer: Tokenizer, config: Config, trainer: TrainerState, tell: Callable[[str], None]
+    model: MMGenModel, tokenizer: Tokenizer, config: Config, trainer: TrainerState, report: Callable[[str], None]
 ) -> Report:
     """Score a model and write `report.json` and `samples/evaluation.png` into the run folder.
 
+    `report` is called with lines of progress.
+
     Raises:
-        ValueError, FileNotFoundError: the eval section names an unknown task, or shards that are missing or unlabelled.
+        ValueError: `eval.task` is unknown, or the JSON of a sample lists no objects.
+        FileNotFoundError: shards of `data.train` or of the section `eval` are missing.
     """
     began = time.monotonic()
     settings, scale = config.eval, config.sample.guidance_scale
@@ -135,38 +147,38 @@ def evaluate(
     patcher = model.build_patcher()
     train, test = (Pictures(shards, patcher, bad) for shards in (config.data.train, settings.test))
     real = Real(task, train, test, settings.samples)
-    tell(f"{settings.task}: judging {settings.samples} images against {len(test.samples)} real ones")
+    report(f"{settings.task}: drawing {settings.samples} captions, to compare with {len(test.samples)} real pictures")
 
-    asked = repeated(test.samples, settings.samples)
-    wanted = [truth(sample) for sample in asked]
+    prompts = repeated(test.samples, settings.samples)
+    wanted = [truth(sample) for sample in prompts]
     drawing = time.monotonic()
-    images = generator.draw(asked, scale)
+    images = generator.draw(prompts, scale)
     drawing = time.monotonic() - drawing
-    drawn = Drawn(shown(images), wanted, real, judge)
+    drawn = Drawn(arrays(images), wanted, real, judge)
     scores = score(drawn)
-    tell(f"captions to images: {scores['t2i_accuracy']:.3f} right at guidance {scale}")
-    plain = generator.draw(asked, 1.0)
-    genuine = imitate(training_digit, wanted, real)
+    report(f"captions to images: accuracy {scores['t2i_accuracy']:.3f} at guidance {scale}")
+    unguided = generator.draw(prompts, 1.0)
+    genuine = draw_baseline(training_digit, wanted, real)
     combination = None
     if settings.heldout:
         unseen = repeated(list(read(settings.heldout)), settings.samples)
-        found = judge.read(shown(generator.draw(unseen, scale)))
-        combination = agreement(found, [truth(sample) for sample in unseen])
+        shown = judge.read(arrays(generator.draw(unseen, scale)))
+        combination = agreement(shown, [truth(sample) for sample in unseen])
     captions = caption_scores(generator.describe(test.images), task, test.truth)
-    tell(f"images to captions: {captions.i2t_accuracy:.3f} right")
+    report(f"images to captions: accuracy {captions.i2t_accuracy:.3f}")
     losses = (
         held_out_losses(model, Corpus(config.data.val, tokenizer, config, model.autoencoder))
         if config.data.val
         else None
     )
-    report = Report(
+    result = Report(
         step=trainer.step,
         t2i_n=settings.samples,
         t2i_guidance=scale,
         t2i_solver_steps=config.sample.steps,
         seconds_per_image=drawing / len(images),
         scores=scores,
-        t2i_accuracy_w1=agreement(judge.read(shown(plain)), wanted),
+        t2i_accuracy_w1=agreement(judge.read(arrays(unguided)), wanted),
         t2i_accuracy_shuffled=agreement(drawn.shown, wanted[1:] + wanted[:1]),
         t2i_ceiling=agreement(judge.read(real.test), real.test_truth),
         fd_pixel_floor=real.frechet(genuine),
@@ -178,35 +190,35 @@ def evaluate(
         train_seconds=round(trainer.train_seconds, 1),
         parameters=sum(p.numel() for p in model.parameters()),
         reference_generators={
-            name: score(Drawn(imitate(baseline, wanted, real), wanted, real, judge))
+            name: score(Drawn(draw_baseline(baseline, wanted, real), wanted, real, judge))
             for name, baseline in BASELINES.items()
         },
         eval_seconds=round(time.monotonic() - began, 1),
     )
-    cells = images[:24]
+    first = images[:24]
     evaluation = config.run.dir / "samples" / "evaluation.png"
-    sheet.save(sheet.grid(cells, [sample.caption for sample in asked[: len(cells)]]), evaluation)
-    write_report(config.run.dir, report.flat())
-    return report
+    sheet.save(sheet.grid(first, [sample.caption for sample in prompts[: len(first)]]), evaluation)
+    write_report(config.run.dir, result.flat())
+    return result
 
 
 def repeated(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """`count` samples, from the first on and over again."""
+    """Return `count` samples; the list starts again at its first sample when it ends."""
     return [samples[i % len(samples)] for i in range(count)]
 
 
-def shown(images: Sequence[Image.Image]) -> list[Pixels]:
-    """Images as arrays."""
+def arrays(images: Sequence[Image.Image]) -> list[Pixels]:
+    """Convert images to arrays of pixel values."""
     return [pixels(image) for image in images]
 
 
 def caption_scores(captions: Sequence[str], task: Task, wanted: Sequence[Truth]) -> CaptionScores:
-    """Captions parsed and compared with what the pictures show."""
+    """Parse captions and compare them with the objects of their pictures."""
     return CaptionScores(len(captions), agreement([task.parse(caption) for caption in captions], wanted))
 
 
 def held_out_losses(model: MMGenModel, corpus: Corpus) -> HeldOutLosses:
-    """Losses over one epoch of a corpus with fixed noise."""
+    """Compute the losses over one epoch of a corpus, with fixed noise."""
     rows, columns = model.patcher.grids[0]
     text, image, texts, images = 0.0, 0.0, 0, 0
     sums, counts = torch.zeros(2, rows * columns, dtype=torch.float64)
@@ -223,7 +235,7 @@ def held_out_losses(model: MMGenModel, corpus: Corpus) -> HeldOutLosses:
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write report.json into a folder, all or nothing."""
+    """Write report.json into a folder; a crash leaves the old file or the new one, never a part."""
     temporary = folder / "report.json.tmp"
     temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     os.replace(temporary, folder / "report.json")

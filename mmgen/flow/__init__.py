@@ -1,7 +1,10 @@
-"""Diffusion and flow matching: paths, times, losses, solvers, guidance, exact fields and likelihood.
+"""Diffusion and flow matching: paths, timestep distributions, losses, solvers, guidance, exact fields, likelihood.
 
-Convention: t = 0 is pure noise, t = 1 is data, z = alpha(t) x + sigma(t) eps. This package knows nothing
-of text, tokens or transformers.
+Convention: t = 0 is pure noise, t = 1 is data, z = alpha(t) x + sigma(t) eps. The package does not depend on text,
+tokens or transformers and can be used alone.
+
+Shapes in docstrings: R samples in a batch (the first axis of z), D numbers per sample, K mixture components, N solver
+steps. A time t is a scalar or has as many axes as z, so that it broadcasts against z.
 """
 
 from mmgen.flow.adaptive import solve_adaptive

@@ -1,8 +1,8 @@
-"""A field of ours driven by a scheduler of diffusers, whatever noise schedule either was made for.
+"""Sampling a field with a scheduler of diffusers, also where the two use different noise schedules.
 
-Two points on different paths with the same signal-to-noise ratio are the same point up to a factor. So the scheduler's
-(alpha, sigma) name a time of our path, the network is asked there, and its answer is handed over in the
-scheduler's own prediction type.
+Two points on different paths with the same signal-to-noise ratio are equal up to a factor. The scheduler's
+(alpha, sigma) therefore determines a time on the field's path. The network is evaluated at that time, and its output is
+converted to the prediction type that the scheduler expects.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mmgen.flow.field import Field
 
-# Their prediction types, from (x, z, alpha, sigma): what their own formulas turn back into x, also where
-# alpha^2 + sigma^2 is not 1.
+# Prediction types of diffusers as functions of (x, z, alpha, sigma). The schedulers' own formulas recover x from these
+# values, also where alpha^2 + sigma^2 is not 1.
 PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
     "epsilon": lambda x, z, alpha, sigma: (z - alpha * x) / sigma,
     "sample": lambda x, z, alpha, sigma: x,
@@ -25,8 +25,8 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
 }
 
 
-def level(scheduler: Any, index: int) -> tuple[float, float]:
-    """(alpha, sigma) of the scheduler's marginal at its `index`-th timestep; `set_timesteps` was called."""
+def alpha_sigma(scheduler: Any, index: int) -> tuple[float, float]:
+    """Return (alpha, sigma) of the scheduler's marginal at its `index`-th timestep; call `set_timesteps` first."""
     config = scheduler.config
     if "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas", False):
         sigma = float(scheduler.sigmas[index])
@@ -46,22 +46,31 @@ SCHEDULERS = (
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
 )
-"""Schedulers whose state is alpha x + sigma eps as `level` says; others scale it in ways of their own."""
+"""Supported schedulers: those whose state is alpha x + sigma eps with the values of `alpha_sigma`."""
 
 
 def prediction_type(scheduler: Any) -> str:
-    """What the scheduler expects of a network."""
+    """Return the prediction type that the scheduler expects, one of `PREDICTIONS`.
+
+    Raises:
+        ValueError: an unsupported scheduler, or settings of it that no field can satisfy.
+    """
     if type(scheduler).__name__ not in SCHEDULERS:
-        raise ValueError(f"{type(scheduler).__name__} is not among the known schedulers: {', '.join(SCHEDULERS)}")
+        raise ValueError(f"{type(scheduler).__name__} is not supported: use one of {', '.join(SCHEDULERS)}")
     if "FlowMatch" in type(scheduler).__name__:
         return "flow_prediction"
     kind = str(scheduler.config.prediction_type)
     if kind not in PREDICTIONS:
-        raise ValueError(f"{type(scheduler).__name__} expects '{kind}' (known: {', '.join(PREDICTIONS)})")
+        raise ValueError(
+            f"{type(scheduler).__name__} has prediction_type '{kind}': set it to one of {', '.join(PREDICTIONS)}"
+        )
     if kind == "flow_prediction" and not scheduler.config.get("use_flow_sigmas", False):
         raise ValueError(f"{type(scheduler).__name__} needs use_flow_sigmas=True for flow_prediction")
     if str(scheduler.config.get("variance_type", "")).startswith("learned"):
-        raise ValueError(f"a field gives no variances: set variance_type='fixed_small' in {type(scheduler).__name__}")
+        raise ValueError(
+            f"{type(scheduler).__name__} expects a learned variance, which a field does not output: set "
+            "variance_type='fixed_small'"
+        )
     return kind
 
 
@@ -73,35 +82,47 @@ def drive(
     schedule: Mapping[str, Any] | None = None,
     **step_options: Any,
 ) -> Tensor:
-    """Sample with a diffusers scheduler from standard normal `noise`; options go to its `step`.
+    """Sample from `field` with a scheduler of diffusers.
 
-    `schedule` goes to its `set_timesteps`, as `{"mu": 1.15}` for shifts that depend on the resolution.
+    Args:
+        scheduler: an instance of one of `SCHEDULERS`; its noise schedule may differ from the path of the field.
+        field: the network and its path.
+        noise: standard normal, of the shape of the samples.
+        steps: `num_inference_steps` of the scheduler.
+        schedule: further arguments of the scheduler's `set_timesteps`, such as `{"mu": 1.15}` for a shift that depends
+            on the resolution.
+        step_options: further arguments of the scheduler's `step`, such as `eta` or `generator`.
+
+    Returns:
+        The samples, of the shape and type of `noise`.
 
     Raises:
-        ValueError: steps that are no whole number above 0, an unknown scheduler, or settings of it that do not run from
-            noise to data or cannot say what the network means.
+        ValueError: steps that are not a whole number above 0, an unsupported scheduler, or settings of it that do not
+            run from noise to data or do not fit a field.
     """
     if steps < 1 or steps != int(steps):
-        raise ValueError(f"a sampler needs a whole number of steps, at least one step, got {steps}")
+        raise ValueError(f"a solver needs a whole number of steps, at least one step, got {steps}")
     kind, name = prediction_type(scheduler), type(scheduler).__name__
     predict = PREDICTIONS[kind]
     scheduler.set_timesteps(int(steps), device=noise.device, **(schedule or {}))
-    levels = [level(scheduler, index) for index in range(len(scheduler.timesteps))]
-    pairs = torch.tensor(levels, dtype=torch.float64)
+    marginals = [alpha_sigma(scheduler, index) for index in range(len(scheduler.timesteps))]
+    pairs = torch.tensor(marginals, dtype=torch.float64)
     ratios = 2 * (pairs[:, 0].log() - pairs[:, 1].log())
     if bool((ratios.diff() < 0).any()) or bool((pairs[:, 1] == 0).any()):
-        raise ValueError(f"{name} asks about clean data or goes from data to noise: leave invert_sigmas out")
+        raise ValueError(f"{name} evaluates the network on clean data or runs from data to noise: remove invert_sigmas")
     if kind == "epsilon" and bool((pairs[:, 0] == 0).any()):
-        raise ValueError(f"{name} divides by a signal of zero to use eps: set its prediction_type to v_prediction")
+        raise ValueError(
+            f"{name} divides by alpha = 0 to use an eps prediction: set its prediction_type to v_prediction"
+        )
     times = field.path.time_of(ratios).clamp(0, 1)
-    # Theirs to ours at the same signal-to-noise ratio. Where they go beyond the ends of our path, the larger part of z
-    # is matched: at the data it is the signal.
+    # Factors that scale the scheduler's state to the point of our path with the same signal-to-noise ratio. Where the
+    # scheduler passes the ends of our path the ratios differ; then the larger part of z is matched, which near the data
+    # is the signal.
     by_signal, by_noise = field.path.alpha(times) / pairs[:, 0], field.path.sigma(times) / pairs[:, 1]
     factors = torch.where(ratios > 0, by_signal, by_noise).to(noise.device, noise.dtype)
     times = times.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
     clean, z = field("x"), noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    for (alpha, sigma), t, factor, timestep in zip(levels, times, factors, scheduler.timesteps, strict=True):
+    for (alpha, sigma), t, factor, timestep in zip(marginals, times, factors, scheduler.timesteps, strict=True):
         x = clean(z * factor, t)
-        answer = predict(x, z, alpha, sigma)
-        z = scheduler.step(answer, timestep, z, **step_options).prev_sample
+        z = scheduler.step(predict(x, z, alpha, sigma), timestep, z, **step_options).prev_sample
     return z

@@ -1,4 +1,4 @@
-"""Guidance: of two velocities, and by a classifier."""
+"""Guidance: classifier-free, from two velocities, and by the gradient of a classifier."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from torch import Tensor
 from mmgen.flow.path import Path, check_shapes, check_times
 
 GuidanceScale = float | Tensor | Callable[[Tensor], Tensor]
-"""A weight, one that depends on t, or a weight per row with as many axes as z."""
+"""A guidance weight w: a number, a tensor with as many axes as z (a weight per sample), or a function of t."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far and where a conditional velocity is extrapolated from an unconditional one.
+    """Settings of classifier-free guidance: its scale, the interval of t in which it acts, and two corrections.
 
     Raises:
         ValueError: an interval that does not rise inside [0, 1], or a rescale outside [0, 1].
     """
 
     scale: GuidanceScale
+    """The weight w of `classifier_free`: 0 is unconditional, 1 conditional, more extrapolates."""
     interval: tuple[float, float] = (0.0, 1.0)
-    """Times at which the scale applies; elsewhere it is 1 (Kynkäänniemi et al. 2024)."""
+    """First and last time at which the scale applies; at other times it is 1 (Kynkäänniemi et al. 2024)."""
     rescale: float = 0.0
-    """Share in which the result takes the standard deviation of the conditional velocity (Lin et al. 2023, 3.4)."""
+    """How far the standard deviation of the result is moved to that of the conditional velocity.
+
+    0 leaves it, 1 makes it equal (Lin et al. 2023, section 3.4).
+    """
     renorm: bool = False
-    """Shorten the result to the norm of the conditional one where it is longer (Deng et al. 2025, BAGEL)."""
+    """Shorten the result to the norm of the conditional velocity where it is longer (Deng et al. 2025, BAGEL)."""
 
     def __post_init__(self) -> None:
         low, high = self.interval
@@ -39,24 +43,33 @@ class Guidance:
 
 
 def _weight(scale: GuidanceScale, t: Tensor, like: Tensor) -> Tensor:
-    """The weight at t, in the type of `like`, against which it broadcasts as times do."""
-    found = scale(t) if callable(scale) else scale
-    if isinstance(found, Tensor):
-        weight = found.to(like.device, like.dtype)
-    else:  # filled where it is used: a number copied to an accelerator would be waited for
-        weight = torch.full((), found, dtype=like.dtype, device=like.device)
+    """Return the weight at t in the type of `like`; it broadcasts against `like` as times do."""
+    value = scale(t) if callable(scale) else scale
+    if isinstance(value, Tensor):
+        weight = value.to(like.device, like.dtype)
+    else:  # created on the device, because copying a number to an accelerator synchronises
+        weight = torch.full((), value, dtype=like.dtype, device=like.device)
     try:
         check_shapes(weight, like)
     except ValueError as error:
-        raise ValueError(f"guidance weights are given as times are: {error}") from None
+        raise ValueError(f"a guidance weight must have the shape of a time: {error}") from None
     return weight
 
 
 def classifier_free(conditional: Tensor, unconditional: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
-    """v_u + w (v_c - v_u) with w = `guidance.scale` for t inside its interval and w = 1 outside.
+    """Combine two velocities by classifier-free guidance: v_u + w (v_c - v_u).
 
-    w = 0 is unconditional, w = 1 conditional (Ho and Salimans 2022, with w one larger than theirs). `t` broadcasts
-    against the velocities, whose first axis is the batch.
+    w is `guidance.scale` for t inside its interval and 1 outside. w = 0 is unconditional and w = 1 conditional; it is
+    larger by one than the w of Ho and Salimans 2022.
+
+    Args:
+        conditional: v_c, [R, ...].
+        unconditional: v_u, of the same shape.
+        t: a scalar, or a tensor with as many axes as the velocities.
+        guidance: scale, interval and corrections.
+
+    Returns:
+        The guided velocity, [R, ...].
 
     Raises:
         ValueError: shapes that do not fit, or times outside [0, 1].
@@ -85,18 +98,27 @@ def classifier(
     scale: GuidanceScale,
     clip: float = 1e-3,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The velocity whose score has scale * grad log p(y | z) added (Dhariwal and Nichol 2021, section 4).
+    """Return the velocity field whose score is increased by scale * grad log p(y | z).
 
-    `log_likelihood(z, t)` returns log p(y | z_t) of each row, [B]; gradients are taken through it. On paths that begin
-    with pure noise the velocity is infinitely sensitive to the score at t = 0, where z says nothing of y; `clip` is
-    the smallest alpha of that division.
+    Source: Dhariwal and Nichol 2021, section 4.
+
+    Args:
+        path: the path of the field.
+        velocity: (z, t) to v, of the shape of z.
+        log_likelihood: (z, t) to log p(y | z_t) of each sample, [R]; it must be differentiable in z.
+        scale: the weight of the gradient.
+        clip: the smallest alpha of the conversion, which divides by alpha. On paths that begin with pure noise alpha is
+            zero at t = 0, where z is independent of y and the exact gradient vanishes.
+
+    Returns:
+        A function (z, t) to the guided velocity, of the shape of z.
     """
 
     def guided(z: Tensor, t: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             leaf = z.detach().clone().requires_grad_()
             (gradient,) = torch.autograd.grad(log_likelihood(leaf, t.clone()).sum(), leaf)
-        # v is affine in the score at fixed z, so an addition to one is a multiple of it added to the other.
+        # At fixed z, v is affine in the score: adding to the score adds a multiple of it to v.
         return velocity(z, t) + path.gain("score", "v", t, clip) * _weight(scale, t, z) * gradient
 
     return guided

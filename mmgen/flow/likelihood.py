@@ -1,4 +1,4 @@
-"""Along the ODE between noise and data: encode, decode, interpolate, and the log-likelihood it defines."""
+"""The ODE between noise and data: encoding, decoding, interpolation and log-likelihood."""
 
 from __future__ import annotations
 
@@ -14,9 +14,18 @@ from mmgen.flow.solvers import runge_kutta, solve
 
 
 def slerp(a: Tensor, b: Tensor, share: float | Tensor) -> Tensor:
-    """Spherical interpolation between rows of noise, which keeps their norm (Shoemake 1985).
+    """Interpolate spherically between two batches of noise, which preserves the norm (Shoemake 1985).
 
-    `share` is a number, or has as many axes as `a`.
+    Args:
+        a: [R, ...].
+        b: of the same shape.
+        share: 0 gives `a`, 1 gives `b`; a number, or a tensor with as many axes as `a`.
+
+    Returns:
+        [R, ...]. Where `a` and `b` are parallel, the interpolation is linear.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     check_shapes(torch.as_tensor(share), a, b)
     flat_a, flat_b = a.flatten(1), b.flatten(1)
@@ -30,51 +39,66 @@ def slerp(a: Tensor, b: Tensor, share: float | Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """log p(x) of each row at the last time, nats; carries no gradients."""
+    """The log-likelihood of each sample, in nats; the tensors carry no gradients."""
 
     value: Tensor
+    """log p(x), [R]."""
     standard_error: Tensor
-    """Of Hutchinson's estimate, over its probes; zero with the exact trace."""
+    """Standard error of Hutchinson's estimate over its probes, [R]; zero with the exact trace."""
     z: Tensor
-    """The noise that x was encoded to."""
+    """The encoded x: the noise from which the ODE generates it, [R, D]."""
 
 
 @dataclass(frozen=True)
 class Ode:
-    """dz/dt = velocity between noise and data, and how it is solved.
+    """The probability-flow ODE dz/dt = v(z, t) with a solver; it maps noise to data and back.
 
     Raises:
         ValueError: times that do not rise.
     """
 
     velocity: Function
+    """(z, t) to v, of the shape of z."""
     times: Tensor
-    """From noise to data, as for sampling; `encode` runs them backwards."""
+    """[N + 1], from noise to data, as for sampling; `encode` uses them in reverse."""
     scheme: str = "rk4"
+    """A Runge-Kutta scheme: `euler`, `midpoint`, `heun` or `rk4`."""
     path: Path | None = None
-    """Times at which its velocity diverges are refused; the linear path where absent."""
+    """The path of the velocity; times at which its velocity diverges are refused. `LinearPath()` by default."""
 
     def __post_init__(self) -> None:
         if bool((self.times.diff(dim=0) < 0).any()):
             raise ValueError(
-                "times must rise from noise (0) to data (1) for encoding too: it runs them backwards itself"
+                "times must rise from noise (0) to data (1), also for encoding, which reverses them itself"
             )
 
     def _solve(self, velocity: Function, z: Tensor, times: Tensor) -> Tensor:
         return solve(runge_kutta(z, times, scheme=self.scheme, path=self.path, end="full"), velocity)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Data to the noise that the ODE turns into it."""
+        """Map data x [R, ...] to the noise from which the ODE generates it."""
         return self._solve(self.velocity, x, self.times.flip(0))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Noise to data: the inverse of `encode` up to the scheme's error."""
+        """Map noise z [R, ...] to data: the inverse of `encode` up to the error of the scheme."""
         return self._solve(self.velocity, z, self.times)
 
     def interpolate(self, a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
-        """Data between rows of `a` and `b`, [len(shares), R, ...]: encode both, slerp, decode."""
+        """Interpolate between data `a` and `b` in noise space: encode both, `slerp`, decode.
+
+        Args:
+            a: [R, ...].
+            b: of the same shape.
+            shares: [M]; 0 gives `a`, 1 gives `b`.
+
+        Returns:
+            [M, R, ...].
+
+        Raises:
+            ValueError: no shares.
+        """
         if not len(shares):
-            raise ValueError("give one share or more between 0 (the first) and 1 (the second)")
+            raise ValueError("shares is empty: give one or more numbers between 0 (the first) and 1 (the second)")
         ends = self.encode(torch.cat([a, b])).chunk(2)
         between = torch.cat([slerp(ends[0], ends[1], float(share)) for share in shares])
         return self.decode(between).view(len(shares), *a.shape)
@@ -88,55 +112,58 @@ class Ode:
         noise_std: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> LogLikelihood:
-        """log p_1(x) = log N(z_0; 0, noise_std^2) - integral of div v from t = 0 to 1 (Chen et al. 2018, eq. 8).
+        """Compute log p_1(x) = log N(z_0; 0, noise_std^2 I) - integral of div v over t from 0 to 1.
 
-        z_0 is found by running the ODE back from x, which is [R, D]. Times that end before 1, as on a path whose
-        velocity diverges there, give the density of z at their last one.
+        z_0 is the encoded x (Chen et al. 2018, eq. 8). If the velocity diverges at t = 1, the times must end before 1;
+        the result is then the density of z at the last time.
 
         Args:
-            trace: `exact` differentiates every coordinate (D backward passes); `hutchinson` averages n^T (dv/dz) n
-                over `probes` vectors of random signs, fixed along the path (Grathwohl et al. 2019), and estimates
-                its error.
-            noise_std: standard deviation of z at t = 0, for paths that do not end in a standard normal.
+            x: [R, D]; flatten each sample.
+            trace: `exact` differentiates every coordinate, with D backward passes per evaluation. `hutchinson` averages
+                n^T (dv/dz) n over vectors n of random signs, fixed along the path (Grathwohl et al. 2019), and
+                estimates its error.
+            probes: number of vectors n, two or more.
+            noise_std: standard deviation of z at t = 0, for paths that do not begin with a standard normal.
+            generator: draws the vectors n.
 
         Raises:
             ValueError: an unknown trace, fewer than two probes, x that is not [R, D], times that do not begin at 0,
-                or a velocity that autograd cannot differentiate.
+                `noise_std` that is not positive, or a velocity that autograd cannot differentiate.
         """
         if bool((self.times[0] != 0).any()):
-            raise ValueError("the times of a likelihood begin at 0, where z is the noise whose density is known")
+            raise ValueError("the times of a likelihood must begin at 0, where z is noise with a known density")
         if not noise_std > 0:
             raise ValueError(f"noise_std must be positive, got {noise_std}")
         if trace not in ("exact", "hutchinson"):
             raise ValueError(f"unknown trace '{trace}' (one of: exact, hutchinson)")
         if x.ndim != 2:
             raise ValueError(f"x must be [R, D], got {tuple(x.shape)}: flatten each sample")
-        rows, dimension = x.shape
+        count, dimension = x.shape
         if trace == "hutchinson" and (probes < 2 or probes != int(probes)):
-            raise ValueError(f"hutchinson needs two probes or more to know its error, got {probes}")
-        with torch.inference_mode(False):  # autograd takes no tensor that was made in inference mode
+            raise ValueError(f"hutchinson needs two probes or more to estimate its error, got {probes}")
+        with torch.inference_mode(False):  # autograd refuses tensors that are created in inference mode
             if trace == "exact":
-                vectors = torch.eye(dimension).to(x).unsqueeze(1).expand(-1, rows, -1)
+                vectors = torch.eye(dimension).to(x).unsqueeze(1).expand(-1, count, -1)
             else:
-                vectors = torch.randint(0, 2, (probes, rows, dimension), generator=generator).to(x) * 2 - 1
+                vectors = torch.randint(0, 2, (probes, count, dimension), generator=generator).to(x) * 2 - 1
 
         def augmented(state: Tensor, t: Tensor) -> Tensor:
-            """d/dt of (z, one divergence per vector): [R, D + V]."""
+            """Return d/dt of z and of one divergence per vector, [R, D + number of vectors]."""
             with torch.inference_mode(False), torch.enable_grad():
                 z = state[:, :dimension].detach().clone().requires_grad_()
                 v = self.velocity(z, t.clone())
                 if not v.requires_grad:
                     raise ValueError(
-                        "the velocity does not depend on z for autograd, so it has no divergence: take torch.no_grad "
-                        "or detach out of it (a field that is constant on purpose: add 0 * z)"
+                        "autograd finds no dependence of the velocity on z, so there is no divergence: remove "
+                        "torch.no_grad or detach from it (if it is constant on purpose, add 0 * z)"
                     )
                 products = []
                 for vector in vectors:
-                    (row,) = torch.autograd.grad(v, z, vector, retain_graph=True, allow_unused=True)
-                    products.append(torch.zeros(rows).to(x) if row is None else (row * vector).sum(1))
+                    (product,) = torch.autograd.grad(v, z, vector, retain_graph=True, allow_unused=True)
+                    products.append(torch.zeros(count).to(x) if product is None else (product * vector).sum(1))
             return torch.cat([v.detach(), torch.stack(products, 1)], 1)
 
-        start = torch.cat([x.detach(), x.new_zeros(rows, len(vectors))], 1)
+        start = torch.cat([x.detach(), x.new_zeros(count, len(vectors))], 1)
         end = self._solve(augmented, start, self.times.flip(0))
         z, minus_integrals = end[:, :dimension], end[:, dimension:]
         base = -(z / noise_std).square().sum(1) / 2 - dimension * math.log(noise_std * math.sqrt(2 * math.pi))
@@ -147,9 +174,20 @@ class Ode:
 
 
 def bits_per_dim(log_prob: Tensor, dimension: int, bin_width: float = 2 / 255) -> Tensor:
-    """Bits per dimension of data with bins of `bin_width` (8-bit pixels scaled to [-1, 1] have 2 / 255).
+    """Convert log-likelihoods in nats to bits per dimension.
 
-    The density must be that of dequantised data: uniform noise of one bin added.
+    The density must be that of dequantised data: data with uniform noise of one bin width added.
+
+    Args:
+        log_prob: log p(x) in nats, any shape.
+        dimension: D, the numbers per sample.
+        bin_width: distance of neighbouring values of the quantised data; 2 / 255 for 8-bit pixels scaled to [-1, 1].
+
+    Returns:
+        Bits per dimension, of the shape of `log_prob`.
+
+    Raises:
+        ValueError: a dimension or bin width that is not positive.
     """
     if dimension < 1 or not bin_width > 0:
         raise ValueError(f"dimension and bin_width must be positive, got {dimension} and {bin_width}")

@@ -1,4 +1,4 @@
-"""The noise schedules: linear, cosine, variance preserving (continuous and DDPM's table), variance exploding."""
+"""The paths: linear, cosine, variance preserving (continuous, or DDPM's table) and variance exploding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from mmgen.flow.path import Path
 
 
 class LinearPath(Path):
-    """Rectified flow: alpha = t, sigma = 1 - (1 - sigma_min) t (Liu et al. 2022; Lipman et al. 2022, eq. 20)."""
+    """The linear path of flow matching and rectified flow: alpha = t, sigma = 1 - (1 - sigma_min) t.
+
+    Sources: Liu et al. 2022; Lipman et al. 2022, eq. 20.
+
+    Args:
+        sigma_min: the noise that remains at t = 1, in [0, 1).
+
+    Raises:
+        ValueError: sigma_min outside [0, 1).
+    """
 
     def __init__(self, sigma_min: float = 0.0) -> None:
         if not 0 <= sigma_min < 1:
@@ -41,15 +50,23 @@ class LinearPath(Path):
 
 
 class CosinePath(Path):
-    """The cosine schedule in log-SNR between bounds, with a shift for resolution.
+    """The variance-preserving cosine schedule between two bounds of log-SNR, with a shift for the resolution.
 
-    log-SNR = -2 log tan(a + s (b - a)) + shift at noise time s, alpha^2 = sigmoid(log-SNR) (Hoogeboom et al.
-    2023, simple diffusion). `shift` = 2 log(noise side / image side) moves the bounds, too.
+    log-SNR = -2 log tan(a + s (b - a)) + shift at noise time s = 1 - t, alpha^2 = sigmoid(log-SNR) and
+    sigma^2 = sigmoid(-log-SNR) (Hoogeboom et al. 2023, simple diffusion).
+
+    Args:
+        log_snr_min: log-SNR at t = 0, in nats, before the shift.
+        log_snr_max: log-SNR at t = 1, in nats, before the shift.
+        shift: added to the log-SNR, also at its bounds; 2 log(reference side / image side).
+
+    Raises:
+        ValueError: bounds that do not rise, or values that are not finite.
     """
 
     def __init__(self, log_snr_min: float = -15.0, log_snr_max: float = 15.0, shift: float = 0.0) -> None:
         if not -math.inf < log_snr_min < log_snr_max < math.inf:
-            raise ValueError(f"log_snr_min {log_snr_min} must be below log_snr_max {log_snr_max}")
+            raise ValueError(f"log_snr_min {log_snr_min} must be below log_snr_max {log_snr_max}, both finite")
         if not math.isfinite(shift):
             raise ValueError(f"the shift of the log-SNR must be a number, got {shift}")
         self.first = math.atan(math.exp(-log_snr_max / 2))
@@ -83,24 +100,24 @@ class CosinePath(Path):
 
 
 class VPPath(Path):
-    """Variance preserving, from a rate beta(s): alpha = exp(-B / 2), B the integral of beta (Song et al. 2021).
+    """A variance-preserving path with rate beta(s): alpha = exp(-B / 2), B the integral of beta over noise time.
 
-    Its SDE is f = -beta / 2, g^2 = beta. The slope of sigma is infinite at the data.
+    Its SDE has f = -beta / 2 and g^2 = beta (Song et al. 2021). The slope of sigma is infinite at the data.
     """
 
     singular = MappingProxyType({"v": (1.0,), "score": (1.0,), "log_snr": (1.0,)})
 
     @abstractmethod
     def beta(self, t: Tensor) -> Tensor:
-        """The rate, per unit of noise time."""
+        """Return the rate beta, per unit of noise time."""
 
     @abstractmethod
     def integral(self, t: Tensor) -> Tensor:
-        """B: the rate integrated over noise time from the data to t."""
+        """Return B, the integral of the rate over noise time from the data to t."""
 
     @abstractmethod
     def _time_of_integral(self, integral: Tensor) -> Tensor:
-        """The inverse of `integral`."""
+        """Return the time at which `integral` has this value."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return (-self.integral(t) / 2).exp()
@@ -131,7 +148,17 @@ class VPPath(Path):
 
 
 class LinearBetaPath(VPPath):
-    """beta = beta_min + s (beta_max - beta_min) in continuous time (Song et al. 2021, appendix C)."""
+    """The variance-preserving path in continuous time with beta = beta_min + s (beta_max - beta_min).
+
+    Source: Song et al. 2021, appendix C.
+
+    Args:
+        beta_min: the rate at the data.
+        beta_max: the rate at the noise.
+
+    Raises:
+        ValueError: rates that are not positive, finite and rising.
+    """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         if not 0 < beta_min < beta_max < math.inf:
@@ -146,15 +173,23 @@ class LinearBetaPath(VPPath):
         return s * (self.beta_min + s * self.growth / 2)
 
     def _time_of_integral(self, integral: Tensor) -> Tensor:
-        integral = integral.clamp(max=1e30)  # pure noise: a time below 0, not infinity over infinity
+        integral = integral.clamp(max=1e30)  # pure noise gives a time below 0 instead of infinity over infinity
         root = (self.beta_min**2 + 2 * self.growth * integral).sqrt()
         return 1 - 2 * integral / (self.beta_min + root)
 
 
 class DDPMPath(VPPath):
-    """A table of K steps beta_1 .. beta_K (Ho et al. 2020); step k stands at t = 1 - k / K, exactly.
+    """DDPM's table of K steps as a variance-preserving path: step k is at t = 1 - k / K exactly.
 
-    From step k - 1 to k the rate is constant, k included, so the table is a variance-preserving path like any other.
+    Source: Ho et al. 2020. The rate is constant from step k - 1 to step k, including k, which makes the table a path in
+    continuous time.
+
+    Args:
+        betas: beta_1 .. beta_K, each in (0, 1), beginning next to the data; by default DDPM's 1,000 values from 1e-4
+            to 0.02.
+
+    Raises:
+        ValueError: an empty list, or a beta outside (0, 1).
     """
 
     def __init__(self, betas: Sequence[float] | None = None) -> None:
@@ -162,21 +197,23 @@ class DDPMPath(VPPath):
         if betas is not None:
             table = torch.as_tensor(betas, dtype=torch.float64).cpu()
         if table.ndim != 1 or not len(table) or not bool(((table > 0) & (table < 1)).all()):
-            raise ValueError("betas must be a list of numbers between 0 and 1, the first one next to the data")
+            raise ValueError(
+                "betas must be a list of numbers between 0 and 1, beginning with the step next to the data"
+            )
         self.steps = len(table)
         rates = -torch.log1p(-table)
         self._tables = {"rates": rates, "knots": torch.cat([torch.zeros(1, dtype=torch.float64), rates.cumsum(0)])}
         self._moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def _step(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Number of whole steps below t, and the rest of one, in the precision of t."""
+        """Return the number of whole steps between the data and t, and the remaining fraction of a step."""
         steps = (1 - t) * self.steps
-        # A thousandth of a step absorbs rounding, so that step k itself always belongs to the rate of step k.
+        # Subtracting a thousandth of a step absorbs rounding, so that step k itself always has the rate of step k.
         whole = ((steps - 1e-3).ceil() - 1).long().clamp(0, self.steps - 1)
         return whole, steps - whole
 
     def _on(self, table: str, like: Tensor) -> Tensor:
-        """A table where `like` is and in its precision; copied once, for a copy would wait in every step."""
+        """Return a table on the device and in the precision of `like`; cached, because a copy synchronises."""
         key = (table, like.device, like.dtype)
         if key not in self._moved:
             self._moved[key] = self._tables[table].to(like.device, like.dtype)
@@ -201,9 +238,17 @@ class DDPMPath(VPPath):
 
 
 class VEPath(Path):
-    """Variance exploding: alpha = 1, sigma falls geometrically from sigma_max to sigma_min (Song and Ermon 2019).
+    """The variance-exploding path: alpha = 1, and sigma falls geometrically from sigma_max to sigma_min.
 
-    At t = 0 the data is not gone but drowned: start samplers from sigma_max times a normal.
+    Source: Song and Ermon 2019. At t = 0 z still contains the data, under much larger noise: start a solver from
+    sigma_max times standard normal noise.
+
+    Args:
+        sigma_min: noise level at t = 1.
+        sigma_max: noise level at t = 0.
+
+    Raises:
+        ValueError: noise levels that are not positive, finite and in this order.
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
@@ -228,9 +273,16 @@ class VEPath(Path):
 
 
 class ScaledNoise(Path):
-    """Another path whose noise has standard deviation `scale` (Li and He 2025, JiT: image side / 256).
+    """Another path with its noise multiplied by `scale` (Li and He 2025, JiT, use image side / 256).
 
-    eps stays standard normal; it is sigma that grows.
+    eps stays standard normal; sigma is multiplied.
+
+    Args:
+        path: the inner path.
+        scale: standard deviation of the noise at t = 0 relative to the inner path.
+
+    Raises:
+        ValueError: a scale that is not positive and finite.
     """
 
     def __init__(self, path: Path, scale: float) -> None:
@@ -266,10 +318,10 @@ class ScaledNoise(Path):
         return self.path.smallest_level(times)
 
     def coefficients(self, source: str, target: str, t: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-        """Those of the inner path in units of its own noise, so that `clip` means the same at every scale."""
+        """As `Path.coefficients`, computed on the inner path, so that `clip` has the same meaning at every scale."""
         if "v_sh" in (source, target):
             return super().coefficients(source, target, t, clip)
-        units = {"eps": self.scale, "score": self.scale**2}  # inner quantity = unit * ours
+        units = {"eps": self.scale, "score": self.scale**2}  # quantity of the inner path = unit * quantity of this path
         p, q = self.path.coefficients(source, target, t, clip)
         return p * units.get(source, 1.0) / units.get(target, 1.0), q / units.get(target, 1.0)
 
@@ -287,3 +339,4 @@ PATHS: dict[str, Callable[..., Path]] = {
     "ddpm": DDPMPath,
     "ve": VEPath,
 }
+"""Constructors of the paths, by name."""

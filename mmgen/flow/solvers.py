@@ -1,13 +1,19 @@
-"""Solvers as generators: each yields (z, t), is sent what it asks for there, and returns z at the last time.
+"""Solvers as generators: each yields (z, t), receives the network's estimate there, and returns z at the last time.
 
-Because a solver only asks, a caller can batch the questions of many solvers, interleave them with other work, or
-stop between any two; `solve` is the small driver for a plain function. A solver asks for the velocity v or for the
-denoised estimate E[x | z], as `SOLVERS[name].asks` says. A new solver is a function, in a file of its own if it is
-long, and a line in `SOLVERS`.
+A solver does not call the network itself. The caller can therefore batch the evaluations of many solvers, interleave
+them with other work, or stop between any two. `solve` runs a solver with a plain function. A solver requests either the
+velocity v or the denoised estimate E[x | z]; `SOLVERS[name].asks` is `"v"` or `"x"`.
 
-Times rise from noise (0) to data (1) and are either [N + 1], or [N + 1, R] for a grid per row of z. All coefficients
-are computed once, in double precision, from the times (`mmgen.flow.grid`); a step is a few passes over z and never
-waits for the device.
+Common arguments of all solvers:
+    z: the initial state, [R, ...]; noise with standard deviation sigma at the first time. It is not modified.
+    times: rising from noise (0) to data (1), [N + 1], or [N + 1, R] for a grid per sample. Times that repeat leave a
+        sample unchanged.
+    path: the path of the field; `LinearPath()` by default, unless noted.
+    noise: the source of standard normal noise of a stochastic solver (`mmgen.flow.steps.normal`).
+
+All coefficients are computed once from the times, in double precision (`mmgen.flow.grid`). A step is a few passes over
+z and does not synchronise with the device. The generator checks its arguments when it is first advanced. A new solver
+is a function and a line in `SOLVERS`.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +34,7 @@ from mmgen.flow.schedule import LinearPath
 from mmgen.flow.steps import Noise, Solver, add, add_to, normal, take
 
 Level = Callable[[Path, Tensor], Tensor]
-"""Noise rate w of an SDE at time t of a path."""
+"""(path, t) to the noise rate w(t) of an SDE."""
 
 
 def _check_end(end: str) -> None:
@@ -36,7 +42,7 @@ def _check_end(end: str) -> None:
         raise ValueError(f"unknown end '{end}' (one of: clean, full)")
 
 
-# Rows of the coefficients a_ij, and the weights b_j, of explicit Runge-Kutta schemes (Hairer, Norsett and Wanner).
+# The coefficients a_ij and the weights b_j of explicit Runge-Kutta schemes (Hairer, Norsett and Wanner).
 TABLEAUX: dict[str, tuple[Sequence[Sequence[float]], Sequence[float]]] = {
     "euler": ([[]], [1.0]),
     "midpoint": ([[], [0.5]], [0.0, 1.0]),
@@ -48,10 +54,21 @@ TABLEAUX: dict[str, tuple[Sequence[Sequence[float]], Sequence[float]]] = {
 def runge_kutta(
     z: Tensor, times: Tensor, *, scheme: str = "heun", path: Path | None = None, end: str = "clean"
 ) -> Solver:
-    """An explicit Runge-Kutta scheme for dz/dt = v. Asks for v; times may also fall, from data to noise.
+    """An explicit Runge-Kutta scheme for the ODE dz/dt = v.
 
-    `end`: `clean` replaces the last step, to t = 1, by the clean estimate, for fields that are singular at the data (on
-    the linear path that is Euler's step); `full` runs the scheme to the last time, whatever it is.
+    Requests v.
+
+    Args:
+        z: the initial state, [R, ...].
+        times: [N + 1] or [N + 1, R], rising; with `end="full"` they may fall instead, from data to noise.
+        scheme: `euler`, `midpoint`, `heun` or `rk4`, of order 1, 2, 2 and 4.
+        path: `LinearPath()` by default.
+        end: `clean` replaces the last step, to t = 1, by the clean estimate, for fields that diverge at the data. On
+            the linear path this is a step of Euler's method. `full` applies the scheme up to the last time, which
+            need not be 1.
+
+    Raises:
+        ValueError: an unknown scheme or end, times that do not fit, or a time at which v diverges.
     """
     path = path or LinearPath()
     _check_end(end)
@@ -63,27 +80,26 @@ def runge_kutta(
     clean = grid.to_clean() if end == "clean" else None
     all_jump = jumps.flatten(1).all(1).tolist()
     some_jump = jumps.flatten(1).any(1).tolist()
-    # A stage at the end of a step stands at the next time itself, not at a sum that rounds to its neighbour. Rows that
-    # jump to the clean estimate are asked once: their later stages only fill the batch.
-    nodes = [sum(row) for row in stages]
+    # A stage at the end of a step uses the next time itself, since t + h may round to a neighbouring number. Samples
+    # that jump to the clean estimate need one evaluation; in later stages they only fill the batch.
+    nodes = [sum(coefficients) for coefficients in stages]
     stage_times = [grid.t[1:] if node == 1 else grid.t[:-1] + node * grid.gaps for node in nodes]
     stage_times = [
-        torch.where(jumps, grid.t[:-1], asked) if node else asked
-        for node, asked in zip(nodes, stage_times, strict=True)
+        torch.where(jumps, grid.t[:-1], t) if node else t for node, t in zip(nodes, stage_times, strict=True)
     ]
-    for asked in stage_times:
-        path.require("v", asked[~grid.still] if grid.resting else asked)
+    for t in stage_times:
+        path.require("v", t[~grid.still] if grid.resting else t)
     clean_parts = [grid.send(part) for part in clean or ()]
     h = grid.send(torch.where(jumps, 0.0, grid.gaps))
-    asked_times = [grid.ask(asked, grid.still).unbind() for asked in stage_times]
+    yielded_times = [grid.yielded(t, grid.still).unbind() for t in stage_times]
     for i in range(grid.steps):
         start, slopes = z, list[Tensor]()
-        for row, at in zip(stages[:1] if all_jump[i] else stages, asked_times, strict=False):
+        for coefficients, at in zip(stages[:1] if all_jump[i] else stages, yielded_times, strict=False):
             here = start
-            for a, slope in zip(row, slopes, strict=True):
+            for a, slope in zip(coefficients, slopes, strict=True):
                 here = add(here, a * h[i], slope) if a else here
             slopes.append((yield here, at[i]))
-        if some_jump[i]:  # rows that do not jump have p = 0 and q = 1 here
+        if some_jump[i]:  # samples that do not jump have p = 0 and q = 1 here
             p, q = (part[i] for part in clean_parts)
             z = add_to(q * start, p, slopes[0])
         if not all_jump[i]:
@@ -92,45 +108,75 @@ def runge_kutta(
     return z
 
 
-def ddim(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Noise | None = None, eta: float = 0.0) -> Solver:
-    """DDIM (Song et al. 2020, eq. 12): z_j = alpha_j x + sqrt(sigma_j^2 - s^2) eps + s n, s = eta * ancestral std.
+def euler(z: Tensor, times: Tensor, *, path: Path | None = None, end: str = "clean") -> Solver:
+    """Euler's method for the ODE: order 1, one evaluation per step; see `runge_kutta`."""
+    return runge_kutta(z, times, scheme="euler", path=path, end=end)
 
-    Asks for the denoised estimate and ends on it at t = 1. eta = 0 is deterministic; eta = 1 samples as `ancestral`
-    does.
+
+def midpoint(z: Tensor, times: Tensor, *, path: Path | None = None, end: str = "clean") -> Solver:
+    """The explicit midpoint method for the ODE: order 2, two evaluations per step; see `runge_kutta`."""
+    return runge_kutta(z, times, scheme="midpoint", path=path, end=end)
+
+
+def heun(z: Tensor, times: Tensor, *, path: Path | None = None, end: str = "clean") -> Solver:
+    """Heun's method for the ODE: order 2, two evaluations per step; see `runge_kutta`."""
+    return runge_kutta(z, times, scheme="heun", path=path, end=end)
+
+
+def rk4(z: Tensor, times: Tensor, *, path: Path | None = None, end: str = "clean") -> Solver:
+    """The classical Runge-Kutta method for the ODE: order 4, four evaluations per step; see `runge_kutta`."""
+    return runge_kutta(z, times, scheme="rk4", path=path, end=end)
+
+
+def ddim(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Noise | None = None, eta: float = 0.0) -> Solver:
+    """DDIM: deterministic with eta 0, the default, and equal to ancestral sampling with eta 1.
+
+    From time k to j, z_j = alpha_j x + sqrt(sigma_j^2 - s^2) eps + s n, where s is eta times the standard deviation of
+    an ancestral step (Song et al. 2020, eq. 12). Requests the denoised estimate x and ends on it at t = 1.
+
+    Raises:
+        ValueError: eta outside [0, 1], or times that do not fit.
     """
     grid = Grid(z, times, path or LinearPath())
     return (yield from take(z, grid, grid.ddim(eta), noise or normal()))
 
 
 def ancestral(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Noise | None = None) -> Solver:
-    """DDPM's solver on any path and grid: a draw from q(z_j | z_k, x) at the denoised estimate (Ho et al. 2020).
+    """Ancestral sampling, the solver of DDPM, on any path and grid.
 
-    With c = 1 - exp(log-SNR_k - log-SNR_j): mean = alpha_j (z (1 - c) / alpha_k + c x), variance c sigma_j^2
-    (Kingma et al. 2021, appendix A.4). Asks for the denoised estimate and ends on it at t = 1.
+    From time k to j it draws from q(z_j | z_k, x) at the denoised estimate x (Ho et al. 2020). With
+    c = 1 - exp(log-SNR_k - log-SNR_j), the mean is alpha_j (z (1 - c) / alpha_k + c x) and the variance c sigma_j^2
+    (Kingma et al. 2021, appendix A.4). Requests the denoised estimate and ends on it at t = 1.
+
+    Raises:
+        ValueError: times that do not fit.
     """
     grid = Grid(z, times, path or LinearPath())
-    level = grid.levels()
-    # (1 - c) alpha_j / alpha_k, written so that it is also right where alpha_k is zero.
-    by_z = level.alpha_k * level.sigma_j.square() / (level.alpha_j * level.sigma_k.square())
-    by_x = (1 - level.kept).clamp(min=0) * level.alpha_j
-    return (yield from take(z, grid, AffineSteps(by_x, by_z, level.std), noise or normal()))
+    noise_levels = grid.noise_levels()
+    # (1 - c) alpha_j / alpha_k, in a form that also holds where alpha_k is zero.
+    by_z = noise_levels.alpha_k * noise_levels.sigma_j.square() / (noise_levels.alpha_j * noise_levels.sigma_k.square())
+    by_x = (1 - noise_levels.kept).clamp(min=0) * noise_levels.alpha_j
+    return (yield from take(z, grid, AffineSteps(by_x, by_z, noise_levels.std), noise or normal()))
 
 
 def dpmpp_2m(z: Tensor, times: Tensor, *, path: Path | None = None) -> Solver:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order in half log-SNR, one evaluation per step.
+    """DPM-Solver++(2M): order 2 in half log-SNR, one evaluation per step, deterministic.
 
-    Asks for the denoised estimate and ends on it at t = 1. That step and the first are of first order, and so is the
-    second where the first began at pure noise, infinitely far away.
+    Source: Lu et al. 2022, algorithm 2. Requests the denoised estimate and ends on it at t = 1. The first and the last
+    step have order 1. If the first step begins at pure noise, where log-SNR is infinite, the second also has order 1.
+
+    Raises:
+        ValueError: times that do not fit.
     """
     grid = Grid(z, times, path or LinearPath())
-    level = grid.levels()
-    kept = level.kept
-    h = -kept.log() / 2  # of half log-SNR; infinite from pure noise and to clean data
-    ratio = torch.zeros_like(h)  # 1 / (2 r), r the last gap over this one
+    noise_levels = grid.noise_levels()
+    kept = noise_levels.kept
+    h = -kept.log() / 2  # step of half log-SNR; infinite from pure noise and to clean data
+    ratio = torch.zeros_like(h)  # 1 / (2 r), r the previous step over this one
     ratio[1:] = h[1:] / (2 * h[:-1])
     ratio = torch.where(ratio.isfinite(), ratio, 0.0)
-    by_x = level.alpha_j * (1 - kept.sqrt())
-    t, q = grid.starts().unbind(), grid.send(level.sigma_j / level.sigma_k)
+    by_x = noise_levels.alpha_j * (1 - kept.sqrt())
+    t, q = grid.starts().unbind(), grid.send(noise_levels.sigma_j / noise_levels.sigma_k)
     p, back = grid.send(by_x * (1 + ratio)), grid.send(-by_x * ratio)  # by_x (x + ratio (x - before))
     before: Tensor | None = None
     for i in range(grid.steps):
@@ -148,7 +194,7 @@ LEVELS: dict[str, Level] = {
     "constant": lambda path, t: torch.ones_like(t),
     "sigma": lambda path, t: path.sigma(t),
 }
-"""Noise rates w(t) by name: none, the time-reversed noising SDE's own g(t), 1, and sigma(t)."""
+"""Noise rates w(t) by name: zero, g(t) of the time-reversed noising SDE, one, and sigma(t)."""
 
 
 def euler_maruyama(
@@ -160,10 +206,21 @@ def euler_maruyama(
     level: str | Level = "sigma",
     end: str = "clean",
 ) -> Solver:
-    """dz = (v + w^2 score / 2) dt + w dW for any w(t) >= 0: all members share the marginals of the path.
+    """Euler-Maruyama for the SDE with any noise rate w(t): weak order 1, one evaluation per step.
 
-    Asks for v. `level` names w or is a function of (path, t); `end` as in `runge_kutta`. Weak order 1. With w = g this
-    is the reverse SDE of Song et al. 2021, eq. 6; the family is that of Albergo et al. 2023, section 2.4.
+    The SDE is dz = (v + w^2 score / 2) dt + w dW. It has the marginals of the path for every w(t) >= 0 (Albergo et al.
+    2023, section 2.4). w = 0 is the ODE, and w = g is the reverse SDE of Song et al. 2021, eq. 6. Requests v.
+
+    Args:
+        z: the initial state, [R, ...].
+        times: [N + 1] or [N + 1, R], rising.
+        path: `LinearPath()` by default.
+        noise: standard normal by default.
+        level: the noise rate w: a name of `LEVELS`, or a function (path, t) to a tensor of the shape of t.
+        end: as in `runge_kutta`.
+
+    Raises:
+        ValueError: an unknown or negative noise rate, an unknown end, or a time at which the rate or score diverges.
     """
     path = path or LinearPath()
     _check_end(end)
@@ -173,13 +230,15 @@ def euler_maruyama(
             raise ValueError(f"unknown level '{level}' (one of: {', '.join(LEVELS)}; or a function of path and t)")
         level = LEVELS[level]
     if not callable(level):
-        raise ValueError(f"a level is a name ({', '.join(LEVELS)}) or a function of path and t, not {level!r}")
+        raise ValueError(f"level must be a name ({', '.join(LEVELS)}) or a function of path and t, not {level!r}")
     h, start = grid.gaps, grid.t[:-1]
     if grid.resting:
-        start = torch.where(grid.still, 0.5, start)  # the coefficients of a row that rests are multiplied by zero
+        start = torch.where(grid.still, 0.5, start)  # any time will do: the step of a resting sample is zero
     w = torch.as_tensor(level(path, start), dtype=start.dtype)
     if w.shape not in (start.shape, ()) or not bool((w >= 0).all()):
-        raise ValueError(f"a level answers {tuple(start.shape)} times with as many rates, none negative; got {w}")
+        raise ValueError(
+            f"level must return one noise rate per time, none negative, in the shape {tuple(start.shape)}; got {w}"
+        )
     by_v, by_z = path.coefficients("v", "score", start, clip=0.0)
     half = w.square() / 2
     p, q, s = h * (1 + half * by_v), 1 + h * half * by_z, h.sqrt() * w
@@ -191,18 +250,23 @@ def euler_maruyama(
 
 @dataclass(frozen=True)
 class SolverKind:
-    """A solver and what it needs."""
+    """A solver of the registry and its properties."""
 
     make: Callable[..., Solver]
+    """The solver function."""
     asks: str
-    """What is sent to it: `v` or `x`."""
+    """The estimate that the solver requests: `v` or `x`."""
     stochastic: bool = False
+    """Whether the function has an argument `noise`."""
     from_noise: bool = True
-    """Goes all the way from noise to data."""
+    """Whether the solver moves from noise to data."""
 
 
 SOLVERS: dict[str, SolverKind] = {
-    **{name: SolverKind(partial(runge_kutta, scheme=name), "v") for name in TABLEAUX},
+    "euler": SolverKind(euler, "v"),
+    "midpoint": SolverKind(midpoint, "v"),
+    "heun": SolverKind(heun, "v"),
+    "rk4": SolverKind(rk4, "v"),
     "euler_maruyama": SolverKind(euler_maruyama, "v", stochastic=True),
     "ancestral": SolverKind(ancestral, "x", stochastic=True),
     "ddim": SolverKind(ddim, "x", stochastic=True),
@@ -211,22 +275,30 @@ SOLVERS: dict[str, SolverKind] = {
     "annealed_langevin": SolverKind(annealed_langevin, "x", stochastic=True),
     "langevin": SolverKind(langevin, "x", stochastic=True, from_noise=False),
 }
+"""All solvers, by name."""
 
 
 @cache
 def _options(name: str) -> frozenset[str]:
-    """The options that a solver's function takes; looked up once, for that costs as much as some steps."""
-    given = {"z", "times", "path", "noise", "scheme"}
-    return frozenset(inspect.signature(SOLVERS[name].make).parameters) - given
+    """Return the names of a solver's options; cached, because the inspection takes as long as several steps."""
+    common = {"z", "times", "path", "noise"}
+    return frozenset(inspect.signature(SOLVERS[name].make).parameters) - common
 
 
 def build_solver(name: str, z: Tensor, times: Tensor, path: Path, noise: Noise | None = None, **options: Any) -> Solver:
-    """The solver `name`, ready to be driven; options are those of its function.
+    """Return the solver `name` as a generator, for `solve` or a loop of your own.
 
-    A solver is a generator: values that do not fit it are refused at its first question.
+    Args:
+        name: a name of `SOLVERS`.
+        z: the initial state, [R, ...]: noise with standard deviation sigma at the first time.
+        times: [N + 1] or [N + 1, R], rising from noise (0) to data (1).
+        path: the path of the field.
+        noise: the noise source of a stochastic solver, standard normal by default; deterministic solvers ignore it.
+        options: further arguments of the solver's function, such as `eta` of `ddim`.
 
     Raises:
-        ValueError: an unknown solver or an option it does not have.
+        ValueError: an unknown solver, or an option that it does not have. The solver checks the values of z, times and
+            options when the generator is first advanced, and then raises a ValueError as well.
     """
     if name not in SOLVERS:
         raise ValueError(f"unknown solver '{name}' (one of: {', '.join(SOLVERS)})")
@@ -243,14 +315,27 @@ def build_solver(name: str, z: Tensor, times: Tensor, path: Path, noise: Noise |
 
 
 def solve(solver: Solver, field: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Drive `solver` with `field(z, t)`, a velocity or a denoised estimate as it asks, and return its result."""
+    """Run `solver` with `field` and return its result.
+
+    Args:
+        solver: a generator, such as `build_solver` returns.
+        field: (z, t) to the estimate that the solver requests (`SOLVERS[name].asks`), of the shape of z.
+
+    Returns:
+        z at the last time, of the shape and type of the initial state.
+
+    Raises:
+        ValueError: a field that returns another shape than that of z, or arguments that the solver refuses.
+    """
     try:
         z, t = next(solver)
         while True:
-            found = field(z, t)
-            if found.shape != z.shape:
-                raise ValueError(f"the field answered {tuple(found.shape)} to a question of {tuple(z.shape)}")
-            z, t = solver.send(found)
+            estimate = field(z, t)
+            if estimate.shape != z.shape:
+                raise ValueError(
+                    f"the field returned shape {tuple(estimate.shape)} for z {tuple(z.shape)}: they must be equal"
+                )
+            z, t = solver.send(estimate)
     except StopIteration as stop:
         result: Tensor = stop.value
         return result

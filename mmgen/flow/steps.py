@@ -1,4 +1,4 @@
-"""What solvers are made of: the type of a solver, its noise, and the affine step that most of them take."""
+"""Parts of solvers: the solver type, the noise source, and the affine step that most solvers take."""
 
 from __future__ import annotations
 
@@ -11,57 +11,61 @@ from torch import Tensor
 from mmgen.flow.grid import AffineSteps, Coefficient, Grid
 
 Solver = Generator[tuple[Tensor, Tensor], Tensor, Tensor]
-"""Yields (z, t), is sent a velocity or a denoised estimate, and returns z at the last time."""
+"""A generator that yields (z, t), receives the velocity or the denoised estimate there, and returns the last z."""
 Noise = Callable[[Tensor], Tensor]
-"""Makes standard normal numbers in the shape of its argument."""
+"""Returns standard normal noise of the shape, type and device of its argument."""
 
 
 class Correction(Protocol):
-    """Moves z at time i of a grid, between two steps."""
+    """Changes z at time i of a grid, between two steps."""
 
     def __call__(self, z: Tensor, i: int) -> Solver: ...
 
 
 def normal(generator: torch.Generator | None = None) -> Noise:
-    """Standard normal noise from one generator (of torch by default)."""
+    """Return a source of standard normal noise that uses `generator`, torch's default one if absent."""
 
     def draw(z: Tensor) -> Tensor:
-        # What torch.randn gives, in half its time for the few numbers of a small state.
+        # The values of torch.randn, in half its time for a small state.
         return torch.empty_like(z, memory_format=torch.contiguous_format).normal_(generator=generator)
 
     return draw
 
 
 def add(z: Tensor, coefficient: Coefficient, value: Tensor) -> Tensor:
-    """z + coefficient * value, with a number in one pass over memory."""
+    """Return z + coefficient * value, in one pass over memory."""
     if isinstance(coefficient, Tensor):
         return torch.addcmul(z, coefficient, value)
     return torch.add(z, value, alpha=coefficient)
 
 
 def add_to(z: Tensor, coefficient: Coefficient, value: Tensor) -> Tensor:
-    """As `add`, into z, which no other code may hold."""
+    """As `add`, but in place: no other code may use z afterwards."""
     return z.addcmul_(coefficient, value) if isinstance(coefficient, Tensor) else z.add_(value, alpha=coefficient)
 
 
 def add_noise(z: Tensor, coefficient: Coefficient, noise: Noise) -> Tensor:
-    """z + coefficient * noise, into z, which no other code may hold."""
+    """Add coefficient * noise to z in place: no other code may use z afterwards.
+
+    Raises:
+        ValueError: noise of another shape than z.
+    """
     n = noise(z)
     if n.shape != z.shape:
         raise ValueError(
-            f"the noise has the shape {tuple(n.shape)}, the state {tuple(z.shape)}: draw one like the other"
+            f"the noise has shape {tuple(n.shape)} but the state has shape {tuple(z.shape)}: they must be equal"
         )
     return add_to(z, coefficient, n)
 
 
 def take(z: Tensor, grid: Grid, steps: AffineSteps, noise: Noise, correct: Correction | None = None) -> Solver:
-    """Affine steps along a grid, each but the last followed by `correct` where it is given."""
+    """Take affine steps along a grid; `correct`, if given, follows every step except the last."""
     t = grid.starts().unbind()
-    p, q, s = grid.send(steps.by_answer), grid.send(steps.by_z), grid.send(steps.std)
+    p, q, s = grid.send(steps.by_estimate), grid.send(steps.by_z), grid.send(steps.std)
     noisy = (steps.std > 0).flatten(1).any(1).tolist()
     for i in range(grid.steps):
-        answer = yield z, t[i]
-        z = add_to(q[i] * z, p[i], answer)
+        estimate = yield z, t[i]
+        z = add_to(q[i] * z, p[i], estimate)
         if noisy[i]:
             z = add_noise(z, s[i], noise)
         if correct is not None and i < grid.steps - 1:

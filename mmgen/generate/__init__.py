@@ -1,4 +1,4 @@
-"""Generation: a state machine per request over one batched backbone."""
+"""Generates text and images from prompts: many requests share one batched backbone."""
 
 from __future__ import annotations
 

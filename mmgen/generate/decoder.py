@@ -1,7 +1,8 @@
-"""The decoder: a state machine per request (text -> BOI -> image -> EOI -> text) over one batched backbone.
+"""The decoder: serves requests for text and images together, with one coroutine per request.
 
-The state machine of a request is a coroutine that asks for what it needs next, a token after some positions or an
-image; `mmgen.generate.scheduler` answers all of them together.
+The coroutine of a request is a state machine (text -> BOI -> image -> EOI -> text). It yields what it needs next: a
+token after some positions, or an image. `mmgen.generate.scheduler` runs the coroutines of all requests over one batched
+backbone.
 
 Suffixes: N patches of one image, P patch length, V vocabulary.
 """
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmgen.config import SampleConfig
-from mmgen.generate.exchange import Chosen, Draw, Drawn, Feed, Known, Serving, Wish
+from mmgen.generate.exchange import Action, Chosen, Draw, Drawn, Feed, Known, RequestCoroutine
 from mmgen.generate.parts import REAL, Parts, Setup
 from mmgen.generate.request import Event, Inpaint, Request, Result
 from mmgen.generate.scheduler import Budget, Schedule
@@ -33,7 +34,11 @@ Emit = Callable[[Event], None]
 
 
 class Decoder:
-    """Generates text and images from prompts."""
+    """Generates text and images from prompts.
+
+    `sample` holds the settings that all requests share: solver, guidance, temperature and default budgets. `parts` are
+    the exchangeable parts of the decoder; checks and benchmarks replace some of them.
+    """
 
     def __init__(self, model: MMGenModel, tokenizer: Tokenizer, sample: SampleConfig, parts: Parts = REAL) -> None:
         self.model = model
@@ -45,61 +50,70 @@ class Decoder:
         self.grammar = parts.grammar(tokenizer, int(model.get_input_embeddings().weight.shape[0]))
 
     def check(self, request: Request) -> None:
-        """Raise ValueError for a prompt that cannot be served."""
-        given = [piece for piece in request.prompt if not isinstance(piece, str) or piece.strip()]
-        if request.mode != "image" and not given:
+        """Raise ValueError if a request is invalid."""
+        pieces = [piece for piece in request.prompt if not isinstance(piece, str) or piece.strip()]
+        if request.mode != "image" and not pieces:
             raise ValueError("the prompt is empty: give text or an image (an unconditional image needs mode 'image')")
-        written = [
+        special = [
             name for name in self.tokenizer.names if any(isinstance(p, str) and name in p for p in request.prompt)
         ]
-        if written:
+        if special:
             raise ValueError(
-                f"the prompt's text holds {written[0]}: a prompt cannot open an image by its tokens or end inside one. "
-                "Give images as images, and set mode 'image' to have one drawn"
+                f"the text of the prompt contains {special[0]}: a prompt cannot contain special tokens. "
+                "Give images as PIL images, and set mode 'image' to draw one"
             )
         if request.mode == "image" and self.images_of(request) < 1:
             raise ValueError("mode 'image' needs max_images (sample.max_images) of at least 1")
         if request.grid is not None and request.grid not in self.tokenizer.size:
-            raise ValueError(f"grid {request.grid} was never declared (declared: {sorted(self.tokenizer.size)})")
+            raise ValueError(
+                f"the patch grid {request.grid} is not declared: give one of {sorted(self.tokenizer.size)}, "
+                "or declare its size in model.patcher.image_sizes before training"
+            )
         if request.inpaint is not None:
             if request.mode != "image":
-                raise ValueError(f"in-painting draws one image: set mode 'image', not '{request.mode}'")
+                raise ValueError(f"in-painting needs mode 'image', and this request has mode '{request.mode}'")
             _, grid = self.patcher.pixels(request.inpaint.image)
             if request.inpaint.keep.shape != grid or request.grid not in (None, grid):
                 raise ValueError(
-                    f"the image to paint has a patch grid of {grid}, but `keep` is {request.inpaint.keep.shape} and "
-                    f"the asked grid {request.grid}: give `keep` one entry per patch and leave the grid out"
+                    f"the image to in-paint has a patch grid of {grid}, but `keep` has shape "
+                    f"{request.inpaint.keep.shape} and `grid` is {request.grid}: give `keep` one entry per patch "
+                    "and leave `grid` out"
                 )
 
     def images_of(self, request: Request) -> int:
-        """The request's budget of images."""
+        """Largest number of images of a request."""
         return self.sample.max_images if request.max_images is None else request.max_images
 
     def tokens_of(self, request: Request) -> int:
-        """The request's budget of text tokens."""
+        """Largest number of text tokens of a request."""
         return self.sample.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
-        """Serve all requests in one batch; results keep their order and depend on their own request alone.
+        """Serve all requests in one batch; returns one result per request, in the same order.
+
+        A result depends on its own request only, not on the other requests of the batch.
 
         Raises:
-            ValueError: a request is empty or asks for an undeclared size.
+            ValueError: a prompt is empty or contains a special token, or a grid is not declared.
         """
         self._check(requests)
-        results = {event.row: event.result for event in self._events(requests, False) if event.result is not None}
+        events = self._events(requests, previews=False)
+        results = {event.request: event.result for event in events if event.result is not None}
         return [results[number] for number in range(len(requests))]
 
     def stream(self, requests: Sequence[Request], previews: bool = True) -> Iterator[Event]:
-        """Serve all requests; yields each token, each clean estimate of an image, each image and each end.
+        """Serve all requests in one batch; yields an event for each token, preview, image and end of a request.
+
+        Previews are estimates of the clean image, one per step of its drawing; `previews=False` leaves them out.
 
         Raises:
-            ValueError: as `generate` does.
+            ValueError: as in `generate`; raised by the call itself, before the first event.
         """
         self._check(requests)
         return self._events(requests, previews)
 
     def segment(self, piece: str | Image.Image) -> TextSegment | ImageSegment:
-        """A piece of a prompt as a document segment; an image becomes a finished one."""
+        """Convert a piece of a prompt to a document segment; an image becomes a clean context image."""
         if isinstance(piece, str):
             return TextSegment(self.tokenizer.encode(piece))
         x_NP, grid = self.patcher.encode(piece)
@@ -114,7 +128,7 @@ class Decoder:
         training = self.model.training
         self.model.eval()
         try:
-            servings = [RequestState(self, request, n, events.append).serve() for n, request in enumerate(requests)]
+            coroutines = [RequestState(self, request, n, events.append).serve() for n, request in enumerate(requests)]
             budget = Budget(
                 guided=self.sample.guidance_scale != 1.0 and any(request.mode != "text" for request in requests),
                 tokens=max([self.sample.max_new_tokens, *(self.tokens_of(request) for request in requests)]),
@@ -122,7 +136,7 @@ class Decoder:
                 previews=previews,
             )
             setup = Setup(self.model, self.tokenizer, self.patcher, self.sample, self.parts)
-            schedule = Schedule(setup, servings, budget)
+            schedule = Schedule(setup, coroutines, budget)
             while schedule.busy:
                 with torch.inference_mode():
                     schedule.tick()
@@ -135,27 +149,27 @@ class Decoder:
 
 
 class RequestState:
-    """The state machine of one request: what it has written, and what is left of its budgets."""
+    """The state machine of one request: the document so far and the remaining budgets."""
 
     def __init__(self, decoder: Decoder, request: Request, number: int, emit: Emit) -> None:
         self.decoder, self.request, self.number, self.emit = decoder, request, number, emit
         self.tokenizer, self.grammar = decoder.tokenizer, decoder.grammar
         self.rng = np.random.Generator(np.random.Philox(key=request.seed))
         self.writer = decoder.parts.writer(self.tokenizer)
-        self.speak = self.tokenizer.speaker()
+        self.new_text = self.tokenizer.speaker()
         self.result = Result()
         self.words: list[int] = []
-        """Since the last image."""
+        """Text tokens since the last image."""
         self.tokens_left = decoder.tokens_of(request)
         self.images = 0
 
-    def serve(self) -> Serving:
-        """The coroutine: the prompt, then tokens and images until the document ends or a budget runs out."""
+    def serve(self) -> RequestCoroutine:
+        """Run the request: feed the prompt, then generate until the document ends or a budget runs out."""
         self.writer.tokens([self.tokenizer.bos])
         for piece in self.request.prompt:
             self.writer.segment(self.decoder.segment(piece))
         if self.request.mode == "image":
-            return (yield from self._forced_image())
+            return (yield from self._only_image())
         while True:
             more_images = self.images < self.decoder.images_of(self.request)
             token = (yield from self._feed(self.grammar.allowed(self.request, more_images, len(self.words)))).token
@@ -165,11 +179,11 @@ class RequestState:
             elif token == self.tokenizer.eos or self.tokens_left == 0:
                 self._end_text()
                 return self._end(token == self.tokenizer.eos)
-            elif self._say(token):
+            elif self._add_word(token):
                 return self._end(True)
 
-    def _forced_image(self) -> Serving:
-        """One image, now."""
+    def _only_image(self) -> RequestCoroutine:
+        """Draw the one image of mode `image`."""
         grid, known = self.request.grid or next(iter(self.tokenizer.size)), None
         if self.request.inpaint is not None:
             x_NP, grid = self.decoder.patcher.encode(self.request.inpaint.image)
@@ -178,14 +192,14 @@ class RequestState:
         yield from self._draw(grid, known)
         return self._end(True)
 
-    def _size(self) -> Generator[Wish, Any, Grid]:
-        """The grid of an image that the model opened: its choice where several are declared."""
+    def _size(self) -> Generator[Action, Any, Grid]:
+        """Return the grid of an image that the model opened; the model chooses among several declared sizes."""
         if len(self.tokenizer.size) == 1:
             return next(iter(self.tokenizer.size))
         return self.tokenizer.grid[(yield from self._feed(self.grammar.sizes_V)).token]
 
-    def _image(self, grid: Grid) -> Generator[Wish, Any, None]:
-        """Draw an image inside the document, and write it as later positions see it."""
+    def _image(self, grid: Grid) -> Generator[Action, Any, None]:
+        """Draw an image inside the document, and write its clean copy for later positions."""
         self._end_text()
         x_NP, order_N = yield from self._draw(grid)
         self.writer.patches(x_NP, grid, [replace(self.decoder.layout.context(grid), order_N=order_N)])
@@ -193,8 +207,8 @@ class RequestState:
 
     def _draw(
         self, grid: Grid, known: Known | None = None
-    ) -> Generator[Wish, Any, tuple[NDArray[Any], NDArray[np.int64]]]:
-        """Have an image drawn behind BOI; returns its patches and the order in which they were drawn."""
+    ) -> Generator[Action, Any, tuple[NDArray[Any], NDArray[np.int64]]]:
+        """Draw an image after BOI; returns its patches [N, P] and the order [N] in which they were generated."""
         order_N = self.decoder.layout.order(grid, self.rng)
         row, column = raster(grid)[order_N[0]]
         first = int(row), int(column)
@@ -206,28 +220,28 @@ class RequestState:
         self.images += 1
         return drawn.x_NP, order_N
 
-    def _feed(self, allowed_V: NDArray[np.bool_]) -> Generator[Wish, Any, Chosen]:
-        """Feed what was written; the answer chooses among the allowed tokens."""
-        warm = self.decoder.sample.temperature > 0
-        gumbel_V = self.rng.gumbel(size=len(allowed_V)) if warm else None
+    def _feed(self, allowed_V: NDArray[np.bool_]) -> Generator[Action, Any, Chosen]:
+        """Feed the positions written since the last call; returns the next token, one of the allowed ones."""
+        sampling = self.decoder.sample.temperature > 0
+        gumbel_V = self.rng.gumbel(size=len(allowed_V)) if sampling else None
         chosen: Chosen = yield Feed(self.writer.take(), allowed_V, gumbel_V)
         return chosen
 
-    def _say(self, token: int) -> bool:
-        """Write a word; true where the text now ends in one of the request's stops."""
+    def _add_word(self, token: int) -> bool:
+        """Add a text token; returns true if the text now contains a stop string, which ends the request."""
         self.tokens_left -= 1
         self.words.append(token)
-        self.emit(Event(self.number, "token", token=token, text=self.speak(token)))
-        said = self.tokenizer.decode(self.words) if self.request.stop else ""
-        found = [said.index(stop) for stop in self.request.stop if stop in said]
-        if found:
-            self._end_text(said[: min(found)])
+        self.emit(Event(self.number, "token", token=token, text=self.new_text(token)))
+        text = self.tokenizer.decode(self.words) if self.request.stop else ""
+        starts = [text.index(stop) for stop in self.request.stop if stop in text]
+        if starts:
+            self._end_text(text[: min(starts)])
             return True
         self.writer.tokens([token])
         return False
 
     def _end_text(self, text: str | None = None) -> None:
-        """The words since the last image become a segment of the result, as they are or as this text."""
+        """Append the words since the last image to the result; `text` replaces them if it is given."""
         if self.words:
             self.result.segments.append(self.tokenizer.decode(self.words) if text is None else text)
             self.words.clear()

@@ -1,4 +1,4 @@
-"""Images that are being drawn: opening them, feeding them what the backbone answers, and handing them over.
+"""Images that are being drawn: starts them, sends them the hidden states they ask for, and returns finished ones.
 
 Suffixes: R requests, G guidance lanes, N patches of one image, P patch length, D width.
 """
@@ -25,7 +25,7 @@ from mmgen.sequence.document import Writer
 
 @dataclass
 class Canvas:
-    """Images of one grid that are drawn together, and the call that they wait for."""
+    """Images of one grid that are drawn together, and their pending call of the backbone."""
 
     grid: Grid
     start: Tensor
@@ -35,25 +35,25 @@ class Canvas:
 
     @property
     def requests(self) -> list[int]:
-        """Whose images these are."""
+        """The requests that these images belong to."""
         return self.waiting.lanes[0]
 
 
 class Drawings:
-    """All canvases of a batch of requests."""
+    """All images that the requests of a batch are drawing."""
 
     def __init__(self, setup: Setup, lanes: Lanes, previews: bool) -> None:
-        self.setup, self.lanes, self.wants_previews = setup, lanes, previews
+        self.setup, self.lanes, self.with_previews = setup, lanes, previews
         self.observer, self.device, self.dtype = setup.parts.observer, setup.device, setup.dtype
         self.canvases: list[Canvas] = []
 
     @property
     def calls(self) -> list[CanvasCall]:
-        """What the canvases ask of the backbone now."""
+        """The pending call of each canvas."""
         return [canvas.waiting for canvas in self.canvases]
 
     def previews(self) -> Iterator[tuple[int, Image.Image]]:
-        """(request, clean estimate) of each image being drawn, where previews were asked for."""
+        """Yield (request, estimate of the clean image) for each image being drawn, if previews are on."""
         for canvas in self.canvases:
             preview_RNP = canvas.waiting.call.preview_RNP
             if preview_RNP is not None:
@@ -61,7 +61,7 @@ class Drawings:
                 yield from zip(canvas.requests, self.setup.patcher.pictures(x_RNP, canvas.grid), strict=True)
 
     def open(self, grid: Grid, draws: dict[int, Draw]) -> None:
-        """Start drawing images of one grid together; `draws` by request."""
+        """Start to draw images of one grid together; keys of `draws` are requests."""
         requests = list(draws)
         lanes = self.lanes.of(requests)
         openings = [torch.stack([draw.opening_D for draw in draws.values()])]
@@ -81,7 +81,7 @@ class Drawings:
         self.canvases.append(Canvas(grid, start, drawing, CanvasCall(lanes, positions, next(drawing))))
 
     def advance(self, hidden: dict[int, Tensor]) -> list[tuple[int, Drawn]]:
-        """Give each canvas what it asked for, hidden states [W, D] by lane; returns the images that are finished."""
+        """Send each canvas its hidden states, [W, D] by lane; returns (request, image) for finished images."""
         canvases, self.canvases = self.canvases, []
         finished: list[tuple[int, Drawn]] = []
         for canvas in canvases:
@@ -96,7 +96,7 @@ class Drawings:
         return finished
 
     def _finish(self, canvas: Canvas, x_RNP: Tensor) -> list[tuple[int, Drawn]]:
-        # Later positions see the finished image as `context` writes it, so whatever was kept of it goes.
+        # Later positions see the image as `ImageLayout.context` writes it, so positions kept while drawing are removed.
         self.lanes.rewind(canvas.waiting.lanes, canvas.start)
         if self.observer is not None:
             self.observer.drew(canvas.requests, x_RNP)
@@ -105,7 +105,7 @@ class Drawings:
         return [(r, Drawn(*one)) for r, *one in zip(canvas.requests, patches_RNP, images, strict=True)]
 
     def _unconditional(self, draw: Draw) -> Writer:
-        """A document that opens the image without a prompt: BOS BOI size."""
+        """Write the unconditional document: BOS, BOI and size, without a prompt."""
         prefix = Writer(self.setup.tokenizer)
         prefix.tokens([self.setup.tokenizer.bos])
         prefix.open_image(draw.grid, draw.first)
@@ -129,11 +129,11 @@ class Drawings:
             order_RN=self._upload(np.stack([draw.order_N for draw in draws])),
             noise=noise,
             given=given,
-            previews=self.wants_previews,
+            previews=self.with_previews,
         )
 
     def _noise(self, sources: list[np.random.Generator]) -> Callable[[Tensor], Tensor]:
-        """Standard normal numbers like a tensor [R, ...], each request's from its own generator."""
+        """Return a source of standard normal numbers shaped like a tensor [R, ...], one generator per request."""
 
         def noise(like: Tensor) -> Tensor:
             drawn = np.stack([rng.standard_normal(like.shape[1:], dtype=np.float32) for rng in sources])
@@ -148,6 +148,6 @@ class Drawings:
 
 
 def _numbers(x_RNP: Tensor) -> NDArray[Any]:
-    """Patches on the host: float32, or integers where they are codes."""
+    """Copy patches to the host, as float32 or, if they are codes, as integers."""
     numbers: NDArray[Any] = (x_RNP.float() if x_RNP.is_floating_point() else x_RNP).cpu().numpy()
     return numbers

@@ -1,4 +1,4 @@
-"""Which tokens may come next in a generated document."""
+"""The tokens that may come next in a generated document."""
 
 from __future__ import annotations
 
@@ -10,20 +10,27 @@ from mmgen.sequence.tokenizer import Tokenizer
 
 
 class Grammar:
-    """Sets of tokens as boolean vectors over the vocabulary [V]."""
+    """Sets of allowed tokens as boolean vectors [V] over the vocabulary."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
         ids = np.arange(vocabulary)
         self.words_V: NDArray[np.bool_] = (ids < len(tokenizer)) & ~np.isin(ids, list(tokenizer.special))
+        """Text tokens: all tokens that are not special."""
         self.text_V: NDArray[np.bool_] = self.words_V | (ids == tokenizer.eos)
-        """Words, and the end of the document."""
+        """Text tokens and EOS."""
         self.free_V: NDArray[np.bool_] = self.text_V | (ids == tokenizer.boi)
-        """Words, the end, and an image."""
+        """Text tokens, EOS and BOI."""
         self.sizes_V: NDArray[np.bool_] = np.isin(ids, list(tokenizer.grid))
+        """Size tokens."""
 
     def allowed(self, request: Request, more_images: bool, words: int) -> NDArray[np.bool_]:
-        """Tokens [V] that may come next in a request, after `words` words since the last image."""
+        """Return the tokens [V] that may come next in a request.
+
+        `more_images` is whether the budget of images allows another one; `words` counts the text tokens since the
+        last image.
+        """
         if request.mode == "auto" and more_images:
             return self.free_V
-        # Documents whose caption was dropped end right after the image; asked for text, the model gives some.
+        # Training documents with a dropped caption end right after the image, so the model may predict EOS there.
+        # In mode `text` the result must have some text: EOS is not allowed as the first token.
         return self.words_V if request.mode == "text" and not words else self.text_V

@@ -1,4 +1,6 @@
-"""Lanes of the key-value cache: what each one holds, and the backbone call that feeds many of them at once.
+"""The lanes of the key-value cache, and the backbone call that feeds many lanes at once.
+
+A lane is one sequence in the cache, with its own length.
 
 Suffixes: R requests, L lanes, W positions fed to a lane in one call, G guidance lanes, D width.
 """
@@ -18,21 +20,23 @@ from mmgen.sequence.batch import RowFormat, collate, prepare
 from mmgen.sequence.document import Strip
 
 DRAWN = 1 << 30
-"""Block number of an image that is being drawn; the writer numbers finished images from 0."""
+"""Block number of an image that is being drawn; finished images have the numbers 0, 1, 2, ..."""
 
 
 @dataclass(frozen=True)
 class LaneShape:
-    """How many requests share a cache, whether each has a second lane for guidance, and the positions of a lane."""
+    """The size of a cache."""
 
     requests: int
     guided: bool
+    """Whether each request has a second, unconditional lane."""
     capacity: int
+    """Positions per lane."""
 
 
 @dataclass
 class _New:
-    """Positions on their way into the cache, [L, W]; padding belongs to no document."""
+    """New positions [L, W] for the cache; padding has document -1."""
 
     inputs_LWD: Tensor
     position: Tensor
@@ -43,9 +47,9 @@ class _New:
 
 
 class Lanes:
-    """One lane for each request and, where guidance is on, one more for its unconditional branch.
+    """One lane for each request and, with guidance, a second one for its unconditional branch.
 
-    Request r has lane r; its unconditional lane is `requests + r`.
+    Request r has lane r, and its unconditional lane is `requests + r`.
     """
 
     def __init__(self, setup: Setup, shape: LaneShape) -> None:
@@ -57,27 +61,30 @@ class Lanes:
         blank = torch.zeros(lanes, shape.capacity, dtype=torch.long, device=self.device)
         slot = torch.arange(shape.capacity, device=self.device).expand(lanes, -1)
         self.sites = Sites(slot, blank - 1, blank - 1, blank > 0, blank > 0)
-        """Of every slot of every lane."""
+        """Sites [lanes, capacity] of every slot."""
 
     def of(self, requests: Sequence[int]) -> list[list[int]]:
-        """[G][R] lanes of these requests: conditional ones, then unconditional ones where guidance is on."""
+        """Return the lanes [G][R] of these requests: conditional ones first, then with guidance unconditional ones."""
         unconditional = [[self.shape.requests + r for r in requests]] if self.shape.guided else []
         return [list(requests), *unconditional]
 
     def clear(self, lanes: list[int]) -> None:
-        """Forget everything that these lanes hold."""
+        """Remove all positions from these lanes."""
         self.cache.length[lanes] = 0
 
     def lengths(self, lanes: list[list[int]]) -> Tensor:
-        """Committed length of each of these lanes, [G * R]."""
+        """Return the committed length of each of these lanes, [G * R]."""
         return self.cache.length[[*chain(*lanes)]].clone()
 
     def rewind(self, lanes: list[list[int]], lengths: Tensor) -> None:
-        """Forget what these lanes took in since they had these lengths."""
+        """Set these lanes back to earlier lengths; the positions behind are removed."""
         self.cache.length[[*chain(*lanes)]] = lengths
 
     def forward(self, strips: dict[int, Strip], canvases: Sequence[CanvasCall] = ()) -> dict[int, Tensor]:
-        """Run the backbone on strips (by lane) and on the calls of canvases; returns hidden states [W, D] by lane."""
+        """Call the backbone once on strips (by lane) and images being drawn.
+
+        Returns the hidden states [W, D] of each lane; states of padding are meaningless.
+        """
         order = sorted([*strips, *(lane for canvas in canvases for lanes in canvas.lanes for lane in lanes)])
         widths = [len(strip) for strip in strips.values()] + [c.call.inputs_RND.shape[1] for c in canvases]
         width = max(widths)
@@ -99,29 +106,29 @@ class Lanes:
         if self.setup.parts.observer is not None:
             self.setup.parts.observer.called(call, hidden_LWD)
         self.cache.commit(counts)
-        forgotten = torch.arange(width, device=self.device) >= counts.unsqueeze(1)
-        self.sites.document[here] = torch.where(forgotten, -1, new.document)
+        dropped = torch.arange(width, device=self.device) >= counts.unsqueeze(1)
+        self.sites.document[here] = torch.where(dropped, -1, new.document)
         return dict(zip(order, hidden_LWD, strict=True))
 
     def _written(self, strips: dict[int, Strip], order: list[int], width: int) -> _New:
-        """The positions of strips; other lanes are padding."""
+        """Embed strips; lanes without a strip are padding."""
         model, patcher = self.setup.model, self.setup.patcher
-        rows = [[strips[lane]] if lane in strips else [] for lane in order]
+        by_lane = [[strips[lane]] if lane in strips else [] for lane in order]
         nothing = model.objective.layout.context((0, 0))
-        raw = collate(rows, RowFormat(width, self.setup.tokenizer, nothing, patcher.ready))
+        raw = collate(by_lane, RowFormat(width, self.setup.tokenizer, nothing, patcher.ready))
         batch = prepare(raw, patcher, self.device, self.dtype)
         inputs_LWD, _ = model.embed(batch)
         return _New(inputs_LWD, batch.position_BS, *batch.sites[1:])
 
     def _blank(self, canvas: CanvasCall, order: list[int], width: int) -> _New:
-        """Padding alone, where no lane has a strip: most calls of a long drawing."""
+        """Return padding only; it saves the embedding in the many calls in which no lane has a strip."""
         position = torch.zeros((len(order), width), dtype=torch.long, device=self.device)
         inputs_RND = canvas.call.inputs_RND
         inputs_LWD = inputs_RND.new_zeros(len(order), width, inputs_RND.shape[-1])
         return _New(inputs_LWD, position, position - 1, position - 1, position > 0, position > 0)
 
     def _put(self, canvas: CanvasCall, order: list[int], new: _New, counts: Tensor) -> None:
-        """Write the patches of a canvas over the padding of its lanes."""
+        """Write the patches of images being drawn over the padding of their lanes."""
         n = canvas.call.inputs_RND.shape[1]
         index = {lane: i for i, lane in enumerate(order)}
         for lanes, positions in zip(canvas.lanes, canvas.positions, strict=True):

@@ -1,4 +1,4 @@
-"""What the decoder is built from, so that a check or a benchmark can exchange one part or watch the whole.
+"""The exchangeable parts of the decoder: a check or a benchmark replaces one part or observes every backbone call.
 
 Suffixes: R requests, L lanes, W positions fed to a lane in one call, K slots of the cache, G guidance lanes,
 N patches of one image, P patch length, D width.
@@ -26,32 +26,34 @@ from mmgen.sequence.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class CanvasCall:
-    """What a canvas asks of the backbone, and where its images are."""
+    """A backbone call for images that are drawn together, with their lanes and positions."""
 
     lanes: list[list[int]]
-    """[G][R] lanes."""
+    """[G][R] lane of each guidance lane and request."""
     positions: list[list[int]]
-    """[G][R] position of the image in each lane."""
+    """[G][R] position of the image in its lane; all its patches share it."""
     call: BackboneCall
 
 
 @dataclass(frozen=True)
 class LaneCall:
-    """One call of the backbone: new positions of some lanes, beside what the cache holds of these lanes."""
+    """One call of the backbone: the new positions of some lanes, which attend to the cache of these lanes."""
 
     lanes: list[int]
     strips: dict[int, Strip]
-    """By lane."""
+    """Text and finished images to feed, by lane."""
     canvases: Sequence[CanvasCall]
+    """Images being drawn, on other lanes than the strips."""
     slots_LW: Tensor
-    """Where the new positions go in their lanes."""
+    """Cache slot of each new position in its lane."""
     inputs_LWD: Tensor
     position_LW: Tensor
     query: Sites
-    """[L, W] of the new positions."""
+    """Sites [L, W] of the new positions."""
     keys: Sites
-    """[L, K] of all that these lanes hold, the new positions included."""
+    """Sites [L, K] of all slots of these lanes, including the new positions."""
     visible: Callable[[Sites, Sites], Tensor]
+    """The attention rule: [L, W, K], true where a query sees a key."""
 
     @cached_property
     def mask(self) -> Tensor:
@@ -60,47 +62,47 @@ class LaneCall:
 
     @property
     def modality(self) -> Tensor:
-        """1 at patches, 0 elsewhere."""
+        """[L, W], 1 at patches and 0 elsewhere."""
         return (self.query.block >= 0).long()
 
 
 class Cached:
-    """Runs the backbone on the new positions over the cache."""
+    """Runs the backbone on the new positions, with a key-value cache."""
 
     def __init__(self, model: MMGenModel, cache: RowCache) -> None:
         self.model, self.cache = model, cache
 
     def __call__(self, call: LaneCall) -> Tensor:
-        """Hidden states [L, W, D] of the new positions."""
+        """Return the hidden states [L, W, D] of the new positions."""
         return self.model.hidden(call.inputs_LWD, call.position_LW, call.mask, call.modality, self.cache)
 
 
 class Observer:
-    """Is shown what the decoder does; the methods here do nothing. Tensors must be copied to be kept."""
+    """Callbacks of the decoder, which do nothing here. An observer that keeps a tensor must copy it."""
 
     def called(self, call: LaneCall, hidden_LWD: Tensor) -> None:
-        """The backbone was called."""
+        """Run after each call of the backbone, with its hidden states [L, W, D]."""
 
     def opened(self, requests: Sequence[int], spec: ImageSpec) -> None:
-        """These requests are about to have an image drawn each."""
+        """Run before the drawing of one image for each of these requests."""
 
     def drew(self, requests: Sequence[int], x_RNP: Tensor) -> None:
-        """The images of these requests are finished."""
+        """Run when the images of these requests are finished, with their clean patches [R, N, P]."""
 
 
 def generate(objective: ImageObjective, spec: ImageSpec) -> Drawing:
-    """Draw images as the objective does."""
+    """Draw images with the objective's own method."""
     return objective.generate(spec)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a decoder that can be exchanged; by default the real ones."""
+    """The parts of a decoder that can be replaced; the defaults are those of normal generation."""
 
     writer: Callable[[Tokenizer], Writer] = Writer
     grammar: Callable[[Tokenizer, int], Grammar] = Grammar
     cache: Callable[[int, int, int, torch.device], RowCache] = RowCache
-    """From layers, lanes, capacity and device."""
+    """Builds the cache from the number of layers, the number of lanes, the capacity of a lane and the device."""
     backbone: Callable[[MMGenModel, RowCache], Callable[[LaneCall], Tensor]] = Cached
     visible: Callable[[Sites, Sites], Tensor] = dense_visible
     generate: Callable[[ImageObjective, ImageSpec], Drawing] = generate
@@ -112,7 +114,7 @@ REAL = Parts()
 
 @dataclass(frozen=True)
 class Setup:
-    """What all requests of a decoder share."""
+    """The objects that all requests of a decoder share."""
 
     model: MMGenModel
     tokenizer: Tokenizer
@@ -122,10 +124,10 @@ class Setup:
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return self.model.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Type of the weights."""
         return self.model.get_input_embeddings().weight.dtype

@@ -1,4 +1,4 @@
-"""What a caller gives the decoder and gets back."""
+"""What a caller passes to the decoder (`Request`) and what the decoder returns (`Result`, `Event`)."""
 
 from __future__ import annotations
 
@@ -18,42 +18,44 @@ Prompt = Sequence[str | Image.Image]
 
 @dataclass(frozen=True)
 class Inpaint:
-    """An image of which some patches are kept while the others are drawn anew."""
+    """In-painting: some patches of an image are kept, and the others are drawn again."""
 
     image: Image.Image
     keep: NDArray[np.bool_]
-    """[rows, columns] of the patch grid, true where the patch stays."""
+    """[rows, columns] of the patch grid; true where the patch is kept."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and what to make of it."""
+    """One prompt and how to continue it."""
 
     prompt: Prompt
-    """Text and images in order; may be empty only for an unconditional image."""
+    """Text and images in order; it may be empty only in mode `image`, which then draws an unconditional image."""
     mode: Mode = "auto"
-    """`image`: draw one image now and stop; `text`: words only; `auto`: the model chooses until it ends."""
+    """`image`: draw one image and stop; `text`: text only; `auto`: the model chooses text or images until it ends."""
     seed: int = 0
-    """All randomness of this request comes from its seed, whatever else is in the batch."""
+    """The only source of randomness of this request; the other requests of the batch do not affect it."""
     grid: Grid | None = None
-    """Patch grid of a forced image; by default the first declared one."""
+    """Patch grid (rows, columns) of the image of mode `image`; by default the first declared one."""
     inpaint: Inpaint | None = None
-    """Known patches of a forced image."""
+    """Known patches of the image of mode `image`."""
     max_new_tokens: int | None = None
-    """Text tokens; by default `sample.max_new_tokens`."""
+    """Largest number of text tokens; by default `sample.max_new_tokens`."""
     max_images: int | None = None
-    """Images; by default `sample.max_images`."""
+    """Largest number of images; by default `sample.max_images`."""
     stop: Sequence[str] = ()
-    """Text that ends the document; it is left out of the result."""
+    """Strings that end the document when they appear in its text; the result does not contain them."""
 
 
 @dataclass
 class Result:
-    """What the model added to a prompt."""
+    """The text and images that the model generated for one request."""
 
     segments: list[str | Image.Image] = field(default_factory=list)
+    """Text and images in the order in which they were generated."""
     finished: bool = False
-    """The model ended the document itself (or the forced image is done); else a budget ran out."""
+    """True if the model ended the document, a stop string appeared or the image of mode `image` is done; false if a
+    budget ran out."""
 
     @property
     def text(self) -> str:
@@ -68,16 +70,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to one request while it is served."""
+    """One item of the decoder's stream."""
 
-    row: int
-    """Index of the request."""
+    request: int
+    """Index of the request in the call of `Decoder.stream`."""
     kind: Literal["token", "preview", "image", "end"]
     token: int | None = None
-    """`token`: its id."""
+    """Of a `token`: its id."""
     text: str = ""
-    """`token`: what it adds to the text; empty inside a character of several bytes."""
+    """Of a `token`: the characters that it completes; empty while a character of several bytes is incomplete."""
     image: Image.Image | None = None
-    """`preview`: the clean estimate of the image being drawn; `image`: the finished one."""
+    """Of a `preview`: the current estimate of the clean image; of an `image`: the finished image."""
     result: Result | None = None
-    """`end`: everything that the request gave."""
+    """Of an `end`: the whole result of the request."""

@@ -15,15 +15,15 @@ from mmgen.model import MMGenModel
 
 
 class TokenChooser:
-    """Picks the best allowed token; Gumbel noise turns the best into a sample."""
+    """Chooses the allowed token of the largest logit; with Gumbel noise added, that token is a sample."""
 
     def __init__(self, model: MMGenModel, sample: SampleConfig) -> None:
         self.model, self.sample = model, sample
         self.warpers = _warpers(sample)
 
     def choose(self, last_RD: Tensor, feeds: Sequence[Feed]) -> list[int]:
-        """The next token of each request, from its last hidden state [R, D]."""
-        scores_RV = self.model.logits(last_RD).cpu().double()  # one copy a tick; some devices have no float64
+        """Return the next token of each request, from the hidden states [R, D] of their last positions."""
+        scores_RV = self.model.logits(last_RD).cpu().double()  # one copy per tick; some devices have no float64
         allowed_RV = torch.from_numpy(np.stack([feed.allowed_V for feed in feeds]))
         scores_RV = scores_RV.masked_fill(~allowed_RV, -torch.inf)
         gumbel = [feed.gumbel_V for feed in feeds if feed.gumbel_V is not None]
@@ -35,7 +35,7 @@ class TokenChooser:
 
 
 def _warpers(sample: SampleConfig) -> LogitsProcessorList:
-    """What narrows the choice of a sampled token; the warpers look at scores alone."""
+    """The filters top-k, top-p and min-p of transformers; they use the logits only, not the tokens before."""
     warpers = LogitsProcessorList()
     if sample.top_k:
         warpers.append(TopKLogitsWarper(sample.top_k))

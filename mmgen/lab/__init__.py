@@ -1,1 +1,1 @@
-"""The lab: small experiments with known answers that prove the flow toolbox, each with its figures and a picture."""
+"""The lab: small experiments with known answers that test `mmgen.flow`, each with figures, bounds and a picture."""

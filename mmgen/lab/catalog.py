@@ -1,4 +1,4 @@
-"""All experiments, in the order of the list, and how several are run at a time."""
+"""The catalogue of all experiments, and running several of them in parallel."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["EXPERIMENTS", "Experiment", "Options", "Result", "check", "exact", "
 
 
 def run_all(names: Sequence[str], jobs: int, options: Options = Options()) -> Iterator[Result]:
-    """The results of `execute(name, options)` in the order of the names, `jobs` at a time.
+    """Run experiments, `jobs` at a time, and yield the results of `execute(name, options)` in the order of the names.
 
-    Each experiment has one thread: the networks are so small that two would wait for each other, and figures do not
-    depend on the machine's cores.
+    Each experiment uses one thread. The networks are too small to gain from two, and the figures then do not depend on
+    the number of cores.
 
     Raises:
-        ValueError: jobs < 1.
+        ValueError: `jobs` below 1.
     """
     if jobs < 1:
         raise ValueError(f"at least one experiment runs at a time, got jobs {jobs}")
@@ -38,5 +38,5 @@ def run_all(names: Sequence[str], jobs: int, options: Options = Options()) -> It
 
 
 def _one(name: str, options: Options) -> Result:
-    """`execute` by way of this module, which a new process imports with all experiments."""
+    """Call `execute` from this module, so that a new process imports all experiments."""
     return execute(name, options)

@@ -1,4 +1,4 @@
-"""What an experiment is: a function that records figures and bounds, and draws a picture."""
+"""Experiments: functions that record figures and bounds and draw a picture; their results as JSON."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Json = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
-"""What a JSON file can hold."""
+"""A value that a JSON file can hold."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A figure that must lie between two limits, either of which may be infinite."""
+    """A figure that must lie between two limits; either limit may be infinite."""
 
     figure: str
     value: float
@@ -34,28 +34,28 @@ class Bound:
 
     @property
     def holds(self) -> bool:
-        """Whether the value lies between the limits; a value that is not a number does not."""
+        """Whether the value lies between the limits; nan does not."""
         return self.at_least <= self.value <= self.at_most
 
     @property
     def limits(self) -> dict[str, float]:
-        """The finite ones of `at_least` and `at_most`."""
+        """The limits `at_least` and `at_most` that are finite, by name."""
         limits = {"at_least": self.at_least, "at_most": self.at_most}
         return {name: limit for name, limit in limits.items() if math.isfinite(limit)}
 
     @property
     def wanted(self) -> str:
-        """The limits in words: "at least 0.9 at most 1.1"."""
+        """The limits as text, such as "at least 0.9 at most 1.1"."""
         return " ".join(f"{name.replace('_', ' ')} {limit:g}" for name, limit in self.limits.items())
 
     def as_json(self) -> dict[str, Json]:
-        """For the result's JSON."""
+        """The bound as an object of the result's JSON."""
         return {"figure": self.figure, "value": self.value, "holds": self.holds, **self.limits}
 
 
 @dataclass(frozen=True)
 class KnownDifference:
-    """A figure that is known to miss what write-ups lead one to expect, and why. It decides nothing."""
+    """A figure that is known to miss the value that write-ups suggest, with the reason; it has no effect on `holds`."""
 
     figure: str
     wanted: str
@@ -63,57 +63,57 @@ class KnownDifference:
     reason: str
 
     def as_json(self) -> dict[str, Json]:
-        """For the result's JSON."""
+        """The difference as an object of the result's JSON."""
         return {"figure": self.figure, "wanted": self.wanted, "measured": self.measured, "reason": self.reason}
 
 
 @dataclass(frozen=True)
 class Options:
-    """How an experiment is executed."""
+    """Options of a run: size, seed, folder and fault."""
 
     fast: bool = False
-    """Small sizes."""
+    """Whether small sizes and few training steps are used."""
     seed: int = 0
     out: Path = Path("runs/lab")
-    """Folder of the results."""
+    """The folder for the results."""
     inject: str | None = None
-    """A fault of `mmgen.lab.faults`."""
+    """The fault of `mmgen.lab.faults` that is injected, if any."""
 
     def stem(self, name: str) -> Path:
-        """Where the files of an experiment go, without their endings."""
+        """Return the path of an experiment's files without the suffix."""
         parts = [name, *(["fast"] if self.fast else []), *([self.inject] if self.inject else [])]
         return self.out / ".".join(parts)
 
 
 @dataclass
 class Run:
-    """One execution of an experiment: its size and seed, and what it found."""
+    """One execution of an experiment: its size and seed, and the figures and bounds recorded so far."""
 
     fast: bool = False
     seed: int = 0
     stem: Path = Path("runs/lab/experiment")
-    """Where its files go, without their endings."""
+    """The path of its files without the suffix."""
     figures: dict[str, Json] = field(default_factory=dict)
     bounds: list[Bound] = field(default_factory=list)
     differences: list[KnownDifference] = field(default_factory=list)
 
     def pick(self, full: int, fast: int) -> int:
-        """A size: of the full experiment or of the fast one."""
+        """Return the size for a full or a fast run."""
         return fast if self.fast else full
 
     def note(self, **figures: Json) -> None:
-        """Record figures that no bound judges."""
+        """Record figures without a bound."""
         self.figures.update(figures)
 
     def bound(self, figure: str, value: float, *, at_least: float = -math.inf, at_most: float = math.inf) -> None:
-        """Record a figure and judge it."""
+        """Record a figure with a bound."""
         self.figures[figure] = value
         self.bounds.append(Bound(figure, value, at_least, at_most))
 
     def bound_when_trained(
         self, figure: str, value: float, *, at_least: float = -math.inf, at_most: float = math.inf
     ) -> None:
-        """As `bound`, for a figure that takes the training of a full run; in a fast run it is not judged."""
+        """As `bound` in a full run; in a fast run, which trains too few steps, record a known difference instead."""
         if not self.fast:
             self.bound(figure, value, at_least=at_least, at_most=at_most)
             return
@@ -121,34 +121,34 @@ class Run:
         self.known_difference(figure, value, wanted=wanted, reason="a fast run trains too few steps for it")
 
     def known_difference(self, figure: str, value: float, *, wanted: str, reason: str) -> None:
-        """Record a figure that misses what was expected of it, for a known reason; it is not judged."""
+        """Record a figure that misses the value `wanted` for a known reason; it has no bound."""
         self.figures[figure] = value
         self.differences.append(KnownDifference(figure, wanted, value, reason))
 
     @property
     def generator(self) -> torch.Generator:
-        """A fresh generator with the run's seed."""
+        """A new generator with the run's seed."""
         return torch.Generator().manual_seed(self.seed)
 
 
 Execute = Callable[[Run], "Figure"]
-"""Records figures and bounds in the run and returns the picture."""
+"""A function that records figures and bounds in the run and returns the picture."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A named experiment."""
+    """A named experiment; the first sentence of its function's docstring is the question that it asks."""
 
     name: str
     title: str
     run: Execute
     faults: tuple[str, ...] = ()
-    """Faults that must turn it red."""
+    """The faults that must break at least one of its bounds."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one execution of an experiment found."""
+    """The result of one execution of an experiment."""
 
     experiment: Experiment
     options: Options
@@ -165,16 +165,16 @@ class Result:
 
     @property
     def holds(self) -> bool:
-        """Whether every bound holds; known differences have no part in it."""
+        """Whether every bound holds; known differences are not considered."""
         return all(bound.holds for bound in self.bounds)
 
     @property
     def picture(self) -> Path:
-        """Where the picture is."""
+        """The path of the picture."""
         return Path(f"{self.options.stem(self.name)}.png")
 
     def as_json(self) -> Json:
-        """One object, with None in place of numbers that JSON cannot hold."""
+        """The result as one JSON object; infinite numbers and nan become None."""
         return finite(
             {
                 "name": self.name,
@@ -194,10 +194,11 @@ class Result:
 
 
 EXPERIMENTS: dict[str, Experiment] = {}
+"""All experiments by name; `mmgen.lab.catalog` imports the modules that register them."""
 
 
 def experiment(title: str, faults: Sequence[str] = ()) -> Callable[[Execute], Execute]:
-    """Register a function under its own name."""
+    """Register a function as an experiment under its own name."""
 
     def register(function: Execute) -> Execute:
         name = function.__name__
@@ -208,33 +209,37 @@ def experiment(title: str, faults: Sequence[str] = ()) -> Callable[[Execute], Ex
 
 
 def check(name: str, inject: str | None = None) -> Experiment:
-    """The experiment `name`; raises ValueError where it is unknown or does not answer to the fault."""
-    found: Experiment = choose(EXPERIMENTS, name, "experiment")
-    if inject is not None and inject not in found.faults:
-        has = ", ".join(found.faults) or "none"
-        raise ValueError(f"experiment '{name}' answers to no fault '{inject}' (it has: {has})")
-    return found
+    """Return the experiment `name`.
+
+    Raises:
+        ValueError: an unknown experiment, or a fault that it does not detect.
+    """
+    chosen: Experiment = choose(EXPERIMENTS, name, "experiment")
+    if inject is not None and inject not in chosen.faults:
+        faults = ", ".join(chosen.faults) or "none"
+        raise ValueError(f"experiment '{name}' does not detect the fault '{inject}' (it detects: {faults})")
+    return chosen
 
 
 def execute(name: str, options: Options = Options()) -> Result:
-    """Run one experiment; writes `NAME.json` and `NAME.png` into the folder of the options.
+    """Run one experiment and write `NAME.json` and `NAME.png` into the folder of the options.
 
-    A fast run writes `NAME.fast.*` and one with a fault `NAME.FAULT.*`, so that neither replaces a full result.
+    A fast run writes `NAME.fast.*` and a run with a fault `NAME.FAULT.*`, so that neither replaces a full result.
 
     Raises:
-        ValueError: an unknown experiment, or a fault that it does not answer to.
+        ValueError: an unknown experiment, or a fault that it does not detect.
     """
-    found = check(name, options.inject)
+    chosen = check(name, options.inject)
     torch.manual_seed(options.seed)
     run = Run(options.fast, options.seed, options.stem(name))
     options.out.mkdir(parents=True, exist_ok=True)
     began, busy = time.perf_counter(), time.process_time()
     with injected(options.inject):
-        picture = found.run(run)
-    picture.suptitle(found.title, fontsize=11)
+        picture = chosen.run(run)
+    picture.suptitle(chosen.title, fontsize=11)
     picture.savefig(f"{run.stem}.png", dpi=110, bbox_inches="tight")
     seconds, cpu_seconds = round(time.perf_counter() - began, 1), round(time.process_time() - busy, 1)
-    result = Result(found, options, run.bounds, run.differences, run.figures, seconds, cpu_seconds)
+    result = Result(chosen, options, run.bounds, run.differences, run.figures, seconds, cpu_seconds)
     part = Path(f"{run.stem}.json.part")
     part.write_text(json.dumps(result.as_json(), indent=1, allow_nan=False))
     os.replace(part, f"{run.stem}.json")
@@ -242,7 +247,7 @@ def execute(name: str, options: Options = Options()) -> Result:
 
 
 def finite(value: Json) -> Json:
-    """The same with None in place of numbers that JSON cannot hold."""
+    """Return the same value with None for infinite numbers and nan, which JSON cannot hold."""
     if isinstance(value, Mapping):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Data sets of the lab, and how sets of points are compared."""
+"""Data sets of the lab, and distances between sets of points."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 MEANS = torch.tensor([[1.5, 0.0], [-0.8, 1.2], [-0.6, -1.4]], dtype=torch.float64)
-"""Means of the three-component mixture of the lab, [3, 2]."""
+"""Means of the lab's mixture of three Gaussians, [3, 2]."""
 
 
 def spiral(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Points on a spiral of two turns and length 13 inside the unit disc twice as wide, [count, 2]; no thickness."""
+    """Points on a spiral of two turns and length 13 inside the disc of radius 2, without noise, [count, 2]."""
     u = torch.rand(count, generator=generator)
     angle = 4 * math.pi * u.sqrt()
     radius = 2 * angle / (4 * math.pi)
@@ -31,7 +31,7 @@ def moons(count: int, generator: torch.Generator | None = None) -> Tensor:
 
 
 def drawn_text(text: str, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Points spread evenly over the ink of a word, [count, 2]."""
+    """Points drawn uniformly from the ink of a word, [count, 2]."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(60)
@@ -54,20 +54,20 @@ def plane(dimension: int, seed: int = 0) -> Tensor:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 handwritten digits as rows of 64 in [-1, 1], and their labels."""
+    """scikit-learn's 1,797 handwritten digits, [1797, 64] in [-1, 1], and their labels, [1797]."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    return torch.from_numpy(found.data.astype(np.float32)) / 8 - 1, torch.from_numpy(found.target)
+    data = load_digits()
+    return torch.from_numpy(data.data.astype(np.float32)) / 8 - 1, torch.from_numpy(data.target)
 
 
 def sliced_w2(a: Tensor, b: Tensor, directions: int = 128) -> float:
-    """Sliced 2-Wasserstein distance of two sets of equally many points, over fixed random directions."""
+    """Sliced 2-Wasserstein distance of two sets of equally many points [n, D], over fixed random directions."""
     g = torch.Generator().manual_seed(0)
     u = torch.nn.functional.normalize(torch.randn(a.shape[1], directions, generator=g), dim=0).to(a.dtype)
     return float(((a @ u).sort(0).values - (b @ u).sort(0).values).square().mean().sqrt())
 
 
 def near(points: Tensor, reference: Tensor) -> float:
-    """Mean distance from a point to the nearest of `reference`."""
+    """Mean distance from each of `points` to the nearest of `reference`."""
     return float(torch.cdist(points, reference).min(1).values.mean())

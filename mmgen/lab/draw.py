@@ -1,4 +1,4 @@
-"""Pictures of the lab, by matplotlib without a display."""
+"""Pictures of the lab, drawn by matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def canvas(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("the lab draws with matplotlib: pip install 'mmgen[lab]'") from None
+        raise ImportError("the lab needs matplotlib for its pictures: pip install 'mmgen[lab]'") from None
     figure = Figure(figsize=(columns * side * aspect, rows * side), layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -39,7 +39,7 @@ def lines(
     """Curves over one axis; `log` names the logarithmic axes."""
     figure, axes = canvas(1, 1, 3.6, 1.6)
     (ax,) = axes[0]
-    for k, (name, y) in enumerate(curves.items()):  # of curves that coincide, the later ones are dashed
+    for k, (name, y) in enumerate(curves.items()):  # every other curve is dashed, so that coinciding curves show
         ax.plot(x, y, "-" if k % 2 == 0 else "--", marker="o" if len(x) < 15 else None, markersize=3, label=name)
     if "x" in log:
         ax.set_xscale("log")
@@ -53,7 +53,7 @@ def lines(
 
 
 def histograms(sets: Mapping[str, Tensor], x_label: str) -> Figure:
-    """One histogram per set, side by side on one axis."""
+    """One histogram per set, side by side with a common range."""
     figure, axes = canvas(1, len(sets))
     low, high = min(float(x.min()) for x in sets.values()), max(float(x.max()) for x in sets.values())
     for ax, (name, x) in zip(axes[0], sets.items(), strict=True):
@@ -64,7 +64,7 @@ def histograms(sets: Mapping[str, Tensor], x_label: str) -> Figure:
 
 
 def bars(values: Mapping[str, float], y_label: str, log: bool = True) -> Figure:
-    """A bar per name."""
+    """One bar per name."""
     figure, axes = canvas(1, 1, 3.6, max(1.4, 0.2 * len(values)))
     (ax,) = axes[0]
     ax.bar(list(values), list(values.values()))
@@ -76,9 +76,9 @@ def bars(values: Mapping[str, float], y_label: str, log: bool = True) -> Figure:
 
 
 def scatters(panels: Mapping[str, tuple[Tensor, Tensor]], columns: int = 4) -> Figure:
-    """Per panel the data (grey) and samples (blue), [n, 2] each, on equal axes that the data sets.
+    """One panel per name with data (grey) and samples (blue), [n, 2] each, on axes that fit the data.
 
-    Where more than a twentieth of the samples lie outside the axes, the panel says how many.
+    A panel with more than 5 % of its samples outside the axes shows their share.
     """
     rows = -(-len(panels) // columns)
     figure, axes = canvas(rows, min(columns, len(panels)))
@@ -99,7 +99,7 @@ def scatters(panels: Mapping[str, tuple[Tensor, Tensor]], columns: int = 4) -> F
 
 
 def bar_grid(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
-    """Panels of bars on log axes: a row per quantity, a column per case, a bar per name; an empty case stays blank."""
+    """Panels of bars on log axes, one line per quantity and one column per case; empty cases are blank."""
     figure, axes = canvas(len(rows), max(len(cases) for cases in rows.values()), 2.6, 1.4)
     for line, (quantity, cases) in zip(axes, rows.items(), strict=True):
         for ax, (case, values) in zip(line, cases.items(), strict=True):
@@ -121,10 +121,10 @@ def velocity_maps(
     data: Tensor,
     made: Mapping[str, Tensor],
 ) -> Figure:
-    """A row per field: its samples over the data, then v_x and v_y on a grid at each t.
+    """One line of panels per field: its samples over the data, then v_x and v_y on a grid at each t.
 
-    Red is positive and blue negative, on one scale per t; black lines are where the component is zero, black points
-    the data, green ones the samples.
+    Red is positive and blue negative, on one scale per field and t. Black lines show where the component is zero, black
+    points the data and green points the samples.
     """
     limit, side, inch = 1.3 * float(data.abs().max()), 48, 1.4
     line = torch.linspace(-limit, limit, side)
@@ -155,7 +155,7 @@ def velocity_maps(
 
 
 def images(rows: Tensor, labels: Sequence[str]) -> Figure:
-    """Grey images [rows, columns, H, W] in [-1, 1] with a label per row."""
+    """Grey images [lines, columns, H, W] in [-1, 1] with a label per line."""
     figure, axes = canvas(len(rows), rows.shape[1], 0.9)
     for line, label, row in zip(axes, labels, rows, strict=True):
         for ax, image in zip(line, row, strict=True):
@@ -166,7 +166,7 @@ def images(rows: Tensor, labels: Sequence[str]) -> Figure:
 
 
 def animate(frames: Sequence[tuple[float, Tensor, Tensor, Tensor]], path: Path, names: Sequence[str] = ()) -> None:
-    """A GIF of particles and arrows: each frame is (t, particles [K, n, 2], grid [K, g, 2], arrows [K, g, 2])."""
+    """Write a GIF of particles and arrows; a frame is (t, particles [K, n, 2], grid [K, g, 2], arrows [K, g, 2])."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image

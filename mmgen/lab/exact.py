@@ -1,4 +1,4 @@
-"""Experiments without a network: the toolbox against exact fields, closed forms and exact moments."""
+"""Experiments without a network: `mmgen.flow` against exact fields, closed forms and exact moments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 
 @experiment("Order of the ODE solvers on a mixture of three Gaussians", faults=["shifted_t"])
 def solver_order(run: Run) -> Figure:
-    """Error at t = 1 against steps N, truth by DOP853; the slope is the order."""
+    """Does each Runge-Kutta solver converge with the order that its theory gives?
+
+    The error at t = 1 against the number of steps N, with the exact solution by DOP853. The slope is the order.
+    """
     from scipy.integrate import solve_ivp
 
     data = GaussianMixture(MEANS, 0.3)
@@ -41,8 +44,8 @@ def solver_order(run: Run) -> Figure:
         v = data.velocity(torch.from_numpy(y).view(-1, 2), torch.tensor(t, dtype=torch.float64))
         return v.flatten().numpy()
 
-    found = solve_ivp(slope, (0, 1), z.flatten().numpy(), method="DOP853", rtol=1e-12, atol=1e-13)
-    truth = torch.from_numpy(found.y[:, -1]).view_as(z)
+    solution = solve_ivp(slope, (0, 1), z.flatten().numpy(), method="DOP853", rtol=1e-12, atol=1e-13)
+    truth = torch.from_numpy(solution.y[:, -1]).view_as(z)
     counts = [20, 40, 80, 160, 320]
     errors: dict[str, list[float]] = {}
     for scheme, order in ORDERS.items():
@@ -57,15 +60,16 @@ def solver_order(run: Run) -> Figure:
 
 @experiment("Log-likelihood along the ODE, exact trace, RK4 with 100 steps", faults=["sign", "shifted_t"])
 def gaussian_likelihood(run: Run) -> Figure:
-    """N(0, 0.25): error against the closed form."""
+    """Is the log-likelihood of the ODE equal to the closed form for Gaussian data N(0, 0.25)?"""
     data = GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), 0.5)
     x = torch.linspace(-1.6, 1.6, 65, dtype=torch.float64).unsqueeze(1)
     ode = Ode(data.velocity, uniform_grid(100), "rk4")
-    found = ode.log_likelihood(x).value
+    computed = ode.log_likelihood(x).value
     exact = -x.squeeze(1).square() / (2 * 0.25) - 0.5 * math.log(2 * math.pi * 0.25)
-    run.bound("largest error, nats", float((found - exact).abs().max()), at_most=1e-6)
+    error = float((computed - exact).abs().max())
+    run.bound("largest error, nats", error, at_most=1e-6)
     run.note(at_0_8=float(ode.log_likelihood(x[:1] * 0 + 0.8).value))
-    curves = {f"ODE, at most {float((found - exact).abs().max()):.1e} off": found.tolist(), "exact": exact.tolist()}
+    curves = {f"ODE, error at most {error:.1e}": computed.tolist(), "exact": exact.tolist()}
     return draw.lines(x.squeeze(1).tolist(), curves, "x", "log p(x), nats")
 
 
@@ -81,7 +85,10 @@ LEVELS: dict[str, str | Level] = {
     "One family of SDEs, one set of marginals: moments propagated exactly", faults=["sign", "half", "shifted_t"]
 )
 def same_marginals(run: Run) -> Figure:
-    """Euler-Maruyama for four noise rates w(t) on N(0.7, 0.25), linear path, t from 0 to 0.9."""
+    """Does the SDE have the same mean and variance at t = 0.9 for every noise rate w(t)?
+
+    Euler-Maruyama for four noise rates, data N(0.7, 0.25), linear path, t from 0 to 0.9.
+    """
     exact, counts = Moments(LinearPath(), 0.7, 0.5), [200, 400, 800, 1600]
     errors: dict[str, list[float]] = {}
     for name, level in LEVELS.items():
@@ -94,7 +101,10 @@ def same_marginals(run: Run) -> Figure:
 
 @experiment("Ancestral sampling is DDIM with eta = 1 (cosine path, N(0, 0.25))", faults=["minus_s2", "shifted_t"])
 def ancestral_is_ddim(run: Run) -> Figure:
-    """Variances at every step by exact propagation, and states from equal seeds."""
+    """Does DDIM with eta = 1 equal ancestral sampling?
+
+    The variances at every step by exact propagation, and the states of both solvers from equal seeds.
+    """
     path = CosinePath()
     steps = 100
     pairs: dict[str, dict[str, float]] = {"ancestral": {}, "ddim": {"eta": 1.0}}
@@ -102,7 +112,7 @@ def ancestral_is_ddim(run: Run) -> Figure:
         name: [Moments.of(z)[1] for z in Moments(path, 0.0, 0.5).states(name, uniform_grid(steps), **options)]
         for name, options in pairs.items()
     }
-    # The last step of both takes the mean, which differs by what they make of sigma(1).
+    # The last step is left out: both solvers end on the mean, but they use sigma(1) differently.
     gaps = [abs(a - b) / b for a, b in zip(variances["ancestral"][:-1], variances["ddim"][:-1], strict=True)]
     run.bound("largest relative difference of variance", max(gaps), at_most=1e-5)
     t = uniform_grid(steps)
@@ -116,11 +126,11 @@ def ancestral_is_ddim(run: Run) -> Figure:
         torch.manual_seed(run.seed)
         states: list[Tensor] = []
 
-        def noted(z: Tensor, t: Tensor, states: list[Tensor] = states) -> Tensor:
+        def recorded(z: Tensor, t: Tensor, states: list[Tensor] = states) -> Tensor:
             states.append(z)
             return data.denoised(z, t)
 
-        solve(solver, noted)
+        solve(solver, recorded)
         seen.append(states)
     worst = max(float((a - b).abs().max()) for a, b in zip(*seen, strict=True))
     run.bound("largest difference of states from equal seeds", worst, at_most=1e-10)
@@ -129,7 +139,11 @@ def ancestral_is_ddim(run: Run) -> Figure:
 
 @experiment("Classifier guidance on a one-dimensional mixture, exact scores", faults=["sign", "half", "shifted_t"])
 def guidance(run: Run) -> Figure:
-    """E p(y | x) at the samples against the weight of grad log p(y | z), from normal quantiles (nothing is drawn)."""
+    """Does more guidance move more of the samples to the class y?
+
+    E p(y | x) of the samples against the weight w of grad log p(y | z). The initial noise is the quantiles of the
+    normal distribution, so that nothing is random.
+    """
     data = GaussianMixture(torch.tensor([[1.0], [-1.0]], dtype=torch.float64), 0.6)
 
     def log_likelihood(z: Tensor, t: Tensor) -> Tensor:
@@ -139,26 +153,29 @@ def guidance(run: Run) -> Figure:
     z = torch.special.ndtri(quantiles).unsqueeze(1)
     expected = {0.0: 0.50, 0.5: 0.74, 1.0: 0.93, 2.0: 0.997}
     one = torch.ones((), dtype=torch.float64)
-    found, samples = [], {}
+    measured, samples = [], {}
     for weight in expected:
         field = classifier(data.path, data.velocity, log_likelihood, weight)
         times = 1e-3 + (1 - 1e-3) * uniform_grid(200)
         x = solve(runge_kutta(z, times), field)
-        found.append(float(data.responsibilities(x, one)[:, 0].mean()))
-        samples[f"w = {weight:g}: E p(y | x) = {found[-1]:.3f}"] = x
+        measured.append(float(data.responsibilities(x, one)[:, 0].mean()))
+        samples[f"w = {weight:g}: E p(y | x) = {measured[-1]:.3f}"] = x
     run.bound(
         "smallest rise of E p(y | x) from one weight to the next",
-        min(b - a for a, b in pairwise(found)),
+        min(b - a for a, b in pairwise(measured)),
         at_least=1e-3,
     )
-    for (weight, known), value in zip(expected.items(), found, strict=True):
+    for (weight, known), value in zip(expected.items(), measured, strict=True):
         run.bound(f"E p(y | x) at w = {weight:g}", value, at_least=known - 0.01, at_most=known + 0.01)
     return draw.histograms({name: x.squeeze(1) for name, x in samples.items()}, "x")
 
 
 @experiment("The exact field solves the continuity and Fokker-Planck equations", faults=["sign", "half", "shifted_t"])
 def fokker_planck(run: Run) -> Figure:
-    """Residuals of dp/dt = -div(v p) and, with noise w: dp/dt = -div((v + w^2 s / 2) p) + w^2 / 2 lap p."""
+    """Do the exact density and velocity satisfy the continuity and Fokker-Planck equations?
+
+    The residuals of dp/dt = -div(v p), and with noise rate w of dp/dt = -div((v + w^2 s / 2) p) + w^2 / 2 lap p.
+    """
     times = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     names = {"linear": LinearPath(), "cosine": CosinePath()}
     curves: dict[str, list[float]] = {}
@@ -173,7 +190,7 @@ def fokker_planck(run: Run) -> Figure:
 
 
 def _residual(data: GaussianMixture, z: Tensor, t: float, w: float) -> float:
-    """Largest |dp/dt + div(drift p) - w^2 / 2 lap p| over its largest term. The score comes from the velocity."""
+    """The largest |dp/dt + div(drift p) - w^2 / 2 lap p| over its largest term, with the score from the velocity."""
     leaf = z.clone().requires_grad_()
     time = torch.full((len(z), 1), t, dtype=z.dtype, requires_grad=True)
     density = data.log_prob(leaf, time).exp()
@@ -194,10 +211,11 @@ def _residual(data: GaussianMixture, z: Tensor, t: float, w: float) -> float:
 
 @experiment("The exact velocity of a finite set grows as 1 / (1 - t) off its own path, and not on it")
 def velocity_growth(run: Run) -> Figure:
-    """RMS of v* on a fixed box of two standard deviations, and on z drawn from p_t.
+    """Where does the exact velocity of a finite set grow as 1 / (1 - t), and where does it stay bounded?
 
-    Of N(0, s^2) the velocity is (t s^2 - (1 - t)) / (t^2 s^2 + (1 - t)^2) z, which is zero at t = 1 / (1 + s^2): there
-    only what is not Gaussian in the data moves z, and the RMS on the path is smallest.
+    The RMS of v* on a fixed box of side 4, and on z drawn from p_t. The velocity of Gaussian data N(0, s^2) is
+    (t s^2 - (1 - t)) / (t^2 s^2 + (1 - t)^2) z, which is zero at t = 1 / (1 + s^2). At this time only the part of the
+    data that is not Gaussian moves z, so the RMS on the path is smallest.
     """
     g = run.generator
     points = spiral(2000, g).double()
@@ -225,7 +243,10 @@ def velocity_growth(run: Run) -> Figure:
 
 @experiment("Quality against steps: DDPM's ancestral sampling, DDIM and the ODE solvers, exact field")
 def ddpm_ddim_steps(run: Run) -> Figure:
-    """Sliced W2 to the data of a mixture on DDPM's table of 1,000 steps."""
+    """How many steps do DDPM, DDIM and the ODE solvers need with an exact field?
+
+    The sliced W2 distance of samples to the data, a mixture, on DDPM's table of 1,000 steps.
+    """
     path, count = DDPMPath(), run.pick(8000, 4000)
     data = GaussianMixture(MEANS.float(), 0.3, path=path)
     truth = data.sample(count, run.generator)
@@ -233,8 +254,8 @@ def ddpm_ddim_steps(run: Run) -> Figure:
     counts = [2, 5, 10, 20, 50, 100, 200]
     curves: dict[str, list[float]] = {}
     for name in ("ancestral", "ddim", "dpmpp_2m", "heun"):
-        ask = data.velocity if SOLVERS[name].asks == "v" else data.denoised
-        curves[name] = [sliced_w2(solve(build_solver(name, z, uniform_grid(n), path), ask), truth) for n in counts]
+        field = data.velocity if SOLVERS[name].asks == "v" else data.denoised
+        curves[name] = [sliced_w2(solve(build_solver(name, z, uniform_grid(n), path), field), truth) for n in counts]
     floor = sliced_w2(data.sample(count, torch.Generator().manual_seed(run.seed + 1)), truth)
     few = [curves["ddim"][i] / curves["ancestral"][i] for i in range(1, 4)]
     run.bound("largest ratio of DDIM to DDPM, 5 to 20 steps", max(few), at_most=1.0)
@@ -245,7 +266,10 @@ def ddpm_ddim_steps(run: Run) -> Figure:
 
 @experiment("The exact field of a training set memorises it")
 def memorisation(run: Run) -> Figure:
-    """Distance of samples of the exact field of 600 digits to the nearest of them, against that of unseen digits."""
+    """Does the exact field of a training set generate anything but its training samples?
+
+    The distance of samples of the exact field of 600 digits to the nearest of them, over that of 600 unseen digits.
+    """
     x, _ = digits()
     order = torch.randperm(len(x), generator=run.generator)
     train, other = x[order[:600]], x[order[600:1200]]
@@ -260,9 +284,10 @@ def memorisation(run: Run) -> Figure:
 
 @experiment("Coarse to fine: the band power of a noisy digit against t")
 def band_power(run: Run) -> Figure:
-    """Share of signal in the power of each ring of frequencies, linear path: high frequencies appear last.
+    """At which t does each spatial frequency of a noisy digit rise above the noise?
 
-    The mean of an image is left out: it is one number, and these images differ little in it.
+    The share of the signal in the power of each ring of frequencies, on the linear path: high frequencies appear last.
+    The mean of an image is left out, because these images differ little in it.
     """
     x, _ = digits()
     images = x.view(-1, 8, 8) - x.mean()
@@ -286,7 +311,10 @@ def band_power(run: Run) -> Figure:
 
 @experiment("Paths side by side: equal log-SNR means equal up to a factor", faults=["sign", "half", "shifted_t"])
 def paths(run: Run) -> Figure:
-    """log-SNR of every path and its inverse; one mixture's exact estimates at equal log-SNR, and its score."""
+    """Are points of different paths with equal log-SNR equal up to a factor?
+
+    The inverse of log-SNR on every path, and the exact estimates and scores of one mixture at equal log-SNR.
+    """
     shown: dict[str, Path] = {
         "linear": LinearPath(), "cosine": CosinePath(), "vp": LinearBetaPath(), "ddpm": DDPMPath(), "ve": VEPath(),
     }  # fmt: skip
@@ -304,6 +332,6 @@ def paths(run: Run) -> Figure:
             (slope,) = torch.autograd.grad(data.log_prob(leaf, u).sum(), leaf)
             errors.append(float((data.score(z, u) - slope).abs().max() / slope.abs().max()))
     run.bound("largest error of the score against the slope of log p", max(errors), at_most=1e-10)
-    apart = max(float((found - estimates[0]).abs().max()) for found in estimates)
-    run.bound("largest difference of E[x | z] at equal log-SNR", apart, at_most=1e-6)
+    difference = max(float((estimate - estimates[0]).abs().max()) for estimate in estimates)
+    run.bound("largest difference of E[x | z] at equal log-SNR", difference, at_most=1e-6)
     return draw.lines(t.tolist(), {name: path.log_snr(t).tolist() for name, path in shown.items()}, "t", "log-SNR")

@@ -1,7 +1,7 @@
-"""Deliberate mistakes of the kind that write-ups contain, to see the exact experiments turn red.
+"""Deliberate mistakes of the kind that write-ups contain; the exact experiments must detect them.
 
-A fault wraps public methods of the toolbox. `HOOKS` lists those that one may wrap; `injected` puts the wrapped
-methods in their places inside a block and restores the originals after it.
+A fault wraps public methods of `mmgen.flow`. `HOOKS` lists the methods that may be wrapped. `injected` installs the
+wrapped methods for the duration of a block and then restores the originals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmgen.flow.likelihood import LogLikelihood, Ode
 from mmgen.flow.path import Path
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""From the right function to the wrong one."""
+"""Takes the correct function and returns the faulty one."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Hook:
 
     @contextmanager
     def wrapped(self, wrap: Wrap) -> Iterator[None]:
-        """The wrong function in place of the right one inside the block."""
+        """Replace the method by its faulty version inside the block."""
         original = getattr(self.owner, self.name)
         setattr(self.owner, self.name, wrap(original))
         try:
@@ -45,12 +45,12 @@ SCORE = Hook(GaussianMixture, "score")
 LOG_JOINT = Hook(GaussianMixture, "log_joint")
 LOG_LIKELIHOOD = Hook(Ode, "log_likelihood")
 DDIM = Hook(Grid, "ddim")
-ASK = Hook(Grid, "ask")
-HOOKS = (COEFFICIENTS, SCORE, LOG_JOINT, LOG_LIKELIHOOD, DDIM, ASK)
+YIELDED = Hook(Grid, "yielded")
+HOOKS = (COEFFICIENTS, SCORE, LOG_JOINT, LOG_LIKELIHOOD, DDIM, YIELDED)
 
 
 def _scaled_conversion(factor: float) -> Wrap:
-    """Conversions to and from the score, with the score times `factor`."""
+    """Scale the score by `factor` in conversions to and from it."""
 
     def wrap(convert: Callable[..., Any]) -> Callable[..., Any]:
         def scaled(self: Path, source: str, target: str, t: Tensor, clip: float) -> tuple[Tensor, Tensor]:
@@ -67,23 +67,23 @@ def _scaled_conversion(factor: float) -> Wrap:
 
 
 def _scaled_score(factor: float) -> Wrap:
-    """The exact score of a mixture, times `factor`."""
+    """Scale the exact score of a mixture by `factor`."""
     return lambda score: lambda self, z, t: factor * score(self, z, t)
 
 
 def _flipped_divergence(log_likelihood: Callable[..., Any]) -> Callable[..., Any]:
-    """The integral of the divergence with the wrong sign."""
+    """Give the integral of the divergence the wrong sign."""
 
     def flipped(*args: Any, **kwargs: Any) -> LogLikelihood:
-        found: LogLikelihood = log_likelihood(*args, **kwargs)
-        base = -found.z.square().sum(1) / 2 - found.z.shape[1] * 0.9189385332046727
-        return replace(found, value=2 * base - found.value)
+        correct: LogLikelihood = log_likelihood(*args, **kwargs)
+        base = -correct.z.square().sum(1) / 2 - correct.z.shape[1] * 0.9189385332046727
+        return replace(correct, value=2 * base - correct.value)
 
     return flipped
 
 
 def _whole_sigma(ddim: Callable[..., Any]) -> Callable[..., Any]:
-    """sigma_j eps in place of sqrt(sigma_j^2 - s^2) eps."""
+    """Use sigma_j eps instead of sqrt(sigma_j^2 - s^2) eps in DDIM."""
 
     def broken(self: Grid, eta: float) -> AffineSteps:
         deterministic: AffineSteps = ddim(self, 0.0)
@@ -92,18 +92,18 @@ def _whole_sigma(ddim: Callable[..., Any]) -> Callable[..., Any]:
     return broken
 
 
-def _late(ask: Callable[..., Any]) -> Callable[..., Any]:
-    """Every time that is asked about is a hundredth too late, but before the data, where some fields end."""
+def _late(yielded: Callable[..., Any]) -> Callable[..., Any]:
+    """Shift every time that a solver yields by 0.01, at most to 0.999, because some fields diverge at t = 1."""
 
     def late(self: Grid, t: Tensor, idle: Tensor) -> Tensor:
-        asked: Tensor = ask(self, t, idle)
-        return (asked + 0.01).clamp(max=0.999)
+        correct: Tensor = yielded(self, t, idle)
+        return (correct + 0.01).clamp(max=0.999)
 
     return late
 
 
 def _late_density(log_joint: Callable[..., Any]) -> Callable[..., Any]:
-    """The density of a mixture a hundredth too late."""
+    """Evaluate the density of a mixture at a time shifted by 0.01."""
     return lambda self, z, t: log_joint(self, z, (t + 0.01).clamp(max=0.999))
 
 
@@ -115,14 +115,18 @@ FAULTS: dict[str, Mapping[Hook, Wrap]] = {
     },
     "half": {COEFFICIENTS: _scaled_conversion(2.0), SCORE: _scaled_score(2.0)},
     "minus_s2": {DDIM: _whole_sigma},
-    "shifted_t": {ASK: _late, LOG_JOINT: _late_density},
+    "shifted_t": {YIELDED: _late, LOG_JOINT: _late_density},
 }
-"""The sign of the score and of the divergence; w^2 score in place of w^2 score / 2; DDIM's noise; a late time."""
+"""The methods that each fault wraps.
+
+`sign`: the score and the divergence have the wrong sign. `half`: w^2 score instead of w^2 score / 2. `minus_s2`: the
+square root of DDIM lacks - s^2. `shifted_t`: the field is evaluated at t + 0.01.
+"""
 
 
 @contextmanager
 def injected(fault: str | None) -> Iterator[None]:
-    """Make the toolbox wrong inside the block."""
+    """Inject a fault into `mmgen.flow` inside the block; None injects nothing."""
     with ExitStack() as stack:
         for hook, wrap in FAULTS[fault].items() if fault is not None else ():
             stack.enter_context(hook.wrapped(wrap))

@@ -1,4 +1,4 @@
-"""Experiments on scikit-learn's 8x8 digits: attention inside an image, the diffusion head, small networks."""
+"""Experiments with trained networks on 8x8 digits: attention inside an image, the diffusion head, memorisation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PATCHES, LENGTH, BATCH = 16, 4, 64
 
 
 def cut(x: Tensor) -> Tensor:
-    """[R, 64] images to [R, 16, 4] patches of 2x2."""
+    """Cut images [R, 64] into 2x2 patches, [R, 16, 4]."""
     return x.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, PATCHES, LENGTH)
 
 
@@ -39,7 +39,7 @@ def join(patches: Tensor) -> Tensor:
 
 
 def split(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(train images, train labels, held-out images, held-out labels): 1,400 and 397 digits."""
+    """Return (train images, train labels, held-out images, held-out labels): 1,400 and 397 digits."""
     x, y = digits()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     return x[order[:1400]], y[order[:1400]], x[order[1400:]], y[order[1400:]]
@@ -51,7 +51,7 @@ class PatchTransformer(nn.Module):
     def __init__(self, width: int = 96, depth: int = 4, causal: bool = False) -> None:
         super().__init__()
         self.enter, self.leave = nn.Linear(LENGTH, width), nn.Linear(width, LENGTH)
-        self.place, self.label = nn.Embedding(PATCHES, width), nn.Embedding(10, width)
+        self.cell, self.label = nn.Embedding(PATCHES, width), nn.Embedding(10, width)
         self.time, self.by_time = TimeFeatures(), nn.Linear(32, width)
         self.masked = nn.Parameter(torch.zeros(width))
         layer = nn.TransformerEncoderLayer(width, 4, 3 * width, 0.0, "gelu", batch_first=True, norm_first=True)
@@ -62,42 +62,45 @@ class PatchTransformer(nn.Module):
         nn.init.zeros_(self.leave.weight)
 
     def hidden(self, patches: Tensor, label: Tensor, t: Tensor | None = None, hidden_N: Tensor | None = None) -> Tensor:
-        """States [R, 16, W]; `hidden_N` [R, 16] marks patches that are replaced by the mask vector."""
+        """Return hidden states [R, 16, W]; `hidden_N` [R, 16] marks patches that the mask vector replaces."""
         h = self.enter(patches)
         if hidden_N is not None:
             h = torch.where(hidden_N.unsqueeze(2), self.masked, h)
-        h = h + self.place.weight + self.label(label).unsqueeze(1)
+        h = h + self.cell.weight + self.label(label).unsqueeze(1)
         if t is not None:
             h = h + self.by_time(self.time(t.reshape(-1, 1))).unsqueeze(1)
         out: Tensor = self.norm(self.body(h, mask=self.mask))
         return out
 
     def forward(self, patches: Tensor, label: Tensor, t: Tensor) -> Tensor:
-        """Velocity [R, 16, 4]."""
+        """Return the velocity, [R, 16, 4]."""
         out: Tensor = self.leave(self.hidden(patches, label, t))
         return out
 
 
 def spread(images: Tensor, labels: Tensor) -> float:
-    """Within-class variance of labelled images."""
+    """The within-class variance of labelled images [R, 64]."""
     return within_class_variance({k: np.asarray(images[labels == k].double()) for k in range(10)})
 
 
 def distance(made: Tensor, real: Tensor) -> float:
-    """Frechet distance of the pixels."""
+    """The Fréchet distance of the pixels of two sets of images [R, 64]."""
     return float(frechet(np.asarray(made.double()), np.asarray(real.double())))
 
 
 @experiment("Attention inside an image: bidirectional against causal, Transfusion on 8x8 digits")
 def transfusion_mask(run: Run) -> Figure:
-    """Held-out v loss on fixed noise, by row of patches, and pixel Frechet distance of samples."""
+    """Does bidirectional attention inside an image beat causal attention?
+
+    The held-out v loss on fixed noise, by line of patches, and the pixel Fréchet distance of samples.
+    """
     x, y, x_test, y_test = split(run.seed)
     g = torch.Generator().manual_seed(run.seed + 1)
     losses, scores, shown = {}, {}, []
     count, repeats = run.pick(1000, 400), run.pick(16, 4)
     label, noise = torch.arange(count) % 10, torch.randn(count, PATCHES, LENGTH, generator=g)
     shuffled = torch.randperm(len(x_test) * repeats, generator=g)
-    t = (shuffled + 0.5) / len(shuffled)  # every t once, evenly spread
+    t = (shuffled + 0.5) / len(shuffled)  # stratified: evenly spaced times in random order
     eps = torch.randn(len(t), PATCHES, LENGTH, generator=g)
     for name, causal in (("bidirectional", False), ("causal", True)):
         torch.manual_seed(run.seed)
@@ -120,7 +123,7 @@ def transfusion_mask(run: Run) -> Figure:
         scores[name] = distance(join(made), x_test)
         shown.append(join(made)[:10].view(10, 8, 8))
     gap = losses["causal"] - losses["bidirectional"]
-    mean = {name: float(rows.mean()) for name, rows in losses.items()}
+    mean = {name: float(by_line.mean()) for name, by_line in losses.items()}
     run.bound_when_trained(
         "held-out v loss, bidirectional over causal", mean["bidirectional"] / mean["causal"], at_most=0.97
     )
@@ -128,12 +131,12 @@ def transfusion_mask(run: Run) -> Figure:
         "pixel Frechet distance, causal over bidirectional", scores["causal"] / scores["bidirectional"], at_least=1.5
     )
     run.bound("gap of the first row of patches over the last row's", float(gap[0] / gap[3].clamp(min=1e-9)), at_least=2)
-    run.note(v_loss=mean, frechet=scores, by_row={name: rows.tolist() for name, rows in losses.items()})
+    run.note(v_loss=mean, frechet=scores, by_row={name: by_line.tolist() for name, by_line in losses.items()})
     return draw.images(torch.stack(shown), list(losses))
 
 
 class DiffusionHead(nn.Module):
-    """Residual AdaLN network that gives the velocity of one patch from its hidden state (Li et al. 2024, MAR)."""
+    """A residual AdaLN network that predicts the velocity of one patch from its hidden state (Li et al. 2024, MAR)."""
 
     def __init__(self, width: int = 96, depth: int = 3) -> None:
         super().__init__()
@@ -149,7 +152,7 @@ class DiffusionHead(nn.Module):
         nn.init.zeros_(self.leave.weight)
 
     def forward(self, z: Tensor, hidden: Tensor, t: Tensor) -> Tensor:
-        """[n, 4] at times [n, 1] given hidden states [n, W]."""
+        """Return the velocity [n, 4] of z [n, 4] for hidden states [n, W] and times [n, 1]."""
         c, h = hidden + self.by_time(self.time(t)), self.enter(z)
         for block, shift in zip(self.blocks, self.shifts, strict=True):
             scale, move, gate = shift(c).chunk(3, 1)
@@ -160,7 +163,10 @@ class DiffusionHead(nn.Module):
 
 @experiment("The diffusion head samples and an MSE head averages: masked autoregression on 8x8 digits, 16 steps")
 def mar_head(run: Run) -> Figure:
-    """Frechet distance and within-class variance: flow with 16 steps, flow with one, and mean squared error."""
+    """Does the diffusion head of MAR sample, where a head trained with squared error returns the mean?
+
+    The Fréchet distance and within-class variance of a flow head with 16 steps, with one step, and of an MSE head.
+    """
     x, y, x_test, y_test = split(run.seed)
     label = torch.arange(run.pick(1000, 500)) % 10
     heads: dict[str, tuple[PatchTransformer, nn.Module]] = {}
@@ -172,7 +178,7 @@ def mar_head(run: Run) -> Figure:
         def loss_of(net: PatchTransformer = net, head: nn.Module = head, kind: str = kind) -> Tensor:
             chosen = torch.randint(len(x), (BATCH,))
             clean = cut(x[chosen])
-            # Every number of hidden patches occurs in generation, one patch a step.
+            # Generation reveals one patch per step, so every number of hidden patches must be trained.
             order = torch.rand(BATCH, PATCHES).argsort(1)
             hide = order < torch.randint(1, PATCHES + 1, (BATCH, 1))
             target, h = clean[hide], net.hidden(clean, y[chosen], hidden_N=hide)[hide]
@@ -207,38 +213,41 @@ def _of_label(net: nn.Module, label: Tensor, z: Tensor, t: Tensor) -> Tensor:
     return v
 
 
-def _ask(head: nn.Module, hidden: Tensor, z: Tensor, t: Tensor) -> Tensor:
+def _of_hidden(head: nn.Module, hidden: Tensor, z: Tensor, t: Tensor) -> Tensor:
     v: Tensor = head(z, hidden, t.expand(len(z)).reshape(-1, 1))
     return v
 
 
 @torch.no_grad()
 def generate(net: PatchTransformer, head: nn.Module, label: Tensor, steps: int, seed: int) -> Tensor:
-    """Reveal one patch per step in random order; `steps` flow steps each, or the head's own output for 0."""
+    """Generate images [R, 64] by revealing one patch per step in random order.
+
+    Each patch takes `steps` flow steps; with 0 it is the output of the head.
+    """
     g = torch.Generator().manual_seed(seed)
     patches = torch.zeros(len(label), PATCHES, LENGTH)
     order = torch.rand(len(label), PATCHES, generator=g).argsort(1)
     hide = torch.ones(len(label), PATCHES, dtype=torch.bool)
-    rows = torch.arange(len(label))
+    images = torch.arange(len(label))
     for i in range(PATCHES):
         at = order[:, i]
-        h = net.hidden(patches, label, hidden_N=hide)[rows, at]
+        h = net.hidden(patches, label, hidden_N=hide)[images, at]
         if steps:
             noise = torch.randn(len(label), LENGTH, generator=g)
             solver = runge_kutta(noise, uniform_grid(steps), scheme="euler")
-            patches[rows, at] = solve(solver, partial(_ask, head, h))
+            patches[images, at] = solve(solver, partial(_of_hidden, head, h))
         else:
-            patches[rows, at] = head(h)
-        hide[rows, at] = False
+            patches[images, at] = head(h)
+        hide[images, at] = False
     return join(patches)
 
 
 @experiment("Breaking an MLP and a small U-Net on digits: no time, few steps, another schedule than the trained one")
 def digit_networks(run: Run) -> Figure:
-    """Pixel Frechet distance of samples as trained, and after each mistake.
+    """How much do three common mistakes cost an MLP and a small U-Net on digits?
 
-    That a network without time loses little here is no fault: in 64 dimensions a noisy digit says how noisy it is (Sun
-    et al. 2025), so no bound is set on it.
+    The pixel Fréchet distance of samples as trained, and after each mistake. The network without t has no bound: in 64
+    dimensions t can be estimated from the noisy digit itself (Sun et al. 2025), so the loss of quality is small.
     """
     x, _, x_test, _ = split(run.seed)
     noise = torch.randn(len(x_test), 64, generator=torch.Generator().manual_seed(run.seed + 1))
@@ -270,7 +279,10 @@ def digit_networks(run: Run) -> Figure:
 
 @experiment("Memorising or generalising: two models on disjoint halves, the same noise")
 def disjoint_halves(run: Run) -> Figure:
-    """Cosine similarity of the two models' samples from equal noise, for halves of 20 and of 850 digits."""
+    """Do two models trained on disjoint halves of the data agree on samples from equal noise?
+
+    The cosine similarity of the samples of both models, for halves of 20 digits (memorised) and of 850 (generalised).
+    """
     x, _ = digits()
     x = x[torch.randperm(len(x), generator=run.generator)]
     centre = x.mean(0)

@@ -1,4 +1,4 @@
-"""Samplers on Gaussian data without a single draw: their mean and variance, exactly."""
+"""The exact mean and variance of a solver's result on Gaussian data, without random draws."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from mmgen.flow.solvers import SOLVERS, build_solver, solve
 
 
 class Moments:
-    """Gaussian data N(mean, std^2): the state of a sampler is its mean and the weights of all noises so far.
+    """Propagates mean and variance through a solver, for Gaussian data N(mean, std^2).
 
-    Every sampler's step is affine in the state, so nothing is drawn and the moments at the end are exact.
+    The state of the solver is a vector: the mean, and the weight of every noise so far. Every step is affine in the
+    state, so the moments at the end are exact.
     """
 
     def __init__(self, path: Path, mean: float = 0.7, std: float = 0.5) -> None:
         self.path, self.mean, self.std, self.used = path, mean, std, 1
 
     def noise(self, z: Tensor) -> Tensor:
-        """A new unit direction."""
+        """Return a new unit vector, which represents the next independent noise."""
         self.used += 1
         return torch.nn.functional.one_hot(torch.tensor(self.used), len(z)).to(z)
 
     def field(self, kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-        """The exact estimate of `kind`, applied to mean and weights."""
+        """Return the exact estimate of `kind` as a function of (state, t)."""
 
         def estimate(z: Tensor, t: Tensor) -> Tensor:
             t = t.reshape(())
@@ -42,40 +43,40 @@ class Moments:
         return estimate
 
     def marginal(self, t: Tensor) -> tuple[float, float]:
-        """(mean, variance) of z at time t of the path."""
+        """Return (mean, variance) of z at time t of the path."""
         alpha, sigma = float(self.path.alpha(t)), float(self.path.sigma(t))
         return alpha * self.mean, alpha**2 * self.std**2 + sigma**2
 
     def states(self, name: str, times: Tensor, **options: Any) -> list[Tensor]:
-        """The state at every question and at the end; the start has the marginal of the first time."""
+        """Return the state at every evaluation and at the end, starting from the marginal at the first time."""
         draws = 1 + options.get("corrections", options.get("steps", 1))
         z = torch.zeros(3 + draws * len(times), dtype=torch.float64)
         mean, variance = self.marginal(times[0])
         z[0], z[1], self.used = mean, variance**0.5, 1
-        ask, seen = self.field(SOLVERS[name].asks), list[Tensor]()
+        estimate, seen = self.field(SOLVERS[name].asks), list[Tensor]()
 
-        def noted(z: Tensor, t: Tensor) -> Tensor:
+        def recorded(z: Tensor, t: Tensor) -> Tensor:
             seen.append(z)
-            return ask(z, t)
+            return estimate(z, t)
 
-        end = solve(build_solver(name, z, times, self.path, self.noise, **options), noted)
+        end = solve(build_solver(name, z, times, self.path, self.noise, **options), recorded)
         return [*seen, end]
 
     def end(self, name: str, times: Tensor, **options: Any) -> tuple[float, float]:
-        """(mean, variance) of the sampler's result."""
+        """Return (mean, variance) of the solver's result."""
         return self.of(self.states(name, times, **options)[-1])
 
     @staticmethod
     def of(state: Tensor) -> tuple[float, float]:
-        """(mean, variance) of a state."""
+        """Return (mean, variance) of a state."""
         return float(state[0]), float(state[1:].square().sum())
 
     def error(self, name: str, times: Tensor, **options: Any) -> float:
-        """Larger of the errors of mean and variance at the last time."""
+        """Return the larger of the errors of mean and variance at the last time."""
         pairs = zip(self.end(name, times, **options), self.marginal(times[-1]), strict=True)
-        return max(abs(found - wanted) for found, wanted in pairs)
+        return max(abs(value - exact) for value, exact in pairs)
 
 
 def slopes(errors: list[float]) -> list[float]:
-    """log2 of successive ratios: the order, where each error belongs to half the step of the one before."""
+    """Return log2 of the ratios of successive errors: the order of convergence if each step size halves the last."""
     return [math.log2(a / b) for a, b in pairwise(errors)]

@@ -1,4 +1,4 @@
-"""Small networks and the one training loop of the lab."""
+"""The small networks and the training loop of the lab."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from mmgen.flow.solvers import build_solver, runge_kutta, solve
 from mmgen.flow.time import TIMES, uniform_grid
 
 Draw = Callable[[int], Tensor]
-"""n to n draws."""
+"""A function of n that returns n samples, [n, D]."""
 
 
 class TimeFeatures(nn.Module):
-    """Sin-cos features of t, [R, 1] to [R, features]; constant where `blind`.
+    """Sine and cosine features of t, [R, 1] to [R, features].
 
-    The fastest turns `fastest` times from t = 0 to 1, the slowest a 64th of that.
+    The highest frequency has `fastest` periods from t = 0 to 1, the lowest 1/64 of that. With `blind` the features are
+    constant, so that the network does not receive t.
     """
 
     def __init__(self, features: int = 32, blind: bool = False, fastest: float = 16.0) -> None:
@@ -37,7 +38,7 @@ class TimeFeatures(nn.Module):
 
 
 class MLP(nn.Module):
-    """`depth` hidden layers of `width` over z and features of t; `bottleneck` narrows the way in."""
+    """An MLP over z and features of t; `bottleneck` is the width of an optional linear layer before the first layer."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class MLP(nn.Module):
 
 
 class UNet(nn.Module):
-    """A small U-Net for 8x8 grey images given as rows of 64."""
+    """A small U-Net for 8x8 grey images, [R, 64]."""
 
     def __init__(self, width: int = 32, blind: bool = False) -> None:
         super().__init__()
@@ -88,10 +89,11 @@ class UNet(nn.Module):
 
 
 class Preconditioned(nn.Module):
-    """An inner network made an estimate of x as Karras et al. 2022 (EDM, section 5) do, on any path.
+    """A preconditioned network that estimates x, as in EDM but on any path.
 
-    x = c_skip z + c_out F(c_in z, t), with total^2 = alpha^2 s^2 + sigma^2, c_skip = alpha s^2 / total^2,
-    c_out = sigma s / total and c_in = 1 / total, s the standard deviation of the data.
+    x = c_skip z + c_out F(c_in z, t) with the inner network F, total^2 = alpha^2 s^2 + sigma^2,
+    c_skip = alpha s^2 / total^2, c_out = sigma s / total and c_in = 1 / total; s is the standard deviation of the data
+    (Karras et al. 2022, EDM, section 5).
     """
 
     def __init__(self, inner: nn.Module, path: Path, std: float) -> None:
@@ -99,7 +101,7 @@ class Preconditioned(nn.Module):
         self.inner, self.path, self.std = inner, path, std
 
     def out_scale(self, t: Tensor) -> Tensor:
-        """c_out."""
+        """Return c_out at t."""
         total = ((self.path.alpha(t) * self.std).square() + self.path.sigma(t).square()).sqrt()
         return self.path.sigma(t) * self.std / total
 
@@ -113,7 +115,7 @@ class Preconditioned(nn.Module):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a field is trained."""
+    """Settings of the training of a field."""
 
     steps: int
     batch: int = 512
@@ -121,18 +123,19 @@ class Recipe:
     prediction: str = "v"
     loss_space: str = "v"
     distribution: str = "logit_normal"
+    """The timestep distribution, a name of `mmgen.flow.TIMES`."""
     mu: float = 0.0
     sigma: float = 1.0
     clip: float = 0.05
     path: Path = field(default_factory=LinearPath)
     noise: Draw | None = None
-    """Source in place of a standard normal."""
+    """The source distribution; standard normal by default."""
     pair: Callable[[Tensor, Tensor], Tensor] | None = None
-    """(x, eps) to the eps that each x is paired with."""
+    """(x, eps) to eps reordered, so that each x is paired with the eps of the same index; unchanged by default."""
 
 
 def fit(parameters: Iterable[nn.Parameter], steps: int, lr: float, loss_of: Callable[[], Tensor]) -> None:
-    """Adam with a cosine schedule; `loss_of` draws a new batch and returns its loss."""
+    """Train with Adam and a cosine schedule; `loss_of` draws a new batch and returns its loss."""
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -143,7 +146,7 @@ def fit(parameters: Iterable[nn.Parameter], steps: int, lr: float, loss_of: Call
 
 
 def train_field(net: nn.Module, data: Draw, recipe: Recipe) -> Field:
-    """Train `net`, which outputs x if it is `Preconditioned` and `recipe.prediction` else."""
+    """Train `net` and return its field; a `Preconditioned` net predicts x, any other net `recipe.prediction`."""
     path = recipe.path
     loss = FlowLoss(path, recipe.prediction, recipe.loss_space, recipe.clip)
 
@@ -153,7 +156,7 @@ def train_field(net: nn.Module, data: Draw, recipe: Recipe) -> Field:
         eps = eps if recipe.pair is None else recipe.pair(x, eps)
         t = TIMES[recipe.distribution](torch.rand(recipe.batch), recipe.mu, recipe.sigma)
         output = net(path.mix(x, eps, t.unsqueeze(1)), t.unsqueeze(1))
-        if isinstance(net, Preconditioned):  # the weight that makes it plain regression of the inner network
+        if isinstance(net, Preconditioned):  # this weight makes the loss an unweighted regression of the inner network
             scale = net.out_scale(t.unsqueeze(1)).clamp(min=1e-3)
             plain: Tensor = ((output - x) / scale).square().mean()
             return plain
@@ -166,15 +169,15 @@ def train_field(net: nn.Module, data: Draw, recipe: Recipe) -> Field:
 
 @torch.no_grad()
 def sample_field(trained: Field, noise: Tensor, steps: int = 50, scheme: str = "heun") -> Tensor:
-    """Solve the ODE from `noise`; conversions are clipped at one step."""
-    exact = Field(trained.path, trained.network, trained.prediction, clip=1 / steps)
+    """Solve the ODE from `noise`, [R, D]; the clip of conversions is one step, 1 / steps."""
+    clipped = Field(trained.path, trained.network, trained.prediction, clip=1 / steps)
     solver = runge_kutta(noise, uniform_grid(steps), scheme=scheme, path=trained.path)
-    return solve(solver, exact("v"))
+    return solve(solver, clipped("v"))
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The noise that samples begin with, and the steps of the solver."""
+    """The initial noise of the samples, [R, D], and the number of solver steps."""
 
     noise: Tensor
     steps: int = 50
@@ -183,10 +186,11 @@ class Sampling:
 def mistakes(
     make: Callable[[bool], nn.Module], data: Draw, sampling: Sampling, recipe: Recipe, seed: int
 ) -> dict[str, Tensor]:
-    """Samples as trained and after each of three mistakes; `make(blind)` builds the network, blind to the time or not.
+    """Return samples as trained and after each of three mistakes; `make(blind)` builds a network with or without t.
 
-    The wrong schedule is that of a solver that moves on the cosine path and asks a denoiser of the linear one. (A
-    solver that asks for the velocity makes no such mistake: on any path it solves dz/dt = v.)
+    The mistakes: a network that does not receive t, a solver with 2 steps, and a wrong schedule. For the wrong schedule
+    a solver moves on the cosine path but evaluates a denoiser of the linear path. A solver that requests the velocity
+    could not make this mistake, because it solves dz/dt = v on any path.
     """
     noise, steps = sampling.noise, sampling.steps
     trained = []

@@ -1,4 +1,4 @@
-"""Experiments with a trained network on points of a plane, alone or hidden in many dimensions."""
+"""Experiments with trained networks on points of a plane, alone or embedded in many dimensions."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ SAMPLES = 2000
 
 
 def frozen(trained: Field, t: float) -> Field:
-    """The field that a network trained at one time gives when it is asked about that time alone."""
+    """Return the field with its time frozen: the network is evaluated at `t` whatever the solver's time is."""
     at = torch.tensor(t)
     return Field(trained.path, lambda z, _: trained.network(z, at), trained.prediction)
 
 
 def spiral_field(run: Run, mu: float, sigma: float) -> Field:
-    """A v-prediction network on the spiral; with sigma = 0 it knows one time only."""
+    """Train a v-prediction network on the spiral; with sigma = 0 it is trained and evaluated at one time."""
     torch.manual_seed(run.seed)
     distribution = "constant" if sigma == 0 else "logit_normal"
     net = MLP(2, width=128, depth=5)
@@ -53,7 +53,10 @@ def spiral_field(run: Run, mu: float, sigma: float) -> Field:
 
 @experiment("Which t to train on: logit-normal(mu, s) on a spiral; velocity red positive, blue negative, black zero")
 def spiral_times(run: Run) -> Figure:
-    """Distance to the curve, sliced W2 and velocity maps for each (mu, sigma); sigma = 0 trains a single t."""
+    """Which timestep distribution learns a spiral best?
+
+    The distance to the curve, sliced W2 and velocity maps for logit-normal t with each (mu, s); s = 0 trains one t.
+    """
     data = spiral(SAMPLES, run.generator)
     noise = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(run.seed + 1))
     grid = [(mu, s) for mu in (-2.0, 0.0, 2.0) for s in (0.0, 0.5, 1.0, 2.0)]
@@ -83,10 +86,11 @@ def spiral_times(run: Run) -> Figure:
 
 @experiment("True and learned velocity on a spiral, red positive, blue negative, black where zero; samples green")
 def velocity_maps(run: Run) -> Figure:
-    """The exact field of 2,000 points beside a network's, at four times; and the exact field frozen at t = 0.88.
+    """How does a learned velocity differ from the exact one, and does the exact field frozen at one time still work?
 
-    The frozen field ends on the mean of the points in a Gaussian window of deviation w = 0.12 / 0.88 around a point. On
-    an arc of radius r that mean lies r (1 - exp(-w^2 / 2 r^2)), about w^2 / 2 r = 0.0093 / r, inside the arc, and 1 / r
+    The exact field of 2,000 points and that of a network at four times, and samples of the exact field frozen at
+    t = 0.88. The frozen field ends on the mean of the points in a Gaussian window of deviation w = 0.12 / 0.88. On an
+    arc of radius r this mean lies r (1 - exp(-w^2 / 2 r^2)), about w^2 / 2 r = 0.0093 / r, inside the arc, and 1 / r
     has mean 1 on this spiral.
     """
     data = spiral(SAMPLES, run.generator)
@@ -94,11 +98,11 @@ def velocity_maps(run: Run) -> Figure:
     exact = FiniteSet(data)
     trained = spiral_field(run, 0.0, 1.0)
     at = torch.tensor(0.88)
-    held = Field(LinearPath(), lambda z, _: exact.velocity(z, at))
+    frozen_field = Field(LinearPath(), lambda z, _: exact.velocity(z, at))
     made = {"exact": sample_field(Field(LinearPath(), exact.velocity), noise), "learned": sample_field(trained, noise)}
-    stuck = sample_field(held, noise)
-    run.bound("distance to the curve, exact field frozen at t = 0.88", near(stuck, data), at_most=0.012)
-    run.note(frozen_sliced_w2=sliced_w2(stuck, data), near_of_data=near(spiral(SAMPLES), data))
+    frozen_samples = sample_field(frozen_field, noise)
+    run.bound("distance to the curve, exact field frozen at t = 0.88", near(frozen_samples, data), at_most=0.012)
+    run.note(frozen_sliced_w2=sliced_w2(frozen_samples, data), near_of_data=near(spiral(SAMPLES), data))
     fields = {"exact": exact.velocity, "learned": trained("v")}
     return draw.velocity_maps(fields, (0.1, 0.5, 0.8, 0.95), data, made)
 
@@ -107,44 +111,44 @@ def velocity_maps(run: Run) -> Figure:
 
 
 def small_spiral(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """The spiral in the unit disc, [count, 2].
+    """Points on the spiral, scaled to the unit disc, [count, 2].
 
-    At twice the size its deviation is that of the noise, and noise left in the plane passes for data: standard normal
-    points are at a sliced W2 of 0.35 from that one and of 0.56 from this.
+    At twice the size the spiral has the standard deviation of the noise, so that remaining noise looks like data:
+    standard normal points have a sliced W2 of 0.35 to the larger spiral and 0.56 to this one.
     """
     return spiral(count, generator) / 2
 
 
 def hidden_spiral(dimension: int, seed: int) -> tuple[Tensor, Draw]:
-    """The directions [2, D] of a random plane, and a function that draws n points of the spiral in it, [n, D]."""
+    """Return the directions [2, D] of a random plane and a function that draws n points of the spiral in it, [n, D]."""
     axes = plane(dimension, seed) if dimension > 2 else torch.eye(2)
     return axes, lambda n: small_spiral(n) @ axes
 
 
 def judge(made: Tensor, axes: Tensor, data: Tensor) -> tuple[float, float]:
-    """(sliced W2 inside the plane, RMS distance from it)."""
+    """Return (sliced W2 to `data` inside the plane, RMS distance from the plane)."""
     inside = made @ axes.T
     return sliced_w2(inside, data), float((made - inside @ axes).square().sum(1).mean().sqrt())
 
 
 @dataclass(frozen=True)
 class Learner:
-    """The network that learns the hidden spiral."""
+    """The network that learns the spiral in a random plane."""
 
     dimension: int
     width: int = 256
     bottleneck: int | None = None
-    """Width of a linear layer in front of the network."""
+    """Width of a linear layer before the network, if any."""
     std: float | None = None
-    """Precondition the network for data of this deviation."""
+    """Standard deviation of the data for EDM's preconditioning, if any."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Samples of a network that learned the hidden spiral."""
+    """Samples of a network that learned the spiral in a random plane, and their scores."""
 
     w2: float
-    """Sliced W2 to the spiral, inside the plane."""
+    """Sliced W2 to the spiral inside the plane."""
     off_plane: float
     """RMS distance from the plane."""
     made: Tensor
@@ -152,17 +156,16 @@ class Judged:
 
 
 def spiral_recipe(steps: int, batch: int) -> Recipe:
-    """The times that all experiments on the hidden spiral share."""
+    """Return the recipe, with its timestep distribution, that all experiments in a random plane share."""
     return Recipe(steps, batch, mu=-0.8, sigma=0.8)
 
 
 def hidden(run: Run, learner: Learner, recipe: Recipe) -> Judged:
-    """Train on the hidden spiral and judge."""
+    """Train on the spiral in a random plane, sample and score."""
     torch.manual_seed(run.seed)
     dimension = learner.dimension
     axes, data = hidden_spiral(dimension, run.seed)
-    # Times above 0.8 are hardly trained with these mu and sigma: what is learned below carries on to them only if the
-    # features of t change slowly.
+    # With these mu and sigma, t above 0.8 is hardly trained. Only with slow features of t does the network extrapolate.
     time = TimeFeatures(fastest=1.0)
     net: torch.nn.Module = MLP(dimension, learner.width, bottleneck=learner.bottleneck, time=time)
     if learner.std is not None:
@@ -176,15 +179,18 @@ def hidden(run: Run, learner: Learner, recipe: Recipe) -> Judged:
 
 @experiment("What to predict when data are a plane in 512 dimensions (JiT's toy)")
 def jit_toy(run: Run) -> Figure:
-    """x, v and eps by a 5 x 256 ReLU network, loss in v, Heun with 50 steps."""
+    """Which prediction works when the data are a plane in 512 dimensions?
+
+    x, v and eps predicted by a ReLU network of 5 layers of width 256, with the loss in v; 50 steps of Heun.
+    """
     recipe = spiral_recipe(run.pick(4000, 700), run.pick(512, 256))
     data = small_spiral(SAMPLES, run.generator)
     w2, panels = {}, {}
     for kind in ("x", "v", "eps"):
-        found = hidden(run, Learner(512), replace(recipe, prediction=kind))
-        w2[kind] = found.w2
-        run.note(**{f"off_plane_rms_{kind}": found.off_plane})
-        panels[f"{kind}: SW2 {found.w2:.3f}, off-plane {found.off_plane:.2f}"] = (data, found.made)
+        judged = hidden(run, Learner(512), replace(recipe, prediction=kind))
+        w2[kind] = judged.w2
+        run.note(**{f"off_plane_rms_{kind}": judged.off_plane})
+        panels[f"{kind}: SW2 {judged.w2:.3f}, off-plane {judged.off_plane:.2f}"] = (data, judged.made)
     run.bound("SW2 of x-prediction", w2["x"], at_most=0.12)
     run.bound("SW2 of v over x", w2["v"] / w2["x"], at_least=4)
     run.bound("SW2 of eps over x", w2["eps"] / w2["x"], at_least=10)
@@ -195,10 +201,11 @@ def jit_toy(run: Run) -> Figure:
     "Nine pairs of prediction and loss space, and EDM's preconditioning as a tenth, in 2, 16 and 512 dimensions"
 )
 def nine_pairs(run: Run) -> Figure:
-    """Sliced W2 in the plane and RMS off it for every pair and dimension.
+    """How do the nine pairs of prediction and loss space, and EDM, compare in 2, 16 and 512 dimensions?
 
-    EDM is trained on the times of the others and on its own, ln(noise / data) ~ N(-1.2 + ln 2, 1.2^2) (Karras et al.
-    2022, table 1): the deviation of a number of the data, not of a direction, is its unit.
+    The sliced W2 in the plane and the RMS distance from it, for every pair and dimension. EDM is trained with the
+    timestep distribution of the others and with its own, ln(noise / data) ~ N(-1.2 + ln 2, 1.2^2) (Karras et al. 2022,
+    table 1). Its unit is the standard deviation of one number of the data, not that of a direction in the plane.
     """
     recipe, width = spiral_recipe(run.pick(1000, 250), 256), run.pick(256, 128)
     w2: dict[str, dict[str, float]] = {}
@@ -206,17 +213,17 @@ def nine_pairs(run: Run) -> Figure:
     for dimension in (2, 16, 512):
         std = float((small_spiral(10000) @ hidden_spiral(dimension, run.seed)[0]).std())
         plain, edm = Learner(dimension, width), Learner(dimension, width, std=std)
-        found = {
+        results = {
             f"{prediction} in {space}": hidden(run, plain, replace(recipe, prediction=prediction, loss_space=space))
             for prediction in PREDICTIONS
             for space in PREDICTIONS
         }
-        found["EDM"] = hidden(run, edm, recipe)
-        own = replace(recipe, mu=1.2 - math.log(2) - math.log(std), sigma=1.2)
-        found["EDM, own times"] = hidden(run, edm, own)
+        results["EDM"] = hidden(run, edm, recipe)
+        own_times = replace(recipe, mu=1.2 - math.log(2) - math.log(std), sigma=1.2)
+        results["EDM, own times"] = hidden(run, edm, own_times)
         case = f"D = {dimension}"
-        w2[case] = {name: judged.w2 for name, judged in found.items()}
-        off[case] = {name: judged.off_plane for name, judged in found.items()} if dimension > 2 else {}
+        w2[case] = {name: judged.w2 for name, judged in results.items()}
+        off[case] = {name: judged.off_plane for name, judged in results.items()} if dimension > 2 else {}
     best = {kind: min(w2["D = 512"][f"{kind} in {space}"] for space in PREDICTIONS) for kind in PREDICTIONS}
     run.bound("best v over best x at D = 512", best["v"] / best["x"], at_least=1.5)
     run.bound("best eps over best x at D = 512", best["eps"] / best["x"], at_least=5)
@@ -224,32 +231,38 @@ def nine_pairs(run: Run) -> Figure:
     return draw.bar_grid({"sliced W2 in the plane": w2, "RMS distance from the plane": off})
 
 
-@experiment("Bottleneck on the way in: x-prediction in 512 dimensions")
+@experiment("A linear bottleneck before the network: x-prediction in 512 dimensions")
 def bottleneck(run: Run) -> Figure:
-    """Width of a linear bottleneck in front of the network, in patches of 512 numbers whose data are a plane."""
-    recipe, found = replace(spiral_recipe(run.pick(1500, 400), 256), prediction="x"), dict[str, float]()
+    """Does a linear bottleneck before the network hurt x-prediction in 512 dimensions?
+
+    The sliced W2 for bottlenecks of several widths, for patches of 512 numbers whose data are a plane.
+    """
+    recipe, w2 = replace(spiral_recipe(run.pick(1500, 400), 256), prediction="x"), dict[str, float]()
     for width in (2, 8, 32, 128, None):
         judged = hidden(run, Learner(512, run.pick(256, 128), width), recipe)
-        found[f"{width or 'none'}"] = judged.w2
+        w2[f"{width or 'none'}"] = judged.w2
         run.note(**{f"off_plane_rms_{width or 'none'}": judged.off_plane})
-    run.bound("SW2 with 32 channels over none", found["32"] / found["none"], at_most=1.5)
-    run.note(sliced_w2=found)
-    return draw.bars(found, "sliced W2", log=False)
+    run.bound("SW2 with 32 channels over none", w2["32"] / w2["none"], at_most=1.5)
+    run.note(sliced_w2=w2)
+    return draw.bars(w2, "sliced W2", log=False)
 
 
 @experiment("A shift of t does not rescue eps or v in 512 dimensions")
 def time_shift(run: Run) -> Figure:
-    """mu of the logit-normal against prediction."""
-    recipe, found = spiral_recipe(run.pick(1500, 350), 256), dict[str, float]()
+    """Can another timestep distribution make eps- or v-prediction work in 512 dimensions?
+
+    The sliced W2 of each prediction for three values of mu of the logit-normal distribution.
+    """
+    recipe, w2 = spiral_recipe(run.pick(1500, 350), 256), dict[str, float]()
     learner, shifts = Learner(512, run.pick(256, 128)), (-2.0, -0.8, 0.8)
     for kind in PREDICTIONS:
         for mu in shifts:
-            found[f"{kind}, mu {mu:g}"] = hidden(run, learner, replace(recipe, prediction=kind, mu=mu)).w2
-    best = {kind: min(found[f"{kind}, mu {mu:g}"] for mu in shifts) for kind in PREDICTIONS}
+            w2[f"{kind}, mu {mu:g}"] = hidden(run, learner, replace(recipe, prediction=kind, mu=mu)).w2
+    best = {kind: min(w2[f"{kind}, mu {mu:g}"] for mu in shifts) for kind in PREDICTIONS}
     run.bound("best v over best x", best["v"] / best["x"], at_least=2)
     run.bound("best eps over best x", best["eps"] / best["x"], at_least=5)
-    run.note(sliced_w2=found)
-    return draw.bars(found, "sliced W2")
+    run.note(sliced_w2=w2)
+    return draw.bars(w2, "sliced W2")
 
 
 # --- regression --------------------------------------------------------------------------------------------
@@ -257,8 +270,9 @@ def time_shift(run: Run) -> Figure:
 
 @experiment("The loss cannot fall below its floor: Gaussian data, every prediction, loss in v")
 def loss_floor(run: Run) -> Figure:
-    """Loss of trained networks on fresh draws against the exact minimum, (pi / 2) tr(S^1/2) / D for v.
+    """Does the loss of a trained network reach its exact minimum without falling below it?
 
+    The loss on fresh samples of Gaussian data N(0, S) over the exact minimum, which is (pi / 2) tr(S^1/2) / D for v.
     Where a denominator is clipped, the minimum is the same integral with the clipped weight, by quadrature.
     """
     std = torch.tensor([0.5, 1.0, 1.5])
@@ -288,7 +302,7 @@ def loss_floor(run: Run) -> Figure:
 
 @torch.no_grad()
 def _fresh_loss(trained: Field, std: Tensor, clip: float, run: Run) -> tuple[float, float]:
-    """(mean, standard error) of the loss in v over fresh draws, t stratified."""
+    """Return (mean, standard error) of the loss in v over fresh samples with stratified t."""
     from mmgen.flow.loss import FlowLoss
 
     n, g = 200_000, torch.Generator().manual_seed(run.seed + 7)
@@ -301,7 +315,10 @@ def _fresh_loss(trained: Field, std: Tensor, clip: float, run: Run) -> tuple[flo
 
 @experiment("Regression finds the posterior mean: E[x | z], E[eps | z] and E[v | z] of a mixture")
 def posterior_mean(run: Run) -> Figure:
-    """Relative error of trained networks against the exact posterior, at times across the path."""
+    """Do networks trained on x, eps and v learn the posterior means?
+
+    The relative error of trained networks against the exact E[x | z], E[eps | z] and E[v | z] of a mixture, at five t.
+    """
     data = GaussianMixture(MEANS.float(), 0.3)
     times = [0.1, 0.3, 0.5, 0.7, 0.9]
     curves: dict[str, list[float]] = {}
@@ -314,8 +331,8 @@ def posterior_mean(run: Run) -> Figure:
             t = torch.tensor(time)
             z = data.path.mix(data.sample(4000), torch.randn(4000, 2), t)
             exact = data.path.convert("x", kind, data.denoised(z, t), z, t, 0.0)
-            wrong = (trained.network(z, t) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-            curves[kind].append(float(wrong))
+            error = (trained.network(z, t) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+            curves[kind].append(float(error))
         run.bound(f"largest relative error of {kind}, t 0.3 to 0.7", max(curves[kind][1:4]), at_most=0.1)
     run.note(times=times, relative_error=curves)
     return draw.lines(times, curves, "t", "relative RMS error")
@@ -325,7 +342,7 @@ def posterior_mean(run: Run) -> Figure:
 
 
 def optimal_pairs(x: Tensor, eps: Tensor) -> Tensor:
-    """Reorder eps so that the batch is paired at least squared distance (Tong et al. 2023; scipy's assignment)."""
+    """Reorder eps so that the sum of squared distances of the pairs is smallest (Tong et al. 2023)."""
     from scipy.optimize import linear_sum_assignment
 
     _, columns = linear_sum_assignment(torch.cdist(x, eps).square().numpy())
@@ -333,13 +350,13 @@ def optimal_pairs(x: Tensor, eps: Tensor) -> Tensor:
 
 
 def ring(n: int) -> Tensor:
-    """A source without a density: a circle of radius 1.5."""
+    """Points on a circle of radius 1.5, a source without a density, [n, 2]."""
     angle = 2 * math.pi * torch.rand(n)
     return 1.5 * torch.stack([angle.cos(), angle.sin()], 1)
 
 
 def eight_gaussians(n: int) -> Tensor:
-    """A source that is no Gaussian: eight narrow ones on that circle."""
+    """Points of eight narrow Gaussians on a circle of radius 1.5, [n, 2]."""
     angle = 2 * math.pi * torch.randint(8, (n,)) / 8
     return 1.5 * torch.stack([angle.cos(), angle.sin()], 1) + 0.15 * torch.randn(n, 2)
 
@@ -349,7 +366,11 @@ SOURCES: dict[str, Draw] = {"Gaussian": lambda n: torch.randn(n, 2), "eight": ei
 
 @experiment("Couplings and sources: independent or minibatch-optimal pairs, from a Gaussian, eight of them, or a ring")
 def couplings(run: Run) -> Figure:
-    """Sliced W2 with 2 and 50 Euler steps: paired batches give straighter paths; any source with a density will do."""
+    """Do optimally paired batches need fewer steps, and does the source have to be Gaussian?
+
+    The sliced W2 with 2 and 50 Euler steps for three sources, with independent and with optimal pairs. Optimal pairs
+    give straighter trajectories, and any source with a density works.
+    """
     data, panels = moons(SAMPLES, run.generator), {}
     for source, noise in SOURCES.items():
         two: dict[str, float] = {}
@@ -365,7 +386,7 @@ def couplings(run: Run) -> Figure:
                 panels[f"{source}, {pairs}, {n} steps: SW2 {sliced_w2(x, data):.2f}"] = (data, x)
             figure = f"SW2 with 50 steps, {source}, {pairs}"
             if (source, pairs) == ("ring", "independent"):
-                reason = "a circle has no density: a smooth flow keeps it a curve, which cannot cover the moons"
+                reason = "a circle has no density: a smooth flow maps it to a curve, which cannot cover the moons"
                 run.known_difference(figure, fine, wanted="at most 0.12", reason=reason)
             else:
                 run.bound(figure, fine, at_most=0.12)
@@ -376,7 +397,10 @@ def couplings(run: Run) -> Figure:
 
 @experiment("Flows to moons, a spiral and drawn text: particles and velocity")
 def animation(run: Run) -> Figure:
-    """The exact field of 1,500 points each, as an animation (`animation.gif`) and its last frame."""
+    """What does a flow from noise to data look like?
+
+    The exact fields of three sets of 1,500 points, as an animation (`animation.gif`) and its last frame.
+    """
     g = run.generator
     sets = {"moons": moons(1500, g), "spiral": spiral(1500, g), "text": drawn_text("flow", 1500, g)}
     line = torch.linspace(-2.4, 2.4, 17)
@@ -400,7 +424,10 @@ def animation(run: Run) -> Figure:
 
 @experiment("Breaking it: no time, few steps, another schedule than the trained one")
 def break_it(run: Run) -> Figure:
-    """Sliced W2 of the spiral after each mistake, over that of the run without one."""
+    """How much do three common mistakes cost on a spiral?
+
+    The sliced W2 of samples after each mistake, over that of the run without a mistake.
+    """
     data = spiral(SAMPLES, run.generator)
     noise = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(run.seed + 1))
     recipe = Recipe(run.pick(3000, 1000), 512)

@@ -1,9 +1,9 @@
-"""Does sampling compute what training computed? The decoder's every backbone call against the training forward.
+"""Checks that sampling computes the same as training, by comparing every backbone call of the decoder.
 
-A model with random weights serves scripted documents (text before and after images, several images each, of all
-declared sizes) while everything that enters and leaves the backbone is recorded. Each call is then computed again
-from a document that the training code lays out, without cache, and compared: positions, who sees whom, inputs,
-hidden states; and each image is drawn again by the Euler steps of `mmgen.objective.replay.redraw`.
+A model of random weights serves scripted requests: text before and after images, several images per document, images
+of all declared sizes. The check records all inputs and outputs of the backbone. Then the training code lays out the
+same documents and computes them without a cache in float64, and the check compares positions, visibility, inputs and
+hidden states. It also draws each image again with the Euler steps of `mmgen.objective.replay.redraw`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mmgen.train.checkpoint.read import known_facts
 
 STEPS = 3
 WEIGHT = 1.7
-"""Guidance scale of the check."""
+"""Guidance scale."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "transfusion, noisy": {"kind": "transfusion", "transfusion": {"context": "noisy"}},
     "transfusion, capped": {"kind": "transfusion", "transfusion": {"context": "capped"}},
@@ -44,11 +44,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mar, raster": {"kind": "mar", "mar": {"order": "raster"}},
 }
 SCRIPTS = ("wwiwiw", "iiw", "wiw")
-"""What each request chooses: w a word, i an image; then the end."""
+"""The choices of each request in order: `w` is a text token, `i` an image; EOS follows."""
 
 
 class ScriptedGrammar(Grammar):
-    """Lets each request choose only what `SCRIPTS` says; a request's seed is its number."""
+    """Allows each request only the next choice of its script; the seed of a request is its index in `SCRIPTS`."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
         super().__init__(tokenizer, vocabulary)
@@ -67,24 +67,28 @@ class ScriptedGrammar(Grammar):
 
 
 def check_parity(config: Config, inject: str | None = None) -> list[Report]:
-    """Compare sampling with training for every objective, order and context policy of a configuration's model.
+    """Compare sampling with training for every objective, order and context policy, with the model of a configuration.
 
-    Returns one report per variant. `inject` breaks the decoder in a named way, to show that the check sees it.
+    Returns one report per variant. `inject` names a fault of `FAULTS`, which breaks the decoder; the check must then
+    fail.
 
     Raises:
-        ValueError: an unknown fault.
+        ValueError: the fault is unknown, or the objective has no method `replay`.
     """
     parts = REAL if inject is None else choose(FAULTS, inject, "fault")
     kind = config.objective.kind
     known = any(change["kind"] == kind for change in VARIANTS.values())
     variants = VARIANTS if known else {kind: {"kind": kind}}
     if not known and not can_replay(config):
-        raise ValueError(f"objective.kind '{kind}' has no `replay`, so its sampling cannot be compared with training")
+        raise ValueError(
+            f"objective.kind '{kind}' has no `replay`, so its sampling cannot be compared with training: "
+            "implement `ImageObjective.replay`"
+        )
     return [_check_variant(name, config, change, parts) for name, change in variants.items()]
 
 
 def can_replay(config: Config) -> bool:
-    """Whether the objective of a configuration says how an image is drawn again."""
+    """Return whether the objective of a configuration implements `replay`."""
     return OBJECTIVES[config.objective.kind].replay is not ImageObjective.replay
 
 
@@ -95,7 +99,7 @@ def _check_variant(name: str, config: Config, change: dict[str, Any], parts: Par
     neutral = {"kind": "transfusion", "bidirectional": None, "mar": {"head": {"kind": "flow"}}}
     objective = override(override(config, {"objective": neutral}), {"objective": change}).objective
     tokenizer = Tokenizer.of(config)
-    model = _awake(config.model_copy(update={"objective": objective}), tokenizer)
+    model = _random_model(config.model_copy(update={"objective": objective}), tokenizer)
     requests, recorder = _requests(config), Recorder()
     decoder = Decoder(model, tokenizer, sample, replace(parts, grammar=ScriptedGrammar, observer=recorder))
     events = list(decoder.stream(requests, previews=False))
@@ -104,7 +108,7 @@ def _check_variant(name: str, config: Config, change: dict[str, Any], parts: Par
         for number, request in enumerate(requests):
             drawn = recorder.drawn.get(number, [])
             segments = [_piece(decoder, piece) for piece in request.prompt]
-            segments += _generated([event for event in events if event.row == number], drawn)
+            segments += _generated([event for event in events if event.request == number], drawn)
             report.same(f"request {number}", recorder.fed[number], reference.read(Document(segments)).fed)
             for image in drawn:
                 replay = ImageReplay(reference, report, image, sample)
@@ -113,7 +117,7 @@ def _check_variant(name: str, config: Config, change: dict[str, Any], parts: Par
 
 
 def _generated(events: Sequence[Event], drawn: Sequence[DrawnImage]) -> list[TextSegment | Picture]:
-    """What a request's events add to its document."""
+    """Return the segments that the events of a request add to its document."""
     images = iter(drawn)
     segments: list[TextSegment | Picture] = []
     for event in events:
@@ -125,8 +129,8 @@ def _generated(events: Sequence[Event], drawn: Sequence[DrawnImage]) -> list[Tex
     return segments
 
 
-def _awake(config: Config, tokenizer: Tokenizer) -> MMGenModel:
-    """A model in float64 whose zero-initialised parts are random, so that nothing hides behind a zero."""
+def _random_model(config: Config, tokenizer: Tokenizer) -> MMGenModel:
+    """Build a float64 model whose weights are all non-zero; a zero weight would hide differences behind it."""
     torch.manual_seed(0)
     model = MMGenModel(MMGenConfig.of(config, len(tokenizer), known_facts(config)))
     model.double().eval()
@@ -137,7 +141,7 @@ def _awake(config: Config, tokenizer: Tokenizer) -> MMGenModel:
 
 
 def _requests(config: Config) -> list[Request]:
-    """Prompts that begin with text and with images, of the first and the last declared size."""
+    """Return requests whose prompts begin with text or with images, of the first and the last declared size."""
     rng = np.random.default_rng(0)
     sizes = config.model.patcher.image_sizes
     channels = (3,) if config.model.patcher.channels == 3 else ()
@@ -153,7 +157,7 @@ def _requests(config: Config) -> list[Request]:
 
 
 def _piece(decoder: Decoder, piece: str | Image.Image) -> TextSegment | Picture:
-    """A piece of a prompt as training writes it: a segment that is given, without loss."""
+    """Convert a piece of a prompt to the segment that training writes, which has no loss."""
     segment = decoder.segment(piece)
     if isinstance(segment, TextSegment):
         return replace(segment, learn=False)

@@ -1,4 +1,4 @@
-"""Ways to break the decoder that the parity check must see: each one exchanges a part of it."""
+"""Faults of the decoder that the parity check must detect; each one replaces a part of the decoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmgen.sequence.document import Block, Writer
 
 
 class NoisyWriter(Writer):
-    """Writes finished images with noise on them."""
+    """Adds noise to finished images, so that later positions see a noisy context."""
 
     def patches(self, x_NP: NDArray[Any], grid: Grid, blocks: Sequence[Block]) -> None:
         noise = np.random.default_rng(0).standard_normal(x_NP.shape, dtype=np.float32)
@@ -29,7 +29,7 @@ class NoisyWriter(Writer):
 
 
 class CountingWriter(Writer):
-    """Counts the patches of an image in the positions of later text."""
+    """Adds 3 to the positions of everything after an image."""
 
     def close_image(self) -> None:
         self.position += 3
@@ -37,7 +37,7 @@ class CountingWriter(Writer):
 
 
 class LateFlow(ImageFlow):
-    """Gives the network the time of the next solver step."""
+    """Passes the network the t of the next solver step."""
 
     def __init__(self, flow: ImageFlow) -> None:
         vars(self).update(vars(flow))
@@ -54,7 +54,7 @@ class LateFlow(ImageFlow):
 
 
 def late(objective: ImageObjective, spec: ImageSpec) -> Drawing:
-    """Draw with a `LateFlow` in place of the objective's own."""
+    """Draw with a `LateFlow` instead of the flow of the objective."""
     shifted: Any = copy.copy(objective)
     shifted.flow = LateFlow(shifted.flow)
     drawing: Drawing = shifted.generate(spec)
@@ -62,12 +62,12 @@ def late(objective: ImageObjective, spec: ImageSpec) -> Drawing:
 
 
 def causal(q: Sites, k: Sites) -> Tensor:
-    """The attention rule without its exception: patches do not see later patches of their image."""
+    """The attention rule without bidirectional attention: patches do not see later patches of their image."""
     return dense_visible(q, k) & (k.slot.unsqueeze(1) <= q.slot.unsqueeze(2))
 
 
 class FirstWins(RowCache):
-    """Slots that were written once keep their keys: the last solver step stays in place of the finished image."""
+    """Never overwrites a slot, so that the cache keeps the last solver step instead of the finished image."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -87,3 +87,4 @@ FAULTS: dict[str, Parts] = {
     "stale-cache": Parts(cache=FirstWins),
     "wrong-position": Parts(writer=CountingWriter),
 }
+"""The faults of `mmgen check parity --inject`."""

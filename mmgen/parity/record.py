@@ -1,4 +1,4 @@
-"""An observer that writes down every backbone call of the decoder, position by position."""
+"""Records every backbone call of the decoder, one record per position."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mmgen.sequence.document import Strip
 
 
 class Identity(NamedTuple):
-    """What a position of a document is."""
+    """Identifies a position of a document."""
 
     kind: str
-    """`token`, `patch`, `copy N` (another copy of an image), or `stale` (a slot that should be empty)."""
+    """`token`, `patch`, `copy N` (a patch of another copy of an image), or `stale` (a slot that should be empty)."""
     number: int
-    """Of the token, image or slot, counted from the start of the document."""
+    """Index of the token, image or slot, counted from the start of the document."""
     patch: int | None = None
-    """Raster index in its image."""
+    """Raster index of a patch in its image."""
 
     def __str__(self) -> str:
         return " ".join(str(part) for part in self if part is not None)
@@ -37,28 +37,30 @@ class Fed:
 
     identity: Identity
     position: int
+    """Position that rotary embedding sees."""
     sees: frozenset[Identity]
+    """The positions that it attends to."""
     inputs_D: Tensor
     hidden_D: Tensor
 
 
 @dataclass
 class DrawnImage:
-    """One image of one request, and the calls that it took."""
+    """One image of one request, with the backbone calls that drew it."""
 
     number: int
-    """Of the image in its document."""
+    """Index of the image in its document."""
     grid: Grid
     order_N: NDArray[np.int64]
     noise_NP: Tensor
     calls: list[list[list[Fed]]] = field(default_factory=list)
-    """[call][guidance lane][position]."""
+    """[call][guidance lane][position] of the patches that were fed."""
     x_NP: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 @dataclass
 class _Lane:
-    """What a lane has been fed since it was cleared."""
+    """The positions that a lane has received since it was cleared."""
 
     slots: dict[int, Identity] = field(default_factory=dict)
     tokens: int = 0
@@ -66,13 +68,13 @@ class _Lane:
 
 
 class Recorder(Observer):
-    """Writes down what every lane was fed and what it saw."""
+    """Records what every lane was fed and what it attended to."""
 
     def __init__(self) -> None:
         self.fed: dict[int, list[Fed]] = {}
-        """The positions of strips, by lane."""
+        """Positions of text and finished images, by lane."""
         self.drawn: dict[int, list[DrawnImage]] = {}
-        """By request, whose number is that of its conditional lane."""
+        """Images by request, whose index is also that of its conditional lane."""
         self._lanes: dict[int, _Lane] = {}
 
     def opened(self, requests: Sequence[int], spec: ImageSpec) -> None:
@@ -99,9 +101,9 @@ class Recorder(Observer):
                 self.drawn[request][-1].calls.append([fed[lanes[i]] for lanes in canvas.lanes])
 
     def _fed(self, call: LaneCall, i: int, names: list[Identity], hidden_WD: Tensor) -> list[Fed]:
-        """The new positions of the i-th lane of a call."""
+        """Record the new positions of the i-th lane of a call."""
         slots = self._lanes[call.lanes[i]].slots
-        slots.update(zip(call.slots_LW[i].tolist(), names, strict=False))  # the rest is padding
+        slots.update(zip(call.slots_LW[i].tolist(), names, strict=False))  # positions without a name are padding
         fed = []
         for w, name in enumerate(names):
             seen = torch.nonzero(call.mask[i, 0, w] == 0).flatten().tolist()
@@ -111,7 +113,7 @@ class Recorder(Observer):
         return fed
 
     def _drawing(self, canvas: CanvasCall) -> dict[int, list[Identity]]:
-        """Identities of the patches that each lane of a canvas is fed now."""
+        """Return the identities of the patches in a canvas call, by lane."""
         names: dict[int, list[Identity]] = {}
         for lanes in canvas.lanes:
             for request, lane in zip(canvas.lanes[0], lanes, strict=True):
@@ -122,7 +124,7 @@ class Recorder(Observer):
         return names
 
     def _written(self, lane: int, strip: Strip) -> list[Identity]:
-        """Identities of a strip's positions, counting on from what the lane has been fed."""
+        """Return the identities of the positions of a strip, numbered after those that the lane already holds."""
         state = self._lanes[lane]
         names = names_of(strip, lambda block: "patch", state.tokens, state.images)
         state.tokens += sum(name.kind == "token" for name in names)
@@ -131,7 +133,10 @@ class Recorder(Observer):
 
 
 def names_of(strip: Strip, role: Callable[[int], str], tokens: int = 0, images: int = 0) -> list[Identity]:
-    """What each position of a strip is, after so many tokens and images; `role` names the patches of its b-th block."""
+    """Return the identity of each position of a strip that follows `tokens` tokens and `images` images.
+
+    `role` returns the kind of the patches of the b-th block.
+    """
     patches = {
         placed.offset + k: Identity(role(b), images + placed.image, number)
         for b, placed in enumerate(strip.blocks)

@@ -1,4 +1,4 @@
-"""Training's forward pass of the documents that the decoder made, and its images drawn again."""
+"""Runs training's forward pass on the documents that the decoder generated, and draws their images again."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from mmgen.sequence.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a document: patches in raster order, and the order in which they were drawn."""
+    """An image of a document: patches in raster order, and the order in which they were generated."""
 
     x_NP: NDArray[Any]
     grid: Grid
     order_N: NDArray[np.int64]
     learn: bool = True
-    """False for an image of the prompt: training writes it as a segment that is given."""
+    """False for an image of the prompt: training writes it as a clean segment without loss."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """Segments of a document, and which of its images is being drawn; all others are context."""
+    """Segments of a document, and the index of the image that is being drawn; the other images are context."""
 
     segments: Sequence[TextSegment | Picture]
     drawing: int | None = None
@@ -46,27 +46,27 @@ class Document:
 
 @dataclass(frozen=True)
 class Reading:
-    """One document through the training code: every position by its identity, and what the drawn image gave."""
+    """Results of the training code for one document: each position by its identity, and states of the drawn image."""
 
     fed: dict[Identity, Fed]
     trained: Trained
 
 
 class Reference:
-    """Training's forward pass, in float64, of documents that hold given images."""
+    """Runs training's forward pass in float64, with chosen images."""
 
     def __init__(self, model: MMGenModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.layout = model.objective.layout
 
     def read(self, document: Document, put: Put | None = None) -> Reading:
-        """Lay out, embed and run a document."""
+        """Lay out and embed a document and run the backbone; `put` changes the drawn image of the batch before that."""
         strip, names = self._written(document)
         patcher = self.model.build_patcher()
         form = RowFormat(len(strip), self.tokenizer, self.layout.context((0, 0)), patcher.ready)
         batch = prepare(collate([[strip]], form), patcher, "cpu", torch.float64)
-        mine = [i for i, name in enumerate(names) if (name.kind, name.number) == ("patch", document.drawing)]
-        at = torch.tensor(mine, dtype=torch.long)
+        drawn = [i for i, name in enumerate(names) if (name.kind, name.number) == ("patch", document.drawing)]
+        at = torch.tensor(drawn, dtype=torch.long)
         if put is not None:
             put(batch, torch.nonzero(torch.isin(batch.at_I, at)).flatten())
         inputs, embedded = self.model.embed(batch)
@@ -76,7 +76,7 @@ class Reference:
         return Reading(_fed(names, batch, inputs[0], hidden), trained)
 
     def _written(self, document: Document) -> tuple[Strip, list[Identity]]:
-        """The document as training writes it, and what each position is."""
+        """Write the document as training does; returns it with the identity of each position."""
         rng = np.random.default_rng(0)
         written: list[TextSegment | ImageSegment] = []
         roles: list[str] = []
@@ -100,13 +100,13 @@ class Reference:
         site = ImageSite(picture.grid, text_before=True, text_after=True, quantile=0.4)
         blocks = self.layout.blocks(site, rng)
         if self.layout.copies == 1 and not learning:
-            # Sampling knows a finished image clean; in training its only copy may be noisy.
+            # In sampling a finished image is always clean; in training its only copy may be noisy.
             blocks = [replace(block, draws=self.layout.context(picture.grid).draws) for block in blocks]
         return [replace(block, order_N=picture.order_N) for block in blocks]
 
 
 def _fed(names: list[Identity], batch: Batch, inputs_SD: Tensor, hidden_SD: Tensor) -> dict[Identity, Fed]:
-    """Every position of a document by its identity."""
+    """Return every position of a document by its identity."""
     seen = dense_visible(batch.sites)[0]
     return {
         name: Fed(
@@ -135,23 +135,23 @@ class ImageReplay(Replay):
         )
         self.where = ""
         self.documents: list[Document] = []
-        """Of each guidance lane."""
+        """The document of each guidance lane."""
 
     def run(self, where: str, segments: Sequence[TextSegment | Picture]) -> None:
-        """Compare; `segments` are the whole document that holds the image."""
+        """Compare the image with training; `segments` are the whole document that contains it."""
         at = [i for i, segment in enumerate(segments) if isinstance(segment, Picture)][self.drawn.number]
         self.where = where
         self.documents = [Document(segments[: at + 1], self.drawn.number), Document([segments[at]], 0)]
         self.reference.model.objective.replay(self)
 
     def train(self, step: str, calls: slice, put: Put) -> list[Trained]:
-        found = []
+        trained = []
         for lane, document in enumerate(self.documents):
             reading = self.reference.read(document, put)
             sampled = [fed for call in self.drawn.calls[calls] for fed in call[lane]]
             self.report.same(self._at(step), sampled, reading.fed)
-            found.append(reading.trained)
-        return found
+            trained.append(reading.trained)
+        return trained
 
     def compare(self, step: str, sampled: Tensor, drawn: Tensor) -> None:
         self.report.patches(self._at(step), sampled, drawn)

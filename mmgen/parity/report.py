@@ -1,4 +1,4 @@
-"""What the parity check found for one variant."""
+"""The report of the parity check for one variant of the objective."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from mmgen.parity.record import Fed, Identity
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that sampling computed differently from training."""
+    """A value that differs between sampling and training."""
 
     where: str
     """Request, image, step and position."""
     what: str
+    """The value and the size of the difference."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
@@ -26,7 +27,7 @@ class Difference:
 
 @dataclass
 class Largest:
-    """Largest differences, relative to the largest magnitude of what is compared."""
+    """The largest differences, relative to the largest magnitude of the compared tensor."""
 
     inputs: float = 0.0
     hidden: float = 0.0
@@ -35,7 +36,7 @@ class Largest:
 
 @dataclass
 class Report:
-    """How many positions of a variant were compared, the largest differences, and the first that is too large."""
+    """The number of compared positions of a variant, the largest differences, and the first one above the tolerance."""
 
     variant: str
     positions: int = 0
@@ -44,28 +45,29 @@ class Report:
 
     @property
     def holds(self) -> bool:
-        """Sampling computes what training computed."""
+        """Whether all differences are within the tolerance."""
         return self.first is None
 
     def same(self, where: str, sampled: Sequence[Fed], trained: Mapping[Identity, Fed]) -> None:
-        """Compare what was fed in sampling with the same positions in training."""
+        """Compare the positions that were fed in sampling with the same positions in training."""
         for fed in sampled:
             self._position(f"{where}, {fed.identity}", fed, trained[fed.identity])
 
     def patches(self, where: str, sampled: Tensor, drawn: Tensor) -> None:
-        """Compare patches that were sampled with those that were drawn again."""
-        difference = _apart(sampled, drawn)
+        """Compare sampled patches with those of the second drawing."""
+        difference = _difference(sampled, drawn)
         self.largest.patches = max(self.largest.patches, difference)
         self._bound(where, "patches", difference)
 
     def _position(self, where: str, fed: Fed, trained: Fed) -> None:
         self.positions += 1
         if fed.position != trained.position:
-            self._note(where, f"position {fed.position}, in training {trained.position}")
+            self._note(where, f"position is {fed.position}, in training {trained.position}")
         if fed.sees != trained.sees:
-            odd = sorted(map(str, fed.sees ^ trained.sees))
-            self._note(where, f"sees other positions than in training ({len(odd)}, such as {odd[0]})")
-        inputs, hidden = _apart(fed.inputs_D, trained.inputs_D), _apart(fed.hidden_D, trained.hidden_D)
+            others = sorted(map(str, fed.sees ^ trained.sees))
+            self._note(where, f"sees other positions than in training ({len(others)}, such as {others[0]})")
+        inputs = _difference(fed.inputs_D, trained.inputs_D)
+        hidden = _difference(fed.hidden_D, trained.hidden_D)
         self.largest.inputs = max(self.largest.inputs, inputs)
         self.largest.hidden = max(self.largest.hidden, hidden)
         self._bound(where, "inputs", inputs)
@@ -80,7 +82,7 @@ class Report:
             self.first = Difference(where, what)
 
     def as_dict(self) -> dict[str, Any]:
-        """The variant in `mmgen check parity --json`."""
+        """Return the variant as `mmgen check parity --json` prints it."""
         return {
             "variant": self.variant,
             "holds": self.holds,
@@ -92,6 +94,6 @@ class Report:
         }
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
-    """Largest difference, relative to the largest magnitude."""
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference of two tensors, relative to the largest magnitude of the second one."""
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))

@@ -1,1 +1,1 @@
-"""The training loop, its optimiser with averaged weights, checkpoints and logs."""
+"""Training: the loop, the engines for one or many processes, the optimiser, checkpoints and logs."""

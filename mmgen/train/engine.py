@@ -1,4 +1,4 @@
-"""What holds weights, gradients and optimiser state: one process here, DeepSpeed's ZeRO in `zero.py`; one interface."""
+"""The engine: holds weights, gradients and optimiser state on one process, and takes the optimiser's steps."""
 
 from __future__ import annotations
 
@@ -23,25 +23,28 @@ PARTS = ("embedding", "backbone", "image")
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + numel) of a flattened parameter, and where this rank keeps them."""
+    """Elements [start, start + numel) of a flattened parameter, and the tensor in which this rank holds them."""
 
     name: str
     start: int
     numel: int
     flat: Tensor
-    """The tensor that the optimiser steps (or a frozen one)."""
+    """The tensor that the optimiser steps, or a frozen one."""
     at: int
-    """Offset of the fragment in `flat`."""
+    """Offset of the fragment in `flat`, in elements."""
     owned: bool = True
-    """Whether this rank writes it; exactly one rank does."""
+    """Whether this rank writes the fragment to checkpoints; exactly one rank does."""
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The fragment's elements of a tensor that is laid out as `flat`: a view."""
+        """A view of the fragment's elements [numel] in a tensor with the layout of `flat`."""
         return tensor.detach().view(-1)[self.at : self.at + self.numel]
 
 
 class Engine:
-    """One process on one device: plain backward, clipping and step."""
+    """Training on one process and one device: backward, clipping and step.
+
+    `ZeroEngine` in `zero.py` has the same interface on any number of processes.
+    """
 
     def __init__(
         self, config: Config, vocabulary: int, ranks: Ranks, autoencoder: AutoencoderFacts | None = None
@@ -49,7 +52,7 @@ class Engine:
         self.config, self.ranks, self.autoencoder = config, ranks, autoencoder
         self.bf16 = uses_bf16(config)
         self.watched = False
-        """Whether this step notes gradient norms per part."""
+        """Whether this step records gradient norms per part of the model."""
         self._squares = dict.fromkeys(PARTS, 0.0)
         self._build(vocabulary)
         self.fragments = self._fragments()
@@ -80,25 +83,25 @@ class Engine:
         return [Fragment(name, 0, p.numel(), p, 0) for name, p in self.model.named_parameters()]
 
     def begin(self, lr: float, watched: bool) -> None:
-        """Start a step with a learning rate; `watched`: it notes gradient norms per part."""
+        """Start a step with a learning rate; with `watched`, it records gradient norms per part of the model."""
         self.watched = watched
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def forward(self, batch: Batch) -> Losses:
-        """Loss sums of one micro-step."""
+        """The loss sums of one micro-step."""
         losses: Losses = self._prepared(batch)
         return losses
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add gradients; `last` marks the last micro-step of a step."""
+        """Add the gradients of a micro-step; `last` marks the last one of a step."""
         loss.backward()
 
     def step(self, allow: bool) -> tuple[float, bool]:
-        """The global gradient norm before clipping, and whether the step was taken.
+        """Clip and step; returns the global gradient norm before clipping, and whether the step was taken.
 
-        It is left out, without a trace in weights, moments, averages or counters, where `allow` is false or
-        the norm is not finite; gradients are gone in either case.
+        The step is skipped if `allow` is false or the norm is not finite. A skipped step changes neither weights nor
+        moments, averaged weights or counters. Gradients are cleared in both cases.
         """
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm))
         taken = allow and math.isfinite(norm)
@@ -121,7 +124,7 @@ class Engine:
         return "backbone" if name.startswith("backbone.") else "image"
 
     def norms(self, norm: float) -> dict[str, float]:
-        """Gradient norm before clipping of each part, from the noted ones, which are those after it."""
+        """Gradient norm of each part before clipping, from the recorded ones and the global `norm`."""
         squares = self.ranks.sums([self._squares[part] for part in PARTS])
         scale = norm / max(sum(squares) ** 0.5, 1e-30)
         self._squares = dict.fromkeys(PARTS, 0.0)
@@ -129,7 +132,7 @@ class Engine:
 
     @contextmanager
     def averaged(self, average: str) -> Iterator[None]:
-        """Inside the block the model runs with averaged weights; nothing is copied or gathered whole."""
+        """Inside the block the model has the averaged weights of this name; nothing is copied or gathered whole."""
         with averaged_weights(self.optimizer, average), self._sampling_types():
             yield
 
@@ -138,7 +141,7 @@ class Engine:
         yield
 
     def create_state(self, taken: int) -> None:
-        """Optimiser state after `taken` steps, to be filled from a checkpoint."""
+        """Create optimiser state after `taken` steps, to be filled from a checkpoint."""
         unique = {id(f.flat): f.flat for f in self.fragments if self._stepped(f.flat)}
         self.optimizer.create_state(taken, list(unique.values()))
 
@@ -146,14 +149,14 @@ class Engine:
         return flat.requires_grad
 
     def refresh(self) -> None:
-        """Let the working weights follow the optimiser's, after those were written to."""
+        """Copy the optimiser's weights to the weights that the model computes with, after the former were changed."""
 
     def close(self) -> None:
-        """Release what would hinder a clean exit."""
+        """Release resources that would prevent a clean exit."""
 
 
 def uses_bf16(config: Config) -> bool:
-    """Whether the run computes in bf16: as set, or where the hardware multiplies it natively."""
+    """Whether the run computes in bf16: as `train.precision` sets it; `auto` means if the hardware multiplies bf16."""
     if config.train.precision == "auto":
         if torch.cuda.is_available():
             return bool(torch.cuda.is_bf16_supported())
@@ -162,7 +165,7 @@ def uses_bf16(config: Config) -> bool:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` can work here; on a CPU it needs a C++ compiler."""
+    """Whether `torch.compile` works on this device; on a CPU it needs a C++ compiler."""
     import os
     import shutil
 

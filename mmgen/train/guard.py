@@ -1,4 +1,4 @@
-"""What keeps a long run alive or ends it with a reason: signals, a watchdog, space checks, spikes."""
+"""Guards of a long run: signals that save and stop it, a watchdog for hangs, disk space, loss spikes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,27 @@ from pathlib import Path
 from types import FrameType
 
 from mmgen.config import Config
+from mmgen.train.heartbeat import Heartbeat
 
 INTERRUPTED = 75
-"""Exit code after SIGINT, SIGTERM or SIGUSR1: a checkpoint was written and the same command continues (EX_TEMPFAIL)."""
+"""Exit code after SIGINT, SIGTERM or SIGUSR1: a checkpoint is written; the same command continues (EX_TEMPFAIL)."""
 HUNG = 70
-"""Exit code of a process whose watchdog saw a phase last longer than `train.timeout` (EX_SOFTWARE)."""
+"""Exit code of a process in which a phase lasted longer than `train.timeout` (EX_SOFTWARE)."""
+PHASES = {
+    "data": "loading the data",
+    "forward": "forward pass",
+    "backward": "backward pass",
+    "step": "optimiser step",
+    "save": "writing the checkpoint",
+    "sample": "samples and validation",
+}
+"""Phases of a step, as progress lines name them."""
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """A list that receives the signals that ask for a save; a second SIGINT acts at once."""
+    """Inside the block, signals that ask for a save are appended to the list; a second SIGINT stops at once."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -43,14 +53,20 @@ def interruptible() -> Iterator[list[int]]:
 
 
 class Watchdog:
-    """Ends this process when one phase of a step lasts too long, naming rank, phase and step, with all stacks.
+    """Ends this process when one phase of a step lasts too long, after printing rank, phase, step and all stacks.
 
-    The other ranks then end by themselves: their next message fails or times out. `end` ends the process with an exit
-    code; the default does so at once, as a normal exit would wait for what hangs.
+    The other ranks then exit too, because their next message fails or times out. `end` ends the process with an exit
+    code. Its default skips all cleanup, because a normal exit would wait for the thread that hangs.
     """
 
-    def __init__(self, timeout: float, rank: int, end: Callable[[int], object] = os._exit) -> None:
-        self.timeout, self.rank, self.end = timeout, rank, end
+    def __init__(
+        self,
+        timeout: float,
+        rank: int,
+        end: Callable[[int], object] = os._exit,
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
+        self.timeout, self.rank, self.end, self.heartbeat = timeout, rank, end, heartbeat
         self._now: tuple[str, int, float] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -59,6 +75,8 @@ class Watchdog:
     def phase(self, name: str, step: int) -> None:
         """A phase of a step begins: data, forward, backward, step, save or sample."""
         self._now = (name, step, time.monotonic())
+        if self.heartbeat is not None:
+            self.heartbeat.begin(f"{PHASES.get(name, name)} of step {step}")
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.timeout / 4)):
@@ -67,7 +85,7 @@ class Watchdog:
                 self.report(now)
 
     def report(self, now: tuple[str, int, float]) -> None:
-        """Name what hangs, and end the process."""
+        """Print which phase hangs, and end the process."""
         name, step, _ = now
         message = (
             f"mmgen: rank {self.rank} hangs in {name} of step {step} for more than {self.timeout:g} s (train.timeout)"
@@ -82,15 +100,17 @@ class Watchdog:
 
 
 class Spikes:
-    """Finds losses that jump above their recent median."""
+    """Detects losses that jump above their recent median."""
 
     def __init__(self, factor: float, memory: int = 64) -> None:
         self.factor = factor
         self._recent: deque[float] = deque(maxlen=memory)
+        self._least = memory // 4
+        """Losses that are needed for a median."""
 
     def seen(self, loss: float) -> float | None:
-        """The median of recent losses where `loss` is a spike above it, else None; the first steps never are."""
-        median = statistics.median(self._recent) if len(self._recent) >= self._recent.maxlen // 4 else None  # type: ignore[operator]
+        """The median of recent losses if `loss` is a spike above it, else None; the first steps are never spikes."""
+        median = statistics.median(self._recent) if len(self._recent) >= self._least else None
         if median is not None and loss > self.factor * median:
             return median
         self._recent.append(loss)
@@ -98,27 +118,27 @@ class Spikes:
 
 
 def check_space(config: Config, state_bytes: int, step_bytes: int) -> None:
-    """Refuse to start where checkpoints cannot fit on the disk, or loader workers cannot pass on their batches.
+    """Check that the disk has room for checkpoints, and shared memory for the batches of loader workers.
 
-    `state_bytes`: one checkpoint; `step_bytes`: one step's batches of this process.
+    `state_bytes` is the size of one checkpoint, `step_bytes` the size of this process's batches of one step.
 
     Raises:
-        ValueError: too little room; the message says how much is needed and where.
+        ValueError: there is too little room; the message names the folder and the bytes that are needed.
     """
-    place = config.run.dir
-    while not place.exists():
-        place = place.parent
-    needed = 2 * state_bytes  # the newest one stays until the next is whole
-    free = shutil.disk_usage(place).free
+    folder = config.run.dir
+    while not folder.exists():
+        folder = folder.parent
+    needed = 2 * state_bytes  # the newest checkpoint is kept until the next one is complete
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"{place} has {free / 1e9:.2f} GB free, two checkpoints need {needed / 1e9:.2f} GB: "
-            "free some, or choose another run.dir"
+            f"{folder} has {free / 1e9:.2f} GB free, but two checkpoints need {needed / 1e9:.2f} GB: "
+            "free some space, or choose another run.dir"
         )
     shared = Path("/dev/shm")
     ahead = 4 * config.data.workers * step_bytes
     if shared.exists() and config.data.workers and shutil.disk_usage(shared).free < ahead:
         raise ValueError(
-            f"{shared} has {shutil.disk_usage(shared).free / 1e6:.0f} MB free, {config.data.workers} loader workers "
-            f"need about {ahead / 1e6:.0f} MB: enlarge it (docker run --shm-size), or lower data.workers"
+            f"{shared} has {shutil.disk_usage(shared).free / 1e6:.0f} MB free, but {config.data.workers} loader "
+            f"workers need about {ahead / 1e6:.0f} MB: enlarge it (docker run --shm-size), or lower data.workers"
         )

@@ -1,8 +1,9 @@
-"""The training loop: the same code for one process and for many."""
+"""The training loop, from the first step or a checkpoint to the last step, for one process or many."""
 
 from __future__ import annotations
 
 import math
+import os
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from mmgen.train.checkpoint.read import Checkpoint
 from mmgen.train.checkpoint.write import Saver
 from mmgen.train.engine import Engine
 from mmgen.train.guard import INTERRUPTED, Watchdog, check_space, interruptible
+from mmgen.train.heartbeat import Heartbeat, MachineLoad
 from mmgen.train.log import Log
-from mmgen.train.optimizer import averages, learning_rate
+from mmgen.train.optimizer import ema_decays, learning_rate
 from mmgen.train.ranks import Ranks, finish, shard, start
 from mmgen.train.report import Clock, Outcome, Reporter, Totals, count
 from mmgen.train.run import Run
@@ -35,41 +37,56 @@ def train(config: Config) -> int:
     """Train, or continue, the run in `run.dir`; returns the exit code (0, or `INTERRUPTED`).
 
     Raises:
-        ValueError, FileNotFoundError: settings, shards, tokenizer or checkpoint do not fit; nothing is changed.
-        FloatingPointError: the loss or the gradient stopped being finite; no checkpoint is written.
-        OSError: the last checkpoint of the run, or that of an interruption, could not be written.
+        ValueError, FileNotFoundError: settings, shards, tokenizer and checkpoint do not fit together; no file is
+            changed.
+        FloatingPointError: the loss or the gradient was not finite; no checkpoint is written.
+        OSError: the last checkpoint of the run, or the one of an interruption, could not be written.
     """
-    ranks = start(config)
-    config.check_processes(ranks.world)
-    torch.manual_seed(config.run.seed)
-    tokenizer = Tokenizer.of(config)
-    found = checkpoint.newest_good(config.run.dir, ranks=ranks)
-    facts = ranks.gather_objects(found.state.autoencoder if found else first_facts(config, tokenizer))[0]
-    if found:
-        checkpoint.check_same_run(found, config, tokenizer)
-        if found.state.step >= config.train.steps:
-            done = f"{found.state.step} of {config.train.steps} steps"
-            ranks.say(f"{config.run.dir} is trained: {done} (raise train.steps to go on)")
-            finish()
-            return 0
-    with closing(Watchdog(config.train.timeout, ranks.rank)) as watchdog:
-        run = open_run(Start(config, ranks, tokenizer, facts, found), watchdog)
-        code = loop(run, found.folder if found else None)
-        run.log.close()
-        run.engine.close()
+    with closing(main_heartbeat()) as heartbeat:
+        heartbeat.begin("starting the processes")
+        ranks = start(config)
+        config.check_processes(ranks.world)
+        torch.manual_seed(config.run.seed)
+        tokenizer = Tokenizer.of(config)
+        heartbeat.begin("verifying the newest checkpoint")
+        resumed = checkpoint.newest_good(config.run.dir, ranks=ranks)
+        heartbeat.begin("reading the autoencoder and its statistics")
+        facts = ranks.gather_objects(resumed.state.autoencoder if resumed else first_facts(config, tokenizer))[0]
+        if resumed:
+            checkpoint.check_same_run(resumed, config, tokenizer)
+            if resumed.state.step >= config.train.steps:
+                done = f"{resumed.state.step} of {config.train.steps} steps"
+                ranks.print(f"{config.run.dir} is trained: {done} (raise train.steps to train longer)")
+                finish()
+                return 0
+        with closing(Watchdog(config.train.timeout, ranks.rank, heartbeat=heartbeat)) as watchdog:
+            run = open_run(Start(config, ranks, tokenizer, facts, resumed), watchdog, heartbeat)
+            code = loop(run, resumed.folder if resumed else None)
+            run.log.close()
+            run.engine.close()
     finish()
     return code
 
 
+def main_heartbeat() -> Heartbeat:
+    """The heartbeat of this process: it prints in the first process of the run only."""
+    if os.environ.get("RANK", "0") != "0":
+        return Heartbeat()
+    return Heartbeat(load=MachineLoad()).start()
+
+
 def first_facts(config: Config, tokenizer: Tokenizer) -> AutoencoderFacts | None:
-    """What a new run takes for granted of its autoencoder: those of the weights that it starts from, else found now."""
+    """Facts of a new run's autoencoder: those stored with the weights of `train.init_from`, else measured now."""
     start = config.train.init_from
     stored = checkpoint.stored_facts(start) if start is not None and config.model.patcher.kind == "vae" else None
     return stored or find_facts(config, tokenizer)
 
 
 def loop(run: Run, resumed: Path | None) -> int:
-    """Train to the last step, or to a signal; `resumed` is the checkpoint that the run continues from."""
+    """Train to the last step or to a signal; `resumed` is the checkpoint that the run continues from.
+
+    Returns the exit code: 0, or `INTERRUPTED`.
+    """
     config, settings, ranks, engine = run.config, run.config.train, run.ranks, run.engine
     progress, watchdog, stream = run.progress, run.watchdog, run.batches(resumed)
     engine.model.train()
@@ -105,8 +122,8 @@ def loop(run: Run, resumed: Path | None) -> int:
             watchdog.phase("step", step)
             norm, taken = engine.step(allow=math.isfinite(total) and step not in progress.left_out)
             values = {"loss": total, "loss/text": text, "loss/image": image, "grad_norm": norm}
-            if not taken and (found := recovery.react(run, step, values)):
-                stream = run.batches(found.folder)
+            if not taken and (restored := recovery.react(run, step, values)):
+                stream = run.batches(restored.folder)
                 continue
             clock.stop()
             before = progress.position
@@ -117,9 +134,11 @@ def loop(run: Run, resumed: Path | None) -> int:
             run.reporter.step(outcome)
             if logged:
                 run.reporter.record(outcome, progress)
+            else:
+                run.log.progress(step, values)
             if totals.signals:
                 run.save(must=True)
-                run.log.say(f"interrupted: step {step} is saved, the same command continues from it")
+                run.log.print(f"interrupted: step {step} is saved; the same command continues from it")
                 return INTERRUPTED
             if step % settings.save_every == 0 or step == settings.steps:
                 run.save(must=step == settings.steps)
@@ -130,57 +149,64 @@ def loop(run: Run, resumed: Path | None) -> int:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from."""
+    """What a run starts from: settings, processes, tokenizer, facts of its autoencoder, and a checkpoint if any."""
 
     config: Config
     ranks: Ranks
     tokenizer: Tokenizer
     autoencoder: AutoencoderFacts | None
-    found: Checkpoint | None
-    """The checkpoint that it continues from."""
+    resumed: Checkpoint | None
+    """The checkpoint that the run continues from; None for a new run."""
 
 
-def open_run(start: Start, watchdog: Watchdog) -> Run:
-    """Build the parts of a run, which continues from a checkpoint where there is one; writes config.yaml.
+def open_run(start: Start, watchdog: Watchdog, heartbeat: Heartbeat) -> Run:
+    """Build the parts of a run, restore its checkpoint if it has one, and write config.yaml.
 
     Raises:
-        ValueError, FileNotFoundError: settings, shards or checkpoint do not fit; nothing is changed.
+        ValueError, FileNotFoundError: settings, shards and checkpoint do not fit together; no file is changed.
     """
-    config, ranks, tokenizer, found = start.config, start.ranks, start.tokenizer, start.found
-    known = [*averages(config.train), "weight"]
+    config, ranks, tokenizer, resumed = start.config, start.ranks, start.tokenizer, start.resumed
+    known = [*ema_decays(config.train), "weight"]
     if config.sample.weights not in known:
-        raise ValueError(f"sample.weights '{config.sample.weights}' is not kept by this run: {', '.join(known)}")
+        raise ValueError(
+            f"this run keeps no weights '{config.sample.weights}': set sample.weights to one of {', '.join(known)}"
+        )
+    heartbeat.begin("indexing shards and planning their order")
     corpus = training_corpus(config, tokenizer, start.autoencoder)
+    heartbeat.begin("building the model")
     engine = build_engine(config, len(tokenizer), ranks, start.autoencoder)
     patcher = engine.model.build_patcher()
-    patcher.load()  # not when the first image is drawn
+    patcher.load()  # now, so that a missing autoencoder is an error before the first step
+    heartbeat.begin("loading weights")
     progress = Progress(corpus.start)
-    if found is not None:
-        recovery.resume(found, engine, progress, corpus.dataset.fingerprint)
+    if resumed is not None:
+        recovery.resume(resumed, engine, progress, corpus.dataset.fingerprint)
     elif config.train.init_from is not None:
         fresh = checkpoint.start_from(config.train.init_from, engine)
-        ranks.say(
+        ranks.print(
             f"weights from {config.train.init_from}" + (f"; these start fresh: {', '.join(fresh)}" if fresh else "")
         )
+    heartbeat.begin("opening the run folder")
     check_room(engine)
     if ranks.rank == 0:
         config.run.dir.mkdir(parents=True, exist_ok=True)
         checkpoint.clean(config.run.dir)
         (config.run.dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    log = Log(config, progress.step, ranks.rank == 0)
+    log = Log(config, progress.step, ranks.rank == 0, heartbeat)
     reporter = Reporter(engine, corpus, log)
-    log.say(
+    log.print(
         f"{config.run.dir}: steps {progress.step + 1} to {config.train.steps} on {engine.device}, "
-        f"{corpus.description}, {'bf16' if engine.bf16 else 'fp32'}{', compiled' if engine.model.compiled else ''}"
+        f"{corpus.description}, {'bf16' if engine.bf16 else 'fp32'}"
+        + (", compiled in the first step" if engine.model.compiled else "")
         + (f", {ranks.world} processes, ZeRO stage {config.train.zero_stage}" if shard(config) else "")
     )
-    saver = Saver(config.run.dir / "checkpoints", engine, tokenizer, log.say)
+    saver = Saver(config.run.dir / "checkpoints", engine, tokenizer, log.print)
     probe = Probe(engine, tokenizer, log)
     return Run(engine, corpus, patcher, progress, log, reporter, saver, probe, watchdog)
 
 
 def build_engine(config: Config, vocabulary: int, ranks: Ranks, autoencoder: AutoencoderFacts | None = None) -> Engine:
-    """The engine that the settings and the number of processes ask for."""
+    """The engine for the settings and the number of processes: `Engine`, or `ZeroEngine` if DeepSpeed is needed."""
     if not shard(config):
         return Engine(config, vocabulary, ranks, autoencoder)
     from mmgen.train.zero import ZeroEngine
@@ -189,9 +215,9 @@ def build_engine(config: Config, vocabulary: int, ranks: Ranks, autoencoder: Aut
 
 
 def check_room(engine: Engine) -> None:
-    """Raise ValueError where there is too little space for checkpoints, or for the batches of loader workers."""
+    """Raise ValueError if there is too little space for checkpoints or for the batches of loader workers."""
     config, ranks = engine.config, engine.ranks
-    state = 4 * sum(f.numel for f in engine.fragments if f.owned) * (3 + len(engine.optimizer.averages))
+    state = 4 * sum(f.numel for f in engine.fragments if f.owned) * (3 + len(engine.optimizer.decays))
     positions = -(-config.train.batch_rows // ranks.world) * config.data.row_length
     per_position = 60 + 8 * config.model.patcher.patch_length + config.model.patcher.pixel_length
     check_space(config, int(ranks.sums([state])[0]), positions * per_position)

@@ -1,4 +1,4 @@
-"""Bytes of state per process: what ZeRO's theory says (Rajbhandari et al. 2020, section 5), for plans and for tests."""
+"""Bytes of state and of messages per process, from the theory of ZeRO (Rajbhandari et al. 2020, section 5)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the bytes of a run: the size of its model, and how it is shared among processes."""
+    """What determines the bytes of a run: the size of its model, and how processes share it."""
 
     parameters: int
     stage: int
@@ -16,15 +16,16 @@ class Shape:
 
     @property
     def low(self) -> int:
-        """Bytes of a weight in the type that is computed in."""
+        """Bytes per weight in the type that the model computes in."""
         return 2 if self.bf16 and self.stage else 4
 
 
 def theory(shape: Shape, averages: int) -> dict[str, float]:
-    """Bytes per rank of weights, gradients, master weights, moments and averages; padding is not counted.
+    """Bytes per rank of weights, gradients, master weights, moments and averaged weights, without padding.
 
-    Stage 0 keeps fp32 weights and computes in bf16 under autocast, so it has no masters. Stages 1 to 3 hold fp32
-    masters beside weights of the computing type; gradients are summed in fp32, whole in stage 1 and shared from 2 on.
+    `averages` is the number of averaged copies. Stage 0 holds fp32 weights and computes in bf16 under autocast, so it
+    has no master weights. Stages 1 to 3 hold fp32 master weights and a copy in the computing type. Gradients are summed
+    in fp32; they are whole in stage 1 and sharded in stages 2 and 3.
     """
     whole, stage = shape.parameters, shape.stage
     share = whole / shape.world if stage else whole
@@ -38,11 +39,11 @@ def theory(shape: Shape, averages: int) -> dict[str, float]:
 
 
 def traffic(shape: Shape, micro_steps: int, tied: int = 0) -> float:
-    """Bytes that each rank sends in a step, with collectives in rings.
+    """Bytes that each rank sends in a step, with ring collectives.
 
-    Stages 0 and 1 sum gradients once per step, from stage 2 on they do so after every micro-step; stages 1 and 2 then
-    send the new weights, stage 3 gathers them for each forward and each backward pass, and once more backwards the
-    `tied` elements of a table that is embedding and head at once. Gradients travel in the type of the weights.
+    Stages 0 and 1 sum gradients once per step, stages 2 and 3 after every micro-step. Stages 1 and 2 then send the new
+    weights. Stage 3 gathers the weights in each forward and each backward pass. If one table is both embedding and
+    head, its `tied` elements are gathered twice in the backward pass. Gradients are sent in the type of the weights.
     """
     ring = (shape.world - 1) / shape.world
     if shape.stage == 0:

@@ -1,4 +1,4 @@
-"""What a step cost and gave: loss per range of t, arithmetic against the peak, memory, time that counted."""
+"""Metrics of a training step: loss per range of t, model FLOPs and MFU, memory, and the slowest rank."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from mmgen.train.engine import Engine
 from mmgen.train.ranks import Ranks
 
 BUCKETS = 5
-"""Equal ranges of t with an image loss of their own."""
+"""Number of equal ranges of t for which the image loss is reported."""
 
 
 def by_time(batch: Batch, losses: Losses) -> Tensor:
-    """[2, BUCKETS]: sums and counts of learned patches' losses per range of t; zero where a patch has several t."""
-    found = torch.zeros(2, BUCKETS, device=losses.image_J.device)
+    """Sums and counts [2, BUCKETS] of the losses of learned patches per range of t; zero if a patch has several t."""
+    sums = torch.zeros(2, BUCKETS, device=losses.image_J.device)
     t_I = batch.draws.get("t")
     if t_I is not None and t_I.numel() == len(t_I) > 0:  # one draw per patch
         bucket = (t_I.flatten()[batch.loss_at_J] * BUCKETS).long().clamp(0, BUCKETS - 1)
-        found[0].index_add_(0, bucket, losses.image_J.float())
-        found[1].index_add_(0, bucket, torch.ones_like(losses.image_J, dtype=torch.float32))
-    return found
+        sums[0].index_add_(0, bucket, losses.image_J.float())
+        sums[1].index_add_(0, bucket, torch.ones_like(losses.image_J, dtype=torch.float32))
+    return sums
 
 
-def time_losses(found: Tensor, prefix: str = "loss") -> dict[str, float]:
-    """Mean image loss per range of t, of those that occurred."""
-    sums, counts = found.tolist()
+def time_losses(sums_and_counts: Tensor, prefix: str = "loss") -> dict[str, float]:
+    """Mean image loss of each range of t that occurred; the argument is a sum of results of `by_time`."""
+    sums, counts = sums_and_counts.tolist()
     edges = [i / BUCKETS for i in range(BUCKETS + 1)]
     return {
         f"{prefix}/image_t{edges[i]:.1f}-{edges[i + 1]:.1f}": sums[i] / counts[i]
@@ -45,10 +45,10 @@ def time_losses(found: Tensor, prefix: str = "loss") -> dict[str, float]:
 
 
 def attended_pairs(batch: Rows) -> int:
-    """Pairs of a query and a key that it sees, over all real positions of a batch, from the documents' lengths.
+    """Number of (query, visible key) pairs over all positions of a batch that are not padding.
 
-    Causal pairs of each document, and the later half of each bidirectional block. What `foreign_noise` hides
-    is not taken off, so a layout with noised copies is counted a little high.
+    It is the sum of the causal pairs of each document and the non-causal pairs of each bidirectional block. Pairs that
+    `foreign_noise` hides are counted, so the number is slightly too high for layouts with noisy copies.
     """
     total = 0
     for document, block, both in zip(batch.document_BS, batch.block_BS, batch.bidirectional_BS, strict=True):
@@ -60,7 +60,7 @@ def attended_pairs(batch: Rows) -> int:
 
 
 class Arithmetic:
-    """Model FLOPs of a step: 6 per weight used and position, and the attended pairs (Chowdhery et al. 2022, app. B)."""
+    """Model FLOPs of a step: 6 per weight and position, plus attention (Chowdhery et al. 2022, appendix B)."""
 
     def __init__(self, model: MMGenModel) -> None:
         embedding = model.get_input_embeddings().weight
@@ -73,31 +73,31 @@ class Arithmetic:
         self.layers: int = model.backbone.config.num_hidden_layers
 
     def flops(self, positions: int, pairs: int, labels: int, patches: int) -> float:
-        """Forward and backward: backbone at every position, head at labels, image projections at patches."""
+        """FLOPs of forward and backward: backbone at all positions, language head at labels, image parts at patches."""
         attention: float = 12.0 * self.layers * self.width * pairs
         return 6.0 * (self.body * positions + self.head * labels + self.image * patches) + attention
 
 
 def step_flops(arithmetic: Arithmetic, step: Step) -> float:
-    """Model FLOPs of this process's share of a step."""
+    """Model FLOPs of this process's part of a step."""
     pairs = sum(attended_pairs(batch) for batch in step.micro)
     labels = sum(len(batch.label_at_L) for batch in step.micro)
     return arithmetic.flops(step.positions, pairs, labels, sum(len(batch.at_I) for batch in step.micro))
 
 
 class Meter:
-    """Model FLOPs of a run's steps against the peak of all its devices."""
+    """Measures MFU: model FLOPs of a run's steps over the peak of all its devices."""
 
     def __init__(self, engine: Engine, first: int) -> None:
-        given = engine.config.train.peak_tflops
+        peak = engine.config.train.peak_tflops
         self.ranks = engine.ranks
-        self.peak = given * 1e12 if given else measured_peak(engine.device, engine.bf16)
+        self.peak = peak * 1e12 if peak else measured_peak(engine.device, engine.bf16)
         self.arithmetic = Arithmetic(engine.model)
         self._last = (first, time.monotonic())
-        """Step and time of the last reading."""
+        """Step and time of the previous reading."""
 
     def read(self, step: int, data: Step, working: float) -> dict[str, float]:
-        """Shares of the peak: of a step's `working` seconds, and of all time since the last reading, in its steps."""
+        """`mfu` over the step's `working` seconds, `mfu_wall` over all time since the previous reading."""
         (flops,) = self.ranks.sums([step_flops(self.arithmetic, data)])
         peak = self.peak * self.ranks.world
         last, then = self._last
@@ -106,7 +106,7 @@ class Meter:
 
 
 def measured_peak(device: torch.device, bf16: bool, seconds: float = 0.3) -> float:
-    """FLOP/s of a product of two square matrices: the best of repetitions during `seconds`."""
+    """Highest FLOP/s of a product of two square matrices, measured during `seconds`."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     best, until = 0.0, time.perf_counter() + seconds
@@ -123,7 +123,7 @@ def measured_peak(device: torch.device, bf16: bool, seconds: float = 0.3) -> flo
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of the device at their peak, or of this process now on a CPU."""
+    """Bytes: the peak of allocated memory on a GPU, the present memory of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/statm")
@@ -135,16 +135,17 @@ def memory(device: torch.device) -> int:
 
 
 def slowest(ranks: Ranks, seconds: float) -> tuple[int, float]:
-    """The rank whose own work took longest, and its seconds over the median of all, to 2%.
+    """The rank with the longest work, and its time divided by the median of all ranks, to 2%.
 
-    The median is read from a histogram over 1e-4 to 1e4 s, so that no message grows with the number of ranks.
+    `seconds` is the time of this rank. The median is read from a histogram over 1e-4 to 1e4 s, so that the size of the
+    message does not grow with the number of ranks.
     """
     decade, lowest = 64, -4
     shares = [0.0] * (8 * decade)
     shares[min(max(int((math.log10(max(seconds, 1e-9)) - lowest) * decade), 0), len(shares) - 1)] = 1.0
     below = list(accumulate(ranks.sums(shares)))
     median = 10 ** ((bisect_left(below, ranks.world / 2) + 0.5) / decade + lowest)
-    # The longest time in microseconds and its rank in one number, which float64 holds exactly.
+    # One number holds the longest time in microseconds and its rank; float64 represents it exactly.
     (longest,) = ranks.maxima([round(seconds * 1e6) * ranks.world + ranks.rank])
     micro, rank = divmod(int(longest), ranks.world)
     return rank, micro / 1e6 / median

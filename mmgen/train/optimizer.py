@@ -1,4 +1,4 @@
-"""AdamW whose per-parameter state also holds averages of the weights, and the learning-rate schedule."""
+"""AdamW with averaged weights (EMA) in its state, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from mmgen.config import TrainConfig
 
 EMA = "ema"
 Decay = Callable[[int], float]
-"""From the number n >= 1 of steps taken to the share of the old average that is kept."""
+"""Maps the number n >= 1 of steps taken to the weight of the old average in the new one."""
 
 
 def exponential(decay: float) -> Decay:
-    """A constant decay; early on it is (1 + n) / (10 + n), so that the random start is forgotten."""
+    """A constant decay; at first it is (1 + n) / (10 + n), so that the random initial weights lose their influence."""
     return lambda n: min(decay, (1 + n) / (10 + n))
 
 
 def power(width: float) -> Decay:
-    """Power-function average of relative width sigma_rel: decay (1 - 1/n)^(gamma + 1) (Karras et al. 2024, eq. 127)."""
+    """The decay (1 - 1/n)^(gamma + 1) of a power-function EMA of width sigma_rel (Karras et al. 2024, eq. 127)."""
     gamma = power_exponent(width)
     return lambda n: (1 - 1 / n) ** (gamma + 1)
 
 
 def power_exponent(width: float) -> float:
-    """gamma with sigma_rel = (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^(-1/2) (Karras et al. 2024, eq. 126)."""
+    """gamma, where sigma_rel = (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^(-1/2) (Karras et al. 2024, eq. 126)."""
     low, high = 0.0, 1e7
     for _ in range(200):
         middle = (low + high) / 2
@@ -38,74 +38,74 @@ def power_exponent(width: float) -> float:
     return low
 
 
-def averages(settings: TrainConfig) -> dict[str, Decay]:
-    """Every average that the settings ask for, by the name it has in optimiser state and checkpoints."""
-    found = {EMA: exponential(settings.ema_decay)}
-    found |= {f"{EMA}_{decay:g}": exponential(decay) for decay in settings.ema_more}
-    return found | {f"power_{width:g}": power(width) for width in settings.ema_power}
+def ema_decays(settings: TrainConfig) -> dict[str, Decay]:
+    """The decays of all averaged weights of a run, by their names in optimiser state and checkpoints."""
+    decays = {EMA: exponential(settings.ema_decay)}
+    decays |= {f"{EMA}_{decay:g}": exponential(decay) for decay in settings.ema_more}
+    return decays | {f"power_{width:g}": power(width) for width in settings.ema_power}
 
 
 class AveragingAdamW(torch.optim.AdamW):
-    """AdamW that keeps averages of each parameter in fp32 beside its moments.
+    """AdamW that also holds averaged weights of each parameter, in fp32.
 
-    Being optimiser state, they are sharded, stored and restored like the moments. Under ZeRO the parameters
-    that it sees are flat shards, and `step` is called once for each group of them.
+    They are optimiser state, so they are sharded, stored and restored like the moments. Under ZeRO the parameters of
+    this class are flat shards, and `step` is called once for each group of them.
     """
 
-    def __init__(self, params: Any, averages: dict[str, Decay], **kwargs: Any) -> None:
+    def __init__(self, params: Any, decays: dict[str, Decay], **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
-        self.averages = averages
+        self.decays = decays
         self.allow: Callable[[list[Tensor]], bool] = lambda stepped: True
-        """Asked before each step, with the tensors to be stepped; where it returns false, nothing changes."""
+        """Called before each step with the tensors to be stepped; if it returns False, the step is skipped."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One AdamW step, then one step of every average."""
+        """Take one AdamW step, then update all averaged weights."""
         stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not self.allow(stepped) or not stepped:
             return None
         loss = super().step(closure)
         taken = int(self.state[stepped[0]]["step"])
         weights = [p.detach().float() for p in stepped]
-        for name, decay in self.averages.items():
+        for name, decay in self.decays.items():
             for p in stepped:
                 if name not in self.state[p]:
                     self.state[p][name] = p.detach().float().clone()
-            held: list[Tensor] = [self.state[p][name] for p in stepped]
-            torch._foreach_lerp_(held, weights, 1 - decay(taken))
+            averaged: list[Tensor] = [self.state[p][name] for p in stepped]
+            torch._foreach_lerp_(averaged, weights, 1 - decay(taken))
         return loss
 
     def create_state(self, taken: int, tensors: list[Tensor]) -> None:
-        """State of `tensors` after `taken` steps, to be filled from a checkpoint."""
+        """Create the state of `tensors` after `taken` steps, to be filled from a checkpoint."""
         for p in tensors:
             zeros = {kind: torch.zeros_like(p, dtype=torch.float32) for kind in ("exp_avg", "exp_avg_sq")}
-            held = {name: p.detach().float().clone() for name in self.averages}
-            self.state[p] = {"step": torch.tensor(float(taken), device=p.device), **zeros, **held}
+            averaged = {name: p.detach().float().clone() for name in self.decays}
+            self.state[p] = {"step": torch.tensor(float(taken), device=p.device), **zeros, **averaged}
 
     def swap(self, average: str) -> None:
-        """Exchange every stepped tensor with its average, without a copy; a second call exchanges them back."""
+        """Exchange every stepped tensor with its averaged weights, without a copy; a second call undoes it."""
         for p, state in self.state.items():
             if average in state:
                 p.data, state[average].data = state[average].data, p.data
 
 
 def build_optimizer(model: nn.Module, settings: TrainConfig) -> AveragingAdamW:
-    """Weight decay acts on matrices only; the fused kernel where there is one."""
+    """AdamW with the settings of a run; weight decay applies to tensors of two or more axes only."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for _, p in named if dimensions(p) >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for _, p in named if dimensions(p) < 2], "weight_decay": 0.0},
     ]
-    return AveragingAdamW(groups, averages(settings), lr=settings.lr, betas=settings.betas, fused=True)
+    return AveragingAdamW(groups, ema_decays(settings), lr=settings.lr, betas=settings.betas, fused=True)
 
 
 def dimensions(p: Tensor) -> int:
-    """Number of axes of a parameter, also where ZeRO-3 has left an empty one in its place."""
+    """Number of axes of a parameter, also if ZeRO-3 has replaced it by an empty tensor."""
     return len(getattr(p, "ds_shape", p.shape))
 
 
 def learning_rate(settings: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine from `lr` to `lr * min_lr_ratio`; `step` counts from 1."""
+    """Learning rate of a step (counted from 1): linear warm-up, then a cosine from `lr` to `lr * min_lr_ratio`."""
     if step <= settings.warmup_steps:
         return settings.lr * step / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
@@ -115,7 +115,7 @@ def learning_rate(settings: TrainConfig, step: int) -> float:
 
 @contextmanager
 def averaged_weights(optimizer: AveragingAdamW, average: str = EMA) -> Iterator[None]:
-    """Inside the block every parameter holds its average; afterwards its own value again."""
+    """Inside the block every parameter has its averaged value; afterwards it has its own value again."""
     optimizer.swap(average)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The processes of a run: how they start, and how they exchange small messages."""
+"""The processes of a run: joining them, and exchanging small messages between them."""
 
 from __future__ import annotations
 
@@ -19,29 +19,32 @@ from mmgen.config import Config
 
 @dataclass
 class Ranks:
-    """This process among all of a run. The side group is gloo on CPUs: it works while a device is busy."""
+    """This process among all processes of a run.
+
+    `side` is a gloo process group on CPUs, so that messages can be exchanged while a GPU computes.
+    """
 
     rank: int = 0
     world: int = 1
     side: Any = None
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Sums over ranks in float64: one message, which does not grow with their number."""
+        """Sums of each value over ranks in float64, in one message whose size does not depend on their number."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def maxima(self, values: Sequence[float]) -> list[float]:
-        """Largest values over ranks, as `sums`."""
+        """The largest of each value over ranks, in the same way as `sums`."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
-        found = torch.tensor(values, dtype=torch.float64)
+        tensor = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(found, how, group=self.side)
-        reduced: list[float] = found.tolist()
+            dist.all_reduce(tensor, how, group=self.side)
+        reduced: list[float] = tensor.tolist()
         return reduced
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """A small object of every rank; rare, as it is pickled between our own processes."""
+        """A list of one small object per rank. Call it rarely: objects are pickled between the processes."""
         if self.world == 1:
             return [value]
         everyone: list[Any] = [None] * self.world
@@ -49,45 +52,47 @@ class Ranks:
         return everyone
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks of a tensor on the training device, in place."""
+        """Replace a tensor on the training device by its sum over ranks, and return it."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def say(self, message: str) -> None:
-        """One line for people, from one process only."""
+    def print(self, message: str) -> None:
+        """Print one line on standard output, from rank 0 only."""
         if self.rank == 0:
             print(message, flush=True)
 
 
 def shard(config: Config) -> bool:
-    """Whether DeepSpeed runs the step: several processes, a ZeRO stage, or settings of its own."""
+    """Whether DeepSpeed takes the steps: with several processes, a ZeRO stage above 0, or `train.deepspeed`."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 or config.train.zero_stage > 0 or bool(config.train.deepspeed)
 
 
 def start(config: Config) -> Ranks:
-    """Join the processes of this run, as torchrun or an equal launcher describes them in the environment.
+    """Join the processes of this run, which torchrun or another launcher describes in the environment.
 
     Raises:
-        ValueError: settings that need sharding where it cannot be had.
+        ValueError: the settings need DeepSpeed, and it is not installed.
     """
     if not shard(config):
         return Ranks()
     try:
         import deepspeed
     except ImportError:
-        raise ValueError("train.zero_stage and several processes need the package deepspeed (Linux only)") from None
+        raise ValueError(
+            "train.zero_stage and several processes need the package deepspeed (Linux only): pip install deepspeed"
+        ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of names that DeepSpeed calls
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed calls old names
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
-        # Compiling this extension takes minutes, and a stale lock of it hangs every start; gloo gives the same sums.
+        # Compiling this extension takes minutes, and a stale lock file hangs every start; gloo gives the same sums.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("WORLD_SIZE", "1")
     alone = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    # Else accelerate counts every process as a run of its own.
+    # Without it, accelerate treats every process as a run of its own.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     timeout = timedelta(seconds=config.train.timeout)
     if not dist.is_initialized():
@@ -97,7 +102,7 @@ def start(config: Config) -> Ranks:
 
 
 def finish() -> None:
-    """Leave the group: ZeRO-3 may abort at exit where this is forgotten."""
+    """Leave the process group; without this call, ZeRO-3 may abort at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Continuing from a checkpoint, and what happens after a step whose values are not finite."""
+"""Continuing from a checkpoint, and handling a step whose loss or gradient is not finite."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from mmgen.train.run import Run
 from mmgen.train.state import Progress
 
 
-def resume(found: Checkpoint, engine: Engine, progress: Progress, data: str) -> None:
-    """Continue where a checkpoint is; `data` is the fingerprint of the training shards.
+def resume(stored: Checkpoint, engine: Engine, progress: Progress, data: str) -> None:
+    """Restore engine and counters from a checkpoint; `data` is the fingerprint of the training shards.
 
     Raises:
-        ValueError: the shards are not the checkpoint's, or it lacks some of the weights.
+        ValueError: the training shards have changed, or the checkpoint lacks some of the weights.
     """
-    checkpoint.check_same_data(found, data)
-    checkpoint.restore(found, engine)
-    progress.resume(found.state)
+    checkpoint.check_same_data(stored, data)
+    checkpoint.restore(stored, engine)
+    progress.resume(stored.state)
 
 
 def react(run: Run, step: int, values: dict[str, float]) -> Checkpoint | None:
-    """Act on a step that was not taken, as `train.non_finite` says; the checkpoint that the run goes back to, if any.
+    """Handle a step that was not taken, as `train.non_finite` sets it.
+
+    Returns the checkpoint that the run goes back to, or None if it continues with the next step.
 
     Raises:
         FloatingPointError: the run must stop.
@@ -38,25 +40,27 @@ def react(run: Run, step: int, values: dict[str, float]) -> Checkpoint | None:
         run.saver.finish()
         limit = "" if settings.non_finite == "stop" else f" (train.max_skips {settings.max_skips} is reached)"
         raise FloatingPointError(
-            f"{problem}{limit}. The last checkpoint is as it was; lower train.lr or train.clip_norm, "
-            "or look at the data of this step"
+            f"{problem}{limit}. The last checkpoint is unchanged; lower train.lr or train.clip_norm, "
+            "or check the data of this step"
         )
     event = {"step": step, "policy": settings.non_finite, "position": progress.position.as_dict()}
     run.log.event("skipped.jsonl", {**event, **{name: str(value) for name, value in values.items()}})
     if settings.non_finite == "skip":
-        run.log.say(f"{problem}: left out")
+        run.log.print(f"{problem}: step skipped")
         return None
     return _roll_back(run, step, problem)
 
 
 def _roll_back(run: Run, step: int, problem: str) -> Checkpoint:
-    """Go back to the newest checkpoint; from now on `step` is left out."""
+    """Go back to the newest checkpoint; `step` is skipped from now on."""
     run.saver.finish()
-    found = checkpoint.newest_good(run.config.run.dir, run.log.say, run.ranks)
-    if found is None:
-        raise FloatingPointError(f"{problem}, and there is no checkpoint to go back to")
+    stored = checkpoint.newest_good(run.config.run.dir, run.log.print, run.ranks)
+    if stored is None:
+        raise FloatingPointError(
+            f"{problem}, and there is no checkpoint to go back to: lower train.lr, or set train.save_every"
+        )
     run.progress.left_out.add(step)
-    resume(found, run.engine, run.progress, run.corpus.dataset.fingerprint)
+    resume(stored, run.engine, run.progress, run.corpus.dataset.fingerprint)
     run.log.rewind(run.progress.step)
-    run.log.say(f"{problem}: back to step {run.progress.step}, and step {step} will be left out")
-    return found
+    run.log.print(f"{problem}: back to step {run.progress.step}; step {step} will be skipped")
+    return stored

@@ -1,4 +1,4 @@
-"""What a run reports of its steps: metrics, bad samples and spikes of the loss."""
+"""Reports the steps of a run: metrics, bad samples and spikes of the loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mmgen.train.state import Progress
 
 
 class Totals(NamedTuple):
-    """What a step holds over all ranks, and the signals they raise: sums, in one message of fixed size."""
+    """Counts of a step, summed over all ranks in one message of fixed size."""
 
     texts: float
     """Text targets."""
@@ -35,7 +35,7 @@ class Totals(NamedTuple):
     bad: float
     """Samples that could not be read."""
     signals: float
-    """Signals received that ask for a save."""
+    """Received signals that ask for a save."""
     unwritten: float
     """Ranks whose part of a save is not written."""
     failed: float
@@ -48,19 +48,19 @@ def count(step: Step) -> tuple[int, int]:
 
 
 class Clock:
-    """Where the time of a step goes, in seconds."""
+    """Measures the parts of a step's time, in seconds."""
 
     def __init__(self) -> None:
         self._started, self._worked = time.monotonic(), time.thread_time()
         self.waited = 0.0
-        """For data."""
+        """Waiting for data."""
         self.spent = 0.0
-        """In all."""
+        """The whole step."""
         self.busy = 0.0
-        """For data and in this process's own work, not for other ranks."""
+        """Waiting for data and the work of this process, without waiting for other ranks."""
 
     def data(self) -> None:
-        """The data is there."""
+        """The data of the step has arrived."""
         self.waited = time.monotonic() - self._started
 
     def stop(self) -> None:
@@ -71,7 +71,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A step that is done, as it is reported."""
+    """The results of a step that is done."""
 
     step: int
     data: Step
@@ -80,10 +80,10 @@ class Outcome:
     """Losses and gradient norm."""
     lr: float
     by_time: Tensor
-    """Sums and counts of losses per range of t, of this rank."""
+    """Sums and counts [2, BUCKETS] of this rank's losses per range of t."""
     clock: Clock
     before: Position | Cursors
-    """Of this rank in the data, before the step."""
+    """This rank's position in the data before the step."""
 
 
 class Reporter:
@@ -96,7 +96,7 @@ class Reporter:
         self._meter = metrics.Meter(engine, log.first)
 
     def step(self, outcome: Outcome) -> None:
-        """What any step may bring: bad samples, a spike of the loss."""
+        """Report bad samples and a spike of the loss, if the step has any, and count the step."""
         if outcome.totals.bad:
             self._report_bad(outcome.data)
         loss = outcome.values["loss"]
@@ -104,7 +104,9 @@ class Reporter:
         if median is not None:
             where = {"from": outcome.before.as_dict(), "to": outcome.data.after.as_dict()}
             self.log.event("spikes.jsonl", {"step": outcome.step, "loss": loss, "median": median, **where})
-            self.log.say(f"step {outcome.step}: loss {loss:.4g} over a median of {median:.4g} (spikes.jsonl)")
+            self.log.print(
+                f"step {outcome.step}: the loss {loss:.4g} is a spike, the median is {median:.4g} (see spikes.jsonl)"
+            )
         self.log.advance(outcome.step)
 
     def _report_bad(self, data: Step) -> None:
@@ -115,9 +117,9 @@ class Reporter:
         refuse_bad_data(int(ranks.maxima([self._bad])[0]), known, self.engine.config)
 
     def record(self, outcome: Outcome, progress: Progress) -> None:
-        """One line of metrics."""
+        """Write the metrics of a logged step."""
         ranks, totals, clock = self.engine.ranks, outcome.totals, outcome.clock
-        held, wait = ranks.maxima([metrics.memory(self.engine.device), clock.waited])
+        memory, wait = ranks.maxima([metrics.memory(self.engine.device), clock.waited])
         rank, over = metrics.slowest(ranks, clock.busy)
         slow = {"slowest_rank": float(rank), "slowest_over_median": over} if ranks.world > 1 else {}
         self.log.record(outcome.step, {
@@ -125,19 +127,19 @@ class Reporter:
             **metrics.time_losses(ranks.total(outcome.by_time)),
             "tokens_per_s": totals.positions / clock.spent, "images_per_s": totals.images / clock.spent,
             "data_wait": wait / clock.spent, **self._meter.read(outcome.step, outcome.data, clock.spent - wait),
-            "memory_bytes": held, "goodput": progress.goodput, "skipped": float(progress.skipped), **slow,
+            "memory_bytes": memory, "goodput": progress.goodput, "skipped": float(progress.skipped), **slow,
         })  # fmt: skip
 
 
 def everywhere(position: Position | Cursors, ranks: Ranks) -> Position | Cursors:
-    """The position of all ranks in the data; where it is read in streams, each rank knows only its own."""
+    """The position of all ranks in the data; with `data.streams`, it is gathered from the streams of each rank."""
     if isinstance(position, Position):
         return position
     return Cursors.union(ranks.gather_objects(position))
 
 
 def refuse_bad_data(bad: int, total: int, config: Config) -> None:
-    """Stop the run where more of `total` samples are unreadable than `data.max_bad_fraction` allows."""
+    """Raise ValueError if more of `total` samples are unreadable than `data.max_bad_fraction` allows."""
     if bad > config.data.max_bad_fraction * total:
         raise ValueError(
             f"{bad} of {total} samples cannot be read, more than data.max_bad_fraction {config.data.max_bad_fraction}: "

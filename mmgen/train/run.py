@@ -1,4 +1,4 @@
-"""A run in memory: the parts that the training loop works with."""
+"""A run in memory: the parts that the training loop uses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mmgen.train.validate import Probe
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run. Only `progress` counts; the others keep what they need for their own work."""
+    """The parts of a run. The counters of the run are in `progress`; the other parts hold their own state only."""
 
     engine: Engine
     corpus: Corpus | StreamCorpus
@@ -47,23 +47,23 @@ class Run:
         return self.engine.ranks
 
     def batches(self, resumed: Path | None) -> Iterator[Step]:
-        """This rank's share of the steps that are left; after a checkpoint was `resumed`, with its random state."""
+        """This rank's part of the remaining steps; with the random state of the checkpoint `resumed`, if given."""
         progress, ranks = self.progress, self.ranks
         last = self.config.train.steps
         stream = steps(self.corpus, progress.step, last, progress.position, Share(ranks.rank, ranks.world))
         return stream if resumed is None else self._with_random_state(stream, resumed)
 
     def _with_random_state(self, stream: Iterator[Step], folder: Path) -> Iterator[Step]:
-        first = next(stream)  # before restoring: starting a run and its loader draws random numbers too
+        first = next(stream)  # before restoring, because starting the loader draws random numbers too
         checkpoint.restore_random(folder, self.ranks, self.progress.step)
         yield first
         yield from stream
 
     def save(self, must: bool) -> None:
-        """Start a checkpoint of the step that is done; where it `must` succeed, wait for it.
+        """Start a checkpoint of the step that is done; with `must`, wait until it is written.
 
         Raises:
-            OSError: it must succeed and could not be written.
+            OSError: `must` is set and the checkpoint could not be written.
         """
         self.watchdog.phase("save", self.progress.step)
         self.saver.begin(self.state())
@@ -71,7 +71,7 @@ class Run:
             self.saver.finish(must)
 
     def state(self) -> TrainerState:
-        """What the next checkpoint says of the run; all ranks take part."""
+        """The contents of trainer.json of the next checkpoint; every rank must call this."""
         progress = self.progress
         return TrainerState(
             step=progress.step,

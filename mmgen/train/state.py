@@ -1,4 +1,4 @@
-"""How far a run has come: what is counted while it trains, and what a checkpoint's trainer.json holds."""
+"""The counters of a run in memory, and the contents of a checkpoint's trainer.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmgen.data.order import Cursors, Position
 from mmgen.image.latent import AutoencoderFacts
 
 Settings = dict[str, Any]
-"""A configuration as it was written to JSON, perhaps by an older version."""
+"""A configuration as it was written to JSON, possibly by an older version."""
 
 
 def _position(stored: Any) -> Any:
@@ -28,15 +28,15 @@ class TrainerState(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     step: int
-    """Steps that are done, those that were skipped among them."""
+    """Steps that are done, including skipped ones."""
     config: Settings
     position: Annotated[
         Position | Cursors, BeforeValidator(_position), PlainSerializer(lambda position: position.as_dict())
     ]
-    """Of all ranks in the data."""
+    """The position of all ranks in the data."""
     optimizer_steps: int
     left_out: tuple[int, ...] = ()
-    """Steps that a rollback decided to leave out."""
+    """Steps that a rollback decided to skip."""
     train_seconds: float = 0.0
     productive_seconds: float = 0.0
     """Seconds of steps that were taken and not repeated."""
@@ -44,14 +44,14 @@ class TrainerState(BaseModel):
     """Unix time of the run's first start."""
     world: int = 1
     data: str = ""
-    """Fingerprint of the training shards; empty where it was not recorded."""
+    """Fingerprint of the training shards; empty if it was not recorded."""
     autoencoder: AutoencoderFacts | None = None
-    """What the run found of its autoencoder; None where it has none."""
+    """Facts of the run's autoencoder; None for a run on pixels."""
 
     @model_validator(mode="before")
     @classmethod
     def _facts_among_settings(cls, stored: Any) -> Any:
-        """Older versions kept what they found of the autoencoder among the settings."""
+        """Older versions stored the facts of the autoencoder in the settings."""
         if isinstance(stored, dict) and stored.get("autoencoder") is None and isinstance(stored.get("config"), dict):
             patcher = stored["config"].get("model", {}).get("patcher", {})
             return {**stored, "autoencoder": AutoencoderFacts.of_settings(patcher)}
@@ -59,10 +59,10 @@ class TrainerState(BaseModel):
 
     @classmethod
     def from_json(cls, text: str) -> TrainerState:
-        """Read what `to_json` of this or of an older version wrote.
+        """Read the text that `to_json` of this or an older version wrote.
 
         Raises:
-            ValueError: it is not JSON, or a key is missing or has a wrong type.
+            ValueError: the text is not JSON, or a key is missing or has a wrong type.
         """
         return cls.model_validate(json.loads(text))
 
@@ -77,26 +77,26 @@ class Progress:
     """The counters of a run in this process."""
 
     position: Position | Cursors
-    """Of this rank in the data."""
+    """The position of this rank in the data."""
     step: int = 0
     skipped: int = 0
-    """Steps that the optimizer did not take."""
+    """Steps that the optimiser did not take."""
     left_out: set[int] = field(default_factory=set)
-    """Steps that a rollback decided to leave out."""
+    """Steps that a rollback decided to skip."""
     productive_seconds: float = 0.0
     born: float = field(default_factory=time.time)
     seconds_before: float = 0.0
-    """Seconds of training up to the checkpoint that this process continued from."""
+    """Seconds of training before the checkpoint that this process continued from."""
     since: float = field(default_factory=time.monotonic)
 
     @property
     def train_seconds(self) -> float:
-        """Seconds of training, over all processes that worked on the run."""
+        """Seconds of training since the first start, over all restarts of the run."""
         return self.seconds_before + time.monotonic() - self.since
 
     @property
     def goodput(self) -> float:
-        """Share of the time since the run's first start that went into steps which count."""
+        """Fraction of the time since the run's first start that was spent on steps which were kept."""
         return self.productive_seconds / max(time.time() - self.born, 1e-9)
 
     def advance(self, after: Position | Cursors, taken: bool, seconds: float) -> None:
@@ -106,7 +106,7 @@ class Progress:
         self.productive_seconds += seconds if taken else 0.0
 
     def resume(self, state: TrainerState) -> None:
-        """Continue the counts of a checkpoint; steps that are to be left out stay so."""
+        """Continue the counts of a checkpoint; steps to be skipped are added to those of the checkpoint."""
         self.step, self.position = state.step, state.position
         self.skipped = state.step - state.optimizer_steps
         self.left_out |= set(state.left_out)

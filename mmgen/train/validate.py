@@ -1,8 +1,8 @@
-"""What a run shows while it trains: validation losses and sample grids."""
+"""Validation losses and sample grids of a run in training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -29,7 +29,7 @@ SAMPLES = 12
 
 @torch.no_grad()
 def held_out(model: MMGenModel, corpus: Corpus, ranks: Ranks) -> Iterator[tuple[Batch, Losses]]:
-    """Each batch of one epoch of a corpus and its losses, with fixed noise; a rank gets its share of every step."""
+    """Yield this rank's part of each batch of one epoch of a corpus, with its losses; noise is fixed."""
     training = model.training
     model.eval()
     rows, patcher = corpus.plan.epoch_rows(0), model.build_patcher()
@@ -42,58 +42,69 @@ def held_out(model: MMGenModel, corpus: Corpus, ranks: Ranks) -> Iterator[tuple[
     model.train(training)
 
 
-def validation(model: MMGenModel, corpus: Corpus, ranks: Ranks) -> dict[str, float]:
-    """Losses over one epoch of a corpus with fixed noise, each rank taking a share of every step.
+def validation(
+    model: MMGenModel, corpus: Corpus, ranks: Ranks, count: Callable[[str], None] = lambda done: None
+) -> dict[str, float]:
+    """Losses over one epoch of a corpus with fixed noise; each rank computes its share of every step.
 
-    `val_loss/text` in nats per text target, `val_loss/image` per entry, and that per range of t.
+    Returns `val_loss/text` in nats per text target, `val_loss/image` per learned patch, and the image loss per range
+    of t. `count` receives the number of batches that are done, as text.
     """
     sums = torch.zeros(4, device=model.device)
     times = torch.zeros(2, metrics.BUCKETS, device=model.device)
-    for batch, losses in held_out(model, corpus, ranks):
+    for number, (batch, losses) in enumerate(held_out(model, corpus, ranks), 1):
+        count(f"{number} batches")
         counts = [losses.text.new_tensor(float(n)) for n in (losses.text_count, losses.image_count)]
         sums += torch.stack([losses.text, losses.image, *counts])
         times += metrics.by_time(batch, losses)
     text, image, texts, images = ranks.total(sums).tolist()
-    found = {"val_loss/text": text / max(texts, 1), "val_loss/image": image / max(images, 1)}
-    return found | metrics.time_losses(ranks.total(times), "val_loss")
+    means = {"val_loss/text": text / max(texts, 1), "val_loss/image": image / max(images, 1)}
+    return means | metrics.time_losses(ranks.total(times), "val_loss")
 
 
 def sample_prompts(config: Config) -> list[str]:
-    """The first captions of the validation shards: the fixed prompts of a run's sample grids."""
+    """The first captions of the validation shards, which are the fixed prompts of a run's sample grids."""
     if not config.data.val:
         return []
     return [sample.caption for sample in islice(read(config.data.val, bad=[]), SAMPLES) if sample.caption]
 
 
 def draw(decoder: Decoder, captions: list[str]) -> Image.Image:
-    """One image per caption, seeds 0, 1, ..., as a grid."""
+    """A grid of one image per caption, with seeds 0, 1, ..."""
     results = decoder.generate([Request([caption], "image", seed) for seed, caption in enumerate(captions)])
     return sheet.grid([result.images[0] for result in results], captions)
 
 
 class Probe:
-    """Sample grids and validation losses of a run, with averaged weights, at the steps where they are due."""
+    """Draws sample grids and computes validation losses with averaged weights, at the steps where they are due."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, log: Log) -> None:
         self.engine, self.tokenizer, self.log = engine, tokenizer, log
         self.prompts = sample_prompts(engine.config)
 
     def show(self, step: int) -> None:
-        """Draw and validate where it is due after a step; every rank calls this alike."""
+        """Draw and validate after a step if due; every rank must call this."""
         config, settings = self.engine.config, self.engine.config.train
         due = step == settings.first_sample or (settings.sample_every and step % settings.sample_every == 0)
         if self.prompts and due:
+            self.log.heartbeat.begin(f"drawing samples of step {step}")
             path = config.run.dir / "samples" / f"step-{step}.png"
             self._draw(path)
-            self.log.say(f"samples: {path}")
+            self.log.print(f"samples: {path}")
         due = step == settings.steps or (settings.val_every and step % settings.val_every == 0)
         if config.data.val and due:
+            self.log.heartbeat.begin(f"validation of step {step}")
             corpus = Corpus(config.data.val, self.tokenizer, config, self.engine.model.autoencoder)
             with self.engine.averaged(config.sample.weights):
-                self.log.record(step, validation(self.engine.model, corpus, self.engine.ranks))
+                losses = validation(self.engine.model, corpus, self.engine.ranks, self.log.heartbeat.count)
+            self.log.record(step, losses)
+            self.log.print(
+                f"validation of step {step}: loss/text {losses['val_loss/text']:.4g}  "
+                f"loss/image {losses['val_loss/image']:.4g}"
+            )
 
     def _draw(self, path: Path) -> None:
-        """Under stage 3 all ranks must call the model alike."""
+        """Draw on rank 0; under stage 3 every rank draws, because each call gathers weights from all of them."""
         config, rank = self.engine.config, self.engine.ranks.rank
         with self.engine.averaged(config.sample.weights):
             if rank == 0 or config.train.zero_stage == 3:

@@ -1,8 +1,9 @@
-"""DeepSpeed's ZeRO behind the engine's interface. Every name of DeepSpeed that is not public is used in this file only.
+"""DeepSpeed's ZeRO with the interface of the engine; only this file uses names of DeepSpeed that are not public.
 
-Where the state lies (DeepSpeed 0.19): stages 1 and 2 keep one flat fp32 shard per parameter group, and each parameter's
-`_hp_mapping` says where its elements are in it; stage 3 cuts every parameter into equal shares and `grad_position`
-says where this rank's share lies in the flat shard of its sub-group; stage 0 steps the parameters themselves.
+Where DeepSpeed 0.19 holds the state: stage 0 steps the parameters themselves. Stages 1 and 2 hold one flat fp32 shard
+per parameter group, and `_hp_mapping` of each parameter gives the offset of its elements in the shard. Stage 3 cuts
+every parameter into equal parts, and `grad_position` gives the offset of this rank's part in the flat shard of its
+sub-group.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from mmgen.train.engine import Engine, Fragment, can_compile
 from mmgen.train.optimizer import build_optimizer
 
 BUCKET = 50_000_000
-"""Elements per message; buffers of that size are allocated."""
+"""Elements per message; DeepSpeed allocates buffers of this size."""
 Json = dict[str, Any]
-"""An object of DeepSpeed's own configuration."""
+"""A JSON object of DeepSpeed's configuration."""
 
 
 def deepspeed_config(config: Config, world: int, bf16: bool) -> Json:
-    """DeepSpeed's own configuration for a run.
+    """DeepSpeed's configuration for a run; `train.deepspeed` is merged over it.
 
     Raises:
-        ValueError: offloading that the stage or the machine cannot do.
+        ValueError: the stage or the machine does not support the offloading that is set.
     """
     settings = config.train
     stage = settings.zero_stage
@@ -48,7 +49,9 @@ def deepspeed_config(config: Config, world: int, bf16: bool) -> Json:
         if device != "none" and stage < least:
             raise ValueError(f"train.{name} {device} needs train.zero_stage {least} or more (it is {stage})")
         if device == "nvme" and not torch.cuda.is_available():
-            raise ValueError(f"train.{name} nvme compiles an extension of DeepSpeed that needs a GPU: use cpu or none")
+            raise ValueError(
+                f"train.{name} nvme compiles an extension of DeepSpeed, which needs a GPU: use cpu or none"
+            )
         if device == "nvme" and settings.nvme_path is None:
             raise ValueError(f"train.{name} nvme needs train.nvme_path, a folder on the disk")
     share = -(-settings.batch_rows // world)
@@ -72,25 +75,25 @@ def deepspeed_config(config: Config, world: int, bf16: bool) -> Json:
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # Else stage 1 keeps every gradient in bf16 too, and adds those of earlier micro-steps again.
+        # Without it, stage 1 also keeps gradients in bf16, and adds those of earlier micro-steps a second time.
         "bf16": {"enabled": bf16 and stage > 0, "immediate_grad_update": True},
         "zero_optimization": zero,
     }
     if bf16 and stage:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    found: Json = merged(ours, settings.deepspeed)
-    return found
+    result: Json = merged(ours, settings.deepspeed)
+    return result
 
 
 def merged(ours: Any, theirs: Any) -> Any:
-    """Nested mappings, the second over the first."""
+    """Merge two nested mappings; values of the second replace those of the first."""
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return theirs
     return {**ours, **{key: merged(ours.get(key), value) for key, value in theirs.items()}}
 
 
 class ZeroEngine(Engine):
-    """Stages 0 to 3. In bf16, stages 1 to 3 hold bf16 weights and fp32 masters; stage 0 computes under autocast."""
+    """ZeRO stages 0 to 3. In bf16, stages 1 to 3 hold bf16 weights and fp32 master weights; stage 0 uses autocast."""
 
     def _build(self, vocabulary: int) -> None:
         self.stage = self.config.train.zero_stage
@@ -99,13 +102,14 @@ class ZeroEngine(Engine):
             mixed_precision="bf16" if self.bf16 and self.stage else "no",
             gradient_accumulation_steps=self._settings["gradient_accumulation_steps"],
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=copy.deepcopy(self._settings), zero3_init_flag=False),
-            # Without a backend, accelerate takes processes on CPUs for runs of one.
+            # Without a backend, accelerate treats each process on a CPU as a run of one process.
             kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")],
         )
-        unset_hf_deepspeed_config()  # else transformers would cut the model itself, and initialise it on rank 0 only
+        # Without it, transformers would shard the model too, and initialise it on rank 0 only.
+        unset_hf_deepspeed_config()
         if accelerator.num_processes != self.ranks.world:
             raise RuntimeError(
-                f"{self.ranks.world} processes were started, accelerate sees {accelerator.num_processes}"
+                f"{self.ranks.world} processes were started, but accelerate finds {accelerator.num_processes}"
             )
         self.device = accelerator.device
         low = torch.bfloat16 if self.bf16 and self.stage else torch.float32
@@ -114,7 +118,7 @@ class ZeroEngine(Engine):
         else:
             model = build_model(self.config, vocabulary, self.autoencoder)
         exact: dict[str, Tensor] = {}
-        if low is torch.bfloat16:  # keeps what rounding would take from the masters
+        if low is torch.bfloat16:  # DeepSpeed makes the master weights from rounded weights; these are the exact ones
             exact = {name: getattr(p, "ds_tensor", p).detach() for name, p in model.named_parameters()}
         if self.stage == 3:
             for p in model.parameters():
@@ -122,7 +126,7 @@ class ZeroEngine(Engine):
         self.model = self._checkpointed(model)
         self._zero_types()
         self.optimizer = build_optimizer(model, self.config.train)
-        with redirect_stdout(io.StringIO()):  # its bf16 optimiser prints memory statistics, whatever the log level
+        with redirect_stdout(io.StringIO()):  # DeepSpeed's bf16 optimiser prints memory statistics at any log level
             self._engine, *_ = accelerator.prepare(model, self.optimizer)
         self._zero: Any = self._engine.optimizer
         if self.config.train.compile and can_compile(self.device) and self.stage < 3:
@@ -136,7 +140,7 @@ class ZeroEngine(Engine):
         self._taken, self._permitted = False, True
 
     def _construct(self, vocabulary: int) -> MMGenModel:
-        """A model that never exists whole: each layer is cut once it is made, with the weights of a plain build."""
+        """Build a model whose layers are sharded as soon as each is built; its weights equal those of `build_model`."""
         settings = merged(copy.deepcopy(self._settings), {"bf16": {"enabled": False}})
         with deepspeed.zero.Init(config_dict_or_path=settings), _gathered_initialisation():
             model = MMGenModel(MMGenConfig.of(self.config, vocabulary, self.autoencoder))
@@ -150,10 +154,10 @@ class ZeroEngine(Engine):
         return model
 
     def _zero_types(self) -> None:
-        """Autocast inside the module's forward pass: DeepSpeed turns off one that is outside."""
+        """Turn on autocast inside the forward pass of the module, because DeepSpeed turns off one around it."""
         if self.bf16:
             forward = torch.autocast(self.device.type, torch.bfloat16)(self.model.forward)
-            setattr(self.model, "forward", forward)  # noqa: B010 - a method, to the type checker
+            setattr(self.model, "forward", forward)  # noqa: B010 - mypy refuses to assign to a method
 
     @contextmanager
     def _sampling_types(self) -> Iterator[None]:
@@ -165,7 +169,7 @@ class ZeroEngine(Engine):
         rank, world = self.ranks.rank, self.ranks.world
         if self.stage == 0:
             return [Fragment(n, 0, p.numel(), p, 0, i % world == rank) for i, (n, p) in enumerate(named)]
-        found = []
+        fragments = []
         for i, (name, p) in enumerate(named):
             if self.stage == 3:
                 share = p.ds_tensor.numel()
@@ -177,18 +181,20 @@ class ZeroEngine(Engine):
                     group, at, _ = self._zero.grad_position[self._zero.get_param_id(p)]
                     flat = self._zero.fp32_partitioned_groups_flat[group]
                 if numel > 0:
-                    found.append(Fragment(name, start, numel, flat, at))
+                    fragments.append(Fragment(name, start, numel, flat, at))
             elif not p.requires_grad:
-                found.append(Fragment(name, 0, p.numel(), p, 0, i % world == rank))
+                fragments.append(Fragment(name, 0, p.numel(), p, 0, i % world == rank))
             elif p._hp_mapping is not None:
                 mapping = p._hp_mapping
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                found.append(Fragment(name, low.start, high.numel, self._flats[mapping.param_group_index], high.start))
-        return found
+                fragments.append(
+                    Fragment(name, low.start, high.numel, self._flats[mapping.param_group_index], high.start)
+                )
+        return fragments
 
     @property
     def _flats(self) -> list[Tensor]:
-        """Flat fp32 shards of stages 1 and 2; stage 1 in bf16 has an optimiser class of its own."""
+        """Flat fp32 shards of stages 1 and 2; in stage 1 with bf16, another optimiser class of DeepSpeed holds them."""
         zero = self._zero
         flats: list[Tensor] = (
             zero.single_partition_of_fp32_groups
@@ -216,7 +222,7 @@ class ZeroEngine(Engine):
         return norm, self._taken
 
     def _allow(self, stepped: list[Tensor]) -> bool:
-        # Stages 1 to 3 have clipped by now, and do not come here at all after some of the overflows.
+        # Stages 1 to 3 have clipped before this call, and after some overflows they do not call this at all.
         if self.stage == 0:
             self._norm = float(torch.nn.utils.clip_grad_norm_(stepped, self.config.train.clip_norm))
         else:
@@ -256,12 +262,15 @@ class ZeroEngine(Engine):
 
 @contextmanager
 def _gathered_initialisation() -> Iterator[None]:
-    """Under `zero.Init`, let transformers initialise whole weights, on every rank with the same random numbers."""
+    """Inside `zero.Init`, transformers initialises gathered weights, with the same random numbers on every rank."""
     original = PreTrainedModel._initialize_weights
 
     def initialise(self: PreTrainedModel, module: torch.nn.Module, *args: Any) -> None:
-        own = [*module.parameters(recurse=False), *(p for c in module.children() for p in c.parameters(recurse=False))]
-        with deepspeed.zero.GatheredParameters(own, modifier_rank=0) if own else nullcontext():
+        weights = [
+            *module.parameters(recurse=False),
+            *(p for c in module.children() for p in c.parameters(recurse=False)),
+        ]
+        with deepspeed.zero.GatheredParameters(weights, modifier_rank=0) if weights else nullcontext():
             original(self, module, *args)
 
     PreTrainedModel._initialize_weights = initialise

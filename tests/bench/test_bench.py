@@ -1,4 +1,4 @@
-"""The benchmark's floor does the work it claims, and its report has what scripts read."""
+"""The benchmarks: the floor has the matrix products of a step, and reports have their keys."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.conftest import ready
 
 
 def test_the_floor_has_the_same_matrix_products(config: Config) -> None:
-    """Counted by torch: the model adds only the embeddings of time and place, and the floor leaves nothing out."""
+    """By torch's count of FLOPs, a training step adds only the embeddings of time and cell to the floor."""
     tokenizer = Tokenizer.of(config)
     model = build_model(config, len(tokenizer))
     source = Corpus(config.data.train, tokenizer, config)
@@ -40,15 +40,15 @@ def test_the_floor_has_the_same_matrix_products(config: Config) -> None:
     assert 0 <= counts["step"] - counts["floor"] <= 1.6 * extra
 
 
-def test_report(config: Config) -> None:
-    told: list[str] = []
-    report = bench.bench_step(config, 2, told.append, compiled=False).as_dict()
+def test_the_report_of_bench_step(config: Config) -> None:
+    lines: list[str] = []
+    report = bench.bench_step(config, 2, lines.append, compiled=False).as_dict()
     assert report["ratio_to_floor"] > 0
     assert report["peak_memory_bytes"] > 10**6
     assert report["rounds"] == 2
     assert report["positions"] == 4 * 48
     assert torch.get_num_threads() == report["threads"]
-    assert any("first call" in line for line in told)
+    assert any("first call" in line for line in lines)
 
 
 def test_recomputation_draws_the_same_images(config: Config) -> None:
@@ -62,8 +62,8 @@ def test_recomputation_draws_the_same_images(config: Config) -> None:
     }  # fmt: skip
 
 
-class Forgetful(RowCache):
-    """Loses the keys of the second slot."""
+class LosesASlot(RowCache):
+    """A broken cache that returns zeros for the keys of the second slot."""
 
     def update(self, *args: object, **kwargs: object):
         keys, values = super().update(*args, **kwargs)
@@ -72,15 +72,15 @@ class Forgetful(RowCache):
         return keys, values
 
 
-def test_a_cache_that_forgets_is_seen(config: Config) -> None:
-    times = bench_generation(config, 1, sides=(2,), parts=Parts(cache=Forgetful))
+def test_a_broken_cache_changes_the_images(config: Config) -> None:
+    times = bench_generation(config, 1, sides=(2,), parts=Parts(cache=LosesASlot))
     assert max(cell.largest_difference for cell in times.values()) > 1e-4
 
 
-def test_data_times(config: Config) -> None:
-    """One small run of all the parts: no sample is lost, and each figure is in its range."""
-    told: list[str] = []
-    times = bench_data(config, 2, 30, told.append).as_dict()
+def test_the_report_of_bench_data(config: Config) -> None:
+    """A small run reads all samples, and each figure is in its range."""
+    lines: list[str] = []
+    times = bench_data(config, 2, 30, lines.append).as_dict()
     assert {"cold_vs_webdataset", "warm_vs_webdataset", "webdataset_samples_per_second"} <= set(times)
     assert times["cold_samples_per_second"] > 0
     assert times["samples"] == 30
@@ -88,25 +88,25 @@ def test_data_times(config: Config) -> None:
     assert 0 < times["wait_fraction"] < 1
     assert all(0 < times[f"packing_fill{name}"] <= 1 for name in ("", "_greedy", "_padded", "_long_rows"))
     assert set(times["resume_seconds"]) == {str(at) for at in POSITIONS}
-    assert [line.split(":")[0] for line in told] == ["round 1 of 2", "round 2 of 2"]
+    assert [line.split(":")[0] for line in lines] == ["round 1 of 2", "round 2 of 2"]
 
 
-def test_shards_that_are_not_local_are_refused(config: Config) -> None:
+def test_remote_shards_raise(config: Config) -> None:
     shard = config.data.train[0]
     remote = override(config, {"data": {"train": [f"file://{shard}"]}})
     with pytest.raises(ValueError, match="reads local shards"):
         bench_data(remote, 1, 4, print)
 
 
-def test_webdataset_gives_the_rows_of_the_loader(config: Config) -> None:
-    """Both sides of the comparison do the same work: the same token ids and the same patch rows."""
+def test_webdataset_reads_the_same_samples_as_the_loader(config: Config) -> None:
+    """Both readers return the same token ids and the same patches."""
     corpus = Corpus(config.data.train, Tokenizer.of(config), config)
     shards = corpus.dataset.shards
     seen = 0
-    for index, (ids, (pixels, grid)) in enumerate(webdataset_pipeline(shards, decoder(corpus))):
+    for index, (ids, (x_NP, grid)) in enumerate(webdataset_pipeline(shards, decoder(corpus))):
         text, image = sorted(corpus.decoded(0, index).segments, key=lambda s: isinstance(s, DecodedImage))
         assert list(ids) == list(text.ids)
         assert grid == image.grid
-        assert np.array_equal(pixels, image.x_NP)
+        assert np.array_equal(x_NP, image.x_NP)
         seen += 1
     assert seen == 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +12,23 @@ import pytest
 import yaml
 from PIL import Image
 
+from mmgen.cli.app import build
 from mmgen.cli.commands import COMMANDS, GROUPS
 from mmgen.cli.flags import Json, Settings
+from mmgen.cli.help import parts, used_sections
 from mmgen.cli.show import show
 from mmgen.config import Config
 from mmgen.config_io import REGISTRIES, load
 from mmgen.flow import PATHS, SOLVERS
+from mmgen.lab.faults import FAULTS as LAB_FAULTS
+from mmgen.parity.faults import FAULTS as PARITY_FAULTS
 from tests.conftest import run
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--train.stpes", "5"], "--train.stpes. Did you mean --train.steps?"),
+        (["train", "--train.stpes", "5"], "unknown option --train.stpes, did you mean --train.steps?"),
         (["trian"], "train"),
         (["train", "--train.steps", "-1"], "train.steps must be a whole number above 0, such as 1000 (got '-1')"),
         (["train", "--train.steps", "many"], "train.steps"),
@@ -90,7 +95,7 @@ def test_an_added_name_is_a_choice(file: Path, monkeypatch: pytest.MonkeyPatch, 
     assert run(capsys, *words)[0] == 2
     monkeypatch.setitem(PATHS, "straight", PATHS["linear"])
     assert run(capsys, *words)[0] == 0
-    assert "straight" in run(capsys, "train", "--help")[1]
+    assert "straight" in run(capsys, "settings", "objective.path")[1]
 
 
 def test_typos_in_yaml_name_file_key_and_nearest(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -121,34 +126,76 @@ def test_missing_shard(file: Path, capsys: pytest.CaptureFixture) -> None:
     assert "shard gone-000.tar does not exist" in err
 
 
-def test_help_lists_every_command(capsys: pytest.CaptureFixture) -> None:
+def entries(text: str) -> dict[str, str]:
+    """The names in the first column of help, with their descriptions."""
+    rows = [line.split(maxsplit=1) for line in text.splitlines() if line.startswith("  ")]
+    return {row[0]: row[1] for row in rows if len(row) == 2}
+
+
+@pytest.fixture
+def _small_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.mark.usefixtures("_small_terminal")
+def test_help_fits_a_terminal_of_80x24(capsys: pytest.CaptureFixture) -> None:
+    """One line per command, with its whole first sentence, and one line left for the prompt."""
     code, out, _ = run(capsys, "--help")
-    listed = {line.split()[1] for line in out.splitlines() if len(line.split()) > 2}
+    lines = out.splitlines()
     assert code == 0
-    assert {name.split()[0] for name in COMMANDS} <= listed
-    for group in GROUPS:
-        out = run(capsys, group, "--help")[1]
-        listed = {line.split()[1] for line in out.splitlines() if len(line.split()) > 2}
-        assert {name.split()[1] for name in COMMANDS if name.startswith(f"{group} ")} <= listed
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    assert list(entries(out)) == list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    for name, command in COMMANDS.items():
+        if " " not in name:
+            assert entries(out)[name] == parts(command)[0].splitlines()[0]
 
 
-def plain(text: str) -> str:
-    """Help without its frame and line breaks."""
-    return " ".join(text.replace("│", " ").split())
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.usefixtures("_small_terminal")
+def test_help_of_a_group_lists_its_commands(group: str, capsys: pytest.CaptureFixture) -> None:
+    out = run(capsys, group, "--help")[1]
+    commands = {
+        name.split()[1]: parts(command)[0] for name, command in COMMANDS.items() if name.startswith(f"{group} ")
+    }
+    assert entries(out) == {name: description.splitlines()[0] for name, description in commands.items()}
 
 
-def test_help_lists_the_names_of_registries(capsys: pytest.CaptureFixture) -> None:
-    shown = plain(run(capsys, "train", "--help")[1]) + plain(run(capsys, "eval", "--help")[1])
-    for setting, names in REGISTRIES.items():
-        assert f"[choices: {', '.join(names())}]" in shown, setting
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.usefixtures("_small_terminal")
+def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture) -> None:
+    """Own options first, then where settings are listed, then one example; never the 300 settings."""
+    code, out, _ = run(capsys, *name.split(), "--help")
+    assert code == 0
+    assert len(out.splitlines()) < 40
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.startswith(f"Usage: mmgen {name}")
+    assert f"Example:\n  mmgen {name}" in out
+    assert "--json" in out
+    sections = used_sections(COMMANDS[name])
+    assert (f"mmgen settings {' '.join(sections)} " in out) == bool(sections)
+    if sections:
+        assert out.index("--json") < out.index("\n  --config FILE") < out.index("Example:")
+        assert run(capsys, "settings", *sections)[0] == 0
 
 
-def test_help_shows_the_sections_that_a_command_uses(capsys: pytest.CaptureFixture) -> None:
-    out = run(capsys, "sample", "--help")[1]
-    assert "--sample.solver" in out
-    assert "--train.lr" not in out
-    assert len(run(capsys, "eval", "--help")[1].splitlines()) < 100
-    assert len(run(capsys, "eval", "--config", "x", "--help")[1].splitlines()) < 100
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_of_a_command_can_be_run(name: str) -> None:
+    """It has the words and flags of the command, and the files of configs/ that it names exist."""
+    program, *words = shlex.split(parts(COMMANDS[name])[1])
+    assert program == "mmgen"
+    assert not [word for word in words if word.startswith("configs/") and not Path(word).is_file()]
+    if "--config" in words:
+        place = words.index("--config")
+        del words[place : place + 2]
+    _, bound, _ = build().parse_args(words, exit_on_error=False, print_error=False)
+    assert bound.arguments or len(words) == len(name.split())
+
+
+def test_help_lists_the_faults_that_can_be_injected(capsys: pytest.CaptureFixture) -> None:
+    for name, faults in (("lab run", LAB_FAULTS), ("check parity", PARITY_FAULTS)):
+        out = run(capsys, *name.split(), "--help")[1]
+        assert all(fault in out for fault in faults), name
 
 
 def test_the_command_starts_without_torch() -> None:
@@ -178,7 +225,7 @@ def test_a_command_is_one_function_and_one_line(
     assert (code, out) == (3, f'{{"double": {2 * load(file).train.steps}}}\n')
     assert run(capsys, "double", "--config", file, "--train.steps", 21, "--json")[1] == '{"double": 42}\n'
     assert "Print twice the number of steps." in run(capsys, "--help")[1]
-    assert "--train.steps" in run(capsys, "double", "--help")[1]
+    assert "mmgen settings run data model" in run(capsys, "double", "--help")[1]
 
 
 def test_train_sample_caption(file: Path, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

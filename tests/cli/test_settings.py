@@ -57,10 +57,27 @@ def test_an_added_solver_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "leap" in run(capsys, "settings", "sample.solver")[1]
 
 
-def test_a_section_alone(capsys: pytest.CaptureFixture) -> None:
+def test_settings_of_a_section(capsys: pytest.CaptureFixture) -> None:
     _, out, _ = run(capsys, "settings", "sample", "objective.time", "--json")
     sections = {item["name"].rpartition(".")[0] for item in json.loads(out)}
     assert sections == {"sample", "objective.time"}
-    code, out, err = run(capsys, "settings", "samle")
-    assert (code, out) == (2, "")
-    assert "no setting or section 'samle', did you mean 'sample'?" in err
+
+
+def test_search_in_keys_and_descriptions(capsys: pytest.CaptureFixture) -> None:
+    """A word that is no section or key is looked for in all keys and descriptions, in any case."""
+    listed = {item["name"]: item for item in json.loads(run(capsys, "settings", "--json")[1])}
+    _, out, _ = run(capsys, "settings", "GUIDANCE", "warmup", "--json")
+    found = {item["name"] for item in json.loads(out)}
+    assert {"sample.guidance_scale", "sample.guidance_interval", "train.warmup_steps"} <= found
+    for name, item in listed.items():
+        text = f"{name} {item['description']}".lower()
+        assert (name in found) == ("guidance" in text or "warmup" in text), name
+    assert run(capsys, "settings", "--", "--train.lr")[1].startswith("train.lr: float")
+
+
+def test_a_search_without_a_match_names_the_nearest_key(capsys: pytest.CaptureFixture) -> None:
+    for word, near in (("samle", ": did you mean 'sample'?"), ("zzzzzz", "")):
+        code, out, err = run(capsys, "settings", word)
+        assert (code, out) == (2, "")
+        assert err == f"mmgen: error: no section, key or description contains '{word}'{near}\n"
+    assert run(capsys, "settings", " ")[0] == 2

@@ -1,4 +1,4 @@
-"""Archives, shards and streams that several data tests read."""
+"""Archives, shards and streams that several data tests use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 9
 
 
 def write_shards(folder: Path, count: int = 7) -> list[str]:
-    """Shards of 5, 6, ... captioned pictures, whose keys are unlike in all of them."""
+    """Shards of 5, 6, ... captioned pictures; no key occurs twice."""
     folder.mkdir(exist_ok=True)
     paths = []
     for number in range(count):
@@ -42,7 +42,7 @@ def opened(config: Config) -> StreamCorpus:
 
 
 def row_digests(step: Step) -> list[str]:
-    """What stands in each row of a step: tokens, pixels, noise and times."""
+    """A digest of each row of a step: tokens, pixels, noise and times."""
     found = []
     for batch in step.micro:
         for b in range(len(batch.ids_BS)):
@@ -58,7 +58,7 @@ def contents(step: Step) -> tuple[Any, ...]:
 
 
 def names(shards: list[str]) -> set[tuple[str, str]]:
-    """(shard, key) of every sample, told by tarfile."""
+    """(shard, key) of every sample, as tarfile lists them."""
     return {(Path(s).name, name.split(".")[0]) for s in shards for name in tarfile.open(s).getnames()}
 
 

@@ -1,4 +1,4 @@
-"""Pictures of every origin stand upright and in the right colours; sizes are proposed from the index."""
+"""Pictures of any origin are read upright and in the right colours; sizes are proposed from the index."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.conftest import run, write_tar
 
 
 def encoded(image: Image.Image, form: str, turned: int) -> bytes:
-    """A file whose EXIF says `turned`."""
+    """An image file with the EXIF orientation `turned`."""
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = turned
     options = {"PNG": {}, "WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}[form]
@@ -40,7 +40,7 @@ def encoded(image: Image.Image, form: str, turned: int) -> bytes:
 @pytest.mark.parametrize("turned", range(1, 9))
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
 def test_every_orientation_of_every_format(form: str, turned: int) -> None:
-    """Pillow's own transposition is the oracle, header and pixels alike."""
+    """The oracle is Pillow's own transposition, for the header and for the pixels."""
     ramp = np.add.outer(np.arange(24) * 4, np.arange(16) * 8).astype(np.uint8)
     image = Image.fromarray(np.dstack([ramp, ramp[::-1], np.full_like(ramp, 90)]))
     data = encoded(image, form, turned)
@@ -48,36 +48,36 @@ def test_every_orientation_of_every_format(form: str, turned: int) -> None:
     assert image_size(Picture(data), LimitsConfig()) == (upright.height, upright.width)
     shown = fit(open_image(data), 3, [(24, 16), (16, 24)])
     np.testing.assert_array_equal(np.asarray(shown), np.asarray(upright.convert("RGB")))
-    assert orientation(shown) == 1, "what is upright is not turned again"
+    assert orientation(shown) == 1, "an upright image is not turned again"
     if turned > 1:
-        assert not np.array_equal(np.asarray(shown), np.asarray(image)), "the fault that ignores EXIF must show"
+        assert not np.array_equal(np.asarray(shown), np.asarray(image)), "ignoring EXIF must change the result"
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def test_an_orientation_behind_the_pixels_of_a_png_is_not_heeded() -> None:
-    """The index reads headers alone; the decoder must not find another size later."""
+def test_an_orientation_after_the_pixels_of_a_png_is_ignored() -> None:
+    """The index reads headers alone, so the decoder must not read another size later."""
     tall = Image.fromarray(np.arange(24 * 16, dtype=np.uint16).reshape(24, 16).astype(np.uint8))
     data = encoded(tall, "PNG", 6)
     start = data.index(b"eXIf") - 4
     size = struct.unpack(">I", data[start : start + 4])[0] + 12
     exif, rest = data[start : start + size], data[:start] + data[start + size :]
     late = rest[:-12] + exif + rest[-12:]
-    assert Image.open(io.BytesIO(late)).getexif()[0x0112] == 6, "Pillow finds it"
+    assert Image.open(io.BytesIO(late)).getexif()[0x0112] == 6, "Pillow reads it"
     assert image_size(Picture(late), LimitsConfig()) == (24, 16)
     assert fit(open_image(late), 1, [(24, 16), (16, 24)]).size == (16, 24)
 
 
 @pytest.mark.parametrize("wrong", [0, 9, 65535])
-def test_an_orientation_that_does_not_exist_is_none(wrong: int) -> None:
+def test_an_orientation_out_of_range_is_ignored(wrong: int) -> None:
     image = Image.new("RGB", (4, 6))
     for form in ("PNG", "WEBP", "JPEG"):
         assert image_size(Picture(encoded(image, form, wrong)), LimitsConfig()) == (6, 4)
 
 
-def test_an_orientation_of_another_type_is_none() -> None:
+def test_an_orientation_of_another_type_is_ignored() -> None:
     exif = b"MM\x00\x2a\x00\x00\x00\x08\x00\x01" + struct.pack(">HHI4s", 0x0112, 2, 3, b"ab\x00\x00") + bytes(4)
     buffer = io.BytesIO()
     Image.new("RGB", (4, 6)).save(buffer, format="PNG", exif=exif)
@@ -85,7 +85,7 @@ def test_an_orientation_of_another_type_is_none() -> None:
     assert image_size(Picture(buffer.getvalue()), LimitsConfig()) == (6, 4)
 
 
-def test_inks_become_colours() -> None:
+def test_cmyk_becomes_rgb() -> None:
     """A CMYK JPEG, stored inverted as Adobe does: R = (255 - C)(255 - K) / 255."""
     inks = [(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 0, 0), (0, 0, 255, 0), (0, 0, 0, 255), (64, 128, 32, 80)]
     for ink in inks:
@@ -109,7 +109,7 @@ def test_sixteen_bits_are_scaled_and_turned(turned: int) -> None:
 
 
 def test_deep_colours_and_greys_with_alpha() -> None:
-    """16-bit RGB and grey with alpha, written byte by byte: nothing of Pillow's writer is trusted."""
+    """16-bit RGB and grey with alpha, written byte by byte, without Pillow's writer."""
     rng = np.random.default_rng(1)
     for kind, channels in ((2, 3), (4, 2), (6, 4)):
         values = rng.integers(0, 65536, (6, 4, channels), dtype=np.uint16)
@@ -124,7 +124,7 @@ def test_deep_colours_and_greys_with_alpha() -> None:
 
 
 def test_turned_pictures_train(config: Config, tmp_path: Path) -> None:
-    """Index and decoder agree on the patch grid: nothing is quarantined."""
+    """Index and decoder agree on the patch grid, so no sample is quarantined."""
     rng, members = np.random.default_rng(0), {}
     for i in range(16):
         image = Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8))
@@ -141,7 +141,7 @@ def test_turned_pictures_train(config: Config, tmp_path: Path) -> None:
 
 
 def brute_force(counts: Counter[tuple[int, int]], pixels: int, patch: int, most: int) -> float:
-    """Least mean loss over every choice of candidates, with the framing that training uses."""
+    """Smallest loss over every choice of candidates, with the cropping of training."""
     sizes, weights = np.array(list(counts)), np.array(list(counts.values()))
     offered = candidates(pixels, patch)
     choices = [choice for n in range(1, most + 1) for choice in combinations(offered, n)]
@@ -149,7 +149,7 @@ def brute_force(counts: Counter[tuple[int, int]], pixels: int, patch: int, most:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_choice_is_that_of_brute_force(seed: int) -> None:
+def test_the_choice_equals_brute_force(seed: int) -> None:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(20, 400, (40, 2))
     counts = Counter({(int(h), int(w)): int(n) for (h, w), n in zip(sizes, rng.integers(1, 30, 40), strict=True)})
@@ -175,7 +175,7 @@ def test_candidates_are_as_large_as_the_area_allows() -> None:
         candidates(100, 16)
 
 
-def test_no_more_sizes_than_help() -> None:
+def test_sizes_that_do_not_help_are_not_proposed() -> None:
     square, wide = Counter({(50, 50): 3}), Counter({(50, 50): 3, (40, 80): 5})
     assert choose_sizes(square, 64 * 64, 16, 5) == [(64, 64)]
     assert len(choose_sizes(wide, 64 * 64, 8, 5)) == 2

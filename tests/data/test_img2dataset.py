@@ -1,4 +1,4 @@
-"""Training on what img2dataset leaves, from its folder alone: `pip install img2dataset` makes the first case run."""
+"""Training on a folder that img2dataset wrote; the first case needs `pip install img2dataset`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def pictures() -> list[tuple[Image.Image, str]]:
 
 
 def downloaded(folder: Path) -> Path:
-    """A folder that img2dataset itself has written, from pictures on a local server; one address leads nowhere."""
+    """A folder written by img2dataset from pictures on a local server; one address does not exist."""
     if importlib.util.find_spec("img2dataset") is None:
         pytest.skip("img2dataset is not installed")
     web, out = folder / "web", folder / "theirs"
@@ -82,7 +82,7 @@ def downloaded(folder: Path) -> Path:
 
 
 def imitated(folder: Path) -> Path:
-    """The same layout, written here: NUMBER.tar with KEY.jpg, KEY.txt and KEY.json, NUMBER_stats.json beside it."""
+    """The same layout, written by this test: NUMBER.tar with KEY.jpg, KEY.txt and KEY.json, and NUMBER_stats.json."""
     out = folder / "like-theirs"
     out.mkdir()
     shown = pictures()
@@ -108,7 +108,7 @@ def imitated(folder: Path) -> Path:
 @pytest.mark.parametrize("streams", [0, 2])
 @pytest.mark.parametrize("made", [downloaded, imitated])
 def test_a_folder_of_img2dataset_trains(tmp_path: Path, made: object, streams: int) -> None:
-    """Nothing but the path is set; captions, pictures and keys are those that were asked for, and the loss falls."""
+    """Only the path is set; captions, pictures and keys are those of the source, and the loss falls."""
     folder = made(tmp_path)  # type: ignore[operator]
     shards = str(folder / "*.tar")
     bad: list[BadRecord] = []

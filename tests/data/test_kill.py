@@ -1,4 +1,4 @@
-"""A process that reads data is killed at any point; the next one goes on from the last saved position, in any layout."""
+"""A process that reads data is killed at any point; the next one resumes from the last saved position."""
 
 from __future__ import annotations
 
@@ -31,20 +31,22 @@ from tests.data.common import row_digests, write_shards
 LAST = 14
 
 
-def stands(stored: dict[str, Any]) -> Any:
+def position_of(stored: dict[str, Any]) -> Any:
     return Cursors.of(stored) if "streams" in stored else Position(**stored)
 
 
 def consume(config: Config, folder: Path, world: int, every: int, fault: str | None) -> None:
-    """Read global steps and write down what they held, saving the position now and then, as a training run does."""
+    """Read global steps and record their contents, saving the position at intervals, as a training run does."""
     corpus = training_corpus(config, Tokenizer.of(config))
     saved, record = folder / "saved.json", folder / "record.jsonl"
     state = json.loads(saved.read_text()) if saved.exists() else {"step": 0, "position": corpus.start.as_dict()}
     kept = record.read_text().splitlines()[: state["step"]] if record.exists() else []
-    # All or nothing, or a kill in between would lose what was recorded.
+    # Written atomically: a kill during the write would lose the record.
     (folder / "record.part").write_text("".join(line + "\n" for line in kept))
     os.replace(folder / "record.part", record)
-    ranks = [steps(corpus, state["step"], LAST, stands(state["position"]), Share(rank, world)) for rank in range(world)]
+    ranks = [
+        steps(corpus, state["step"], LAST, position_of(state["position"]), Share(rank, world)) for rank in range(world)
+    ]
     with record.open("a") as file:
         for number, shares in enumerate(zip(*ranks, strict=True), state["step"] + 1):
             digests = [row_digests(share) for share in shares]
@@ -54,7 +56,7 @@ def consume(config: Config, folder: Path, world: int, every: int, fault: str | N
             file.flush()
             if number % every == 0:
                 step = number - 1 if fault == "repeats" else number
-                position = stands(state["position"]) if fault == "forgets" else after
+                position = position_of(state["position"]) if fault == "forgets" else after
                 (folder / "saved.part").write_text(json.dumps({"step": step, "position": position.as_dict()}))
                 os.replace(folder / "saved.part", saved)
 
@@ -98,11 +100,13 @@ def test_a_killed_reader_loses_and_repeats_nothing(tmp_path: Path, streams: int)
     assert len(set(expected)) == LAST
     assert killed_and_resumed(config, tmp_path / "killed", 4, streams) == expected
     for fault in ("repeats", "forgets"):
-        assert killed_and_resumed(config, tmp_path / fault, 2, 5, fault) != expected, "a wrong position must show"
+        assert killed_and_resumed(config, tmp_path / fault, 2, 5, fault) != expected, (
+            "a wrong position must change the record"
+        )
 
 
 class Stuck(IterableDataset[int]):
-    """Makes a loader's worker that waits for ever, as one does whose queue nobody empties."""
+    """Gives a loader's worker that never returns, like one whose queue is full and not read."""
 
     def __init__(self, note: Path) -> None:
         self.note = note

@@ -1,4 +1,4 @@
-"""Segments with `learn: false`: they are context, and have no loss."""
+"""Segments with `learn: false` are context and have no loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ VARIANTS = {
     "raster": {"kind": "mar", "mar": {"order": "raster"}},
 }
 COPIES = {"noisy": 1, "capped": 1, "clean_copy": 2, "masked": 2, "random": 1, "raster": 1}
-# Each document: texts, and images as the side of their height, with their flag.
+# Each document: texts, and images as their height in pixels, each with its flag.
 DOCUMENTS: dict[str, list[tuple[str | int, bool]]] = {
     "edit": [(4, False), ("make it red", False), (6, True)],
     "answer": [("what is it", False), (4, False), ("a cat", True)],
@@ -101,8 +101,8 @@ def test_flags_are_read_and_checked(tmp_path: Path) -> None:
     assert "nothing in it is learned" in reasons["nothing"]
 
 
-def told(corpus: Documents, key: str, form: int) -> list[tuple[str | int, bool]]:
-    """The segments of a document in a form, by what the tests wrote."""
+def segments_of(corpus: Documents, key: str, form: int) -> list[tuple[str | int, bool]]:
+    """The segments of a document in a form, from `DOCUMENTS`."""
     name = key.split("-", 1)[1]
     if name in DOCUMENTS:
         segments = DOCUMENTS[name]
@@ -115,7 +115,7 @@ def told(corpus: Documents, key: str, form: int) -> list[tuple[str | int, bool]]
 
 
 class Walk:
-    """What must stand at each position of a row, written down from the rules alone."""
+    """The expected content of each position of a row, computed from the rules alone."""
 
     def __init__(self, corpus: Corpus, copies: int) -> None:
         self.tokenizer, self.copies = corpus.tokenizer, copies
@@ -162,7 +162,7 @@ class Walk:
 def walked(corpus: Corpus, row: PlannedRow, copies: int) -> Walk:
     walk = Walk(corpus, copies)
     for document in row:
-        walk.document(told(corpus, corpus.name(document)[1], document.form))
+        walk.document(segments_of(corpus, corpus.name(document)[1], document.form))
     return walk
 
 
@@ -172,7 +172,7 @@ def one_row(corpus: Corpus, row: PlannedRow) -> RawBatch:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_position_of_every_row(tmp_path: Path, variant: str) -> None:
-    """Labels and learned patches are those of learned segments; given images stand clean, once, and are seen."""
+    """Labels and learned patches are those of learned segments; given images are clean, have one copy and are seen."""
     corpus = opened(learning(tmp_path, variant))
     given_images = 0
     for epoch in range(3):
@@ -206,7 +206,7 @@ def check_losses(batch: RawBatch, walk: Walk, variant: str) -> None:
 
 
 def check_given(batch: RawBatch, walk: Walk, bidirectional: bool) -> None:
-    """t = 1 and no noise; every later position of the document sees the image, which sees what is before it."""
+    """t = 1 and no noise; later positions of the document see the image, and the image sees earlier positions."""
     seen, document = dense_visible(batch.sites)[0], batch.document_BS[0]
     for image in walk.given_images:
         here = torch.isin(batch.at_I, torch.tensor(list(image)))
@@ -233,7 +233,7 @@ def seen_inside(image: range, inside: torch.Tensor, length: int) -> torch.Tensor
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_planned_lengths_are_written_lengths(tmp_path: Path, variant: str) -> None:
-    """Also where text is cut to the length of a row, and of what streams hold."""
+    """Also for text that is cut to the length of a row, and for streams."""
     longest = {1: 28, 2: 34}[COPIES[variant]]
     config = learning(tmp_path, variant, row_length=longest, overlong="truncate", streams=2, window=8)
     config = override(config, {"train": {"batch_rows": 2}})
@@ -283,7 +283,7 @@ def test_order_workers_and_resumes(tmp_path: Path, variant: str) -> None:
 
 
 def test_times_are_spread_over_the_learned_images(tmp_path: Path) -> None:
-    """A given image takes no stratum: with it before each learned one, the times would have gaps."""
+    """A given image takes no stratum; otherwise a given image before each learned one would leave gaps."""
     documents = {f"{i:02d}": [(4, False), (4, True)] for i in range(16)}
     shard = str(write_tar(tmp_path / "edits.tar", members(documents)))
     config = tiny(
@@ -316,8 +316,8 @@ def test_a_flag_that_is_true_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["noisy", "clean_copy", "masked", "raster"])
-def test_the_loss_is_that_of_the_learned_part(tmp_path: Path, variant: str) -> None:
-    """Text: cross-entropy of learned tokens, summed by hand. Text that is given costs the image's loss nothing."""
+def test_the_loss_covers_the_learned_part_alone(tmp_path: Path, variant: str) -> None:
+    """The text loss is the sum over learned tokens; given text does not change the image loss."""
     config = learning(tmp_path, variant)
     corpus = opened(config)
     model, tokenizer = awake(config)
@@ -326,7 +326,7 @@ def test_the_loss_is_that_of_the_learned_part(tmp_path: Path, variant: str) -> N
     raw = one_row(corpus, row)
     batch = prepare(raw, corpus.patcher, dtype=torch.float64)
     losses = model(batch)
-    expected = by_hand(model, batch, walk)
+    expected = expected_text_loss(model, batch, walk)
     torch.testing.assert_close(losses.text, expected)
     assert losses.text_count == sum(label != IGNORE for label in walk.labels(96))
     (tmp_path / "text").mkdir()
@@ -342,7 +342,7 @@ def test_the_loss_is_that_of_the_learned_part(tmp_path: Path, variant: str) -> N
     assert both[0].text_count - both[1].text_count == documents * len(tokenizer.encode("a red"))
 
 
-def by_hand(model: torch.nn.Module, batch: Batch, walk: Walk) -> torch.Tensor:
+def expected_text_loss(model: torch.nn.Module, batch: Batch, walk: Walk) -> torch.Tensor:
     from mmgen.backbone import attention_mask
 
     inputs, _ = model.embed(batch)
@@ -355,7 +355,7 @@ def by_hand(model: torch.nn.Module, batch: Batch, walk: Walk) -> torch.Tensor:
     return total
 
 
-def test_the_index_knows_and_old_ones_are_made_anew(tmp_path: Path) -> None:
+def test_the_index_holds_flags_and_old_indexes_are_replaced(tmp_path: Path) -> None:
     config = learning(tmp_path, "clean_copy")
     shard = config.data.train[0]
     assert isinstance(shard, str)
@@ -363,7 +363,7 @@ def test_the_index_knows_and_old_ones_are_made_anew(tmp_path: Path) -> None:
     flags = [bool(flag) for flag in index.column("learn_s")]
     assert flags == [learn for segments in DOCUMENTS.values() for _, learn in segments] + [True] * 6
     lengths = [opened(config).length(0, i) for i in range(5)]
-    # An index of the version before, which knows neither flags nor kinds of arrays.
+    # An index of version 2, which has neither flags nor kinds of arrays.
     path = Path(shard + SUFFIX)
     columns = {name: np.array(column) for name, column in index.columns().items() if name != "learn_s"}
     with safe_open(path, "numpy") as file:
@@ -375,7 +375,7 @@ def test_the_index_knows_and_old_ones_are_made_anew(tmp_path: Path) -> None:
     assert [opened(config).length(0, i) for i in range(5)] == lengths
 
 
-def test_shown_rows_mark_what_is_given(tmp_path: Path) -> None:
+def test_shown_rows_mark_given_segments(tmp_path: Path) -> None:
     documents = {"edit": DOCUMENTS["edit"], "answer": DOCUMENTS["answer"]}
     shard = str(write_tar(tmp_path / "s.tar", members(documents)))
     config = tiny(tmp_path, data={"train": [shard], "row_length": 64, "caption_drop": 0.0, "window": 4})
@@ -411,7 +411,7 @@ def walked_given(corpus: Corpus, row: PlannedRow) -> list[bool]:
 
 
 def test_the_only_learned_text_is_not_dropped(tmp_path: Path) -> None:
-    """Captions are dropped for guidance, where an image is learned; beside a given image, text is all there is."""
+    """Captions are dropped for guidance only if an image is learned; next to a given image, the text is the target."""
     listed = [{"text": "words"}, {"image": "png", "learn": False}]
     members = {"a.png": png(picture(np.random.default_rng(0))), "a.json": json.dumps(listed).encode()}
     shard = str(write_tar(tmp_path / "given.tar", members))

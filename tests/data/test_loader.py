@@ -1,4 +1,4 @@
-"""Order, randomness and the loader: the same steps for any number of processes and workers, bad input survived."""
+"""Order, random draws and the loader: the same steps for any number of processes and workers, also with bad input."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def test_workers_and_resume_change_nothing(config: Config) -> None:
         rest = list(steps(corpus, at, 9, plain[at - 1].after))
         assert all(same(a, b) for a, b in zip(plain[at:], rest, strict=True))
     wrong = list(steps(corpus, 4, 9, plain[4].after))
-    assert not same(plain[4], wrong[0]), "an off-by-one resume must show"
+    assert not same(plain[4], wrong[0]), "an off-by-one resume must change the steps"
 
 
-def test_the_first_step_is_that_of_a_run(config: Config) -> None:
+def test_the_first_step_equals_that_of_a_run(config: Config) -> None:
     corpus = corpus_of(override(config, {"data": {"workers": 1}}))
     for rank, world in ((0, 1), (1, 2)):
         (expected,) = steps(corpus, 0, 1, Position(), Share(rank, world))
@@ -68,7 +68,7 @@ def test_the_first_step_is_that_of_a_run(config: Config) -> None:
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_share_one_global_step(config: Config, world: int) -> None:
-    """Rows of rank r are r, r + W, ...; all ranks together are the single-process step, noise included."""
+    """Rank r has rows r, r + W, ...; all ranks together have the step of a single process, including its noise."""
     config = override(config, {"train": {"batch_rows": 5}})
     corpus = corpus_of(config)
     source = corpus.plan.rows(Position())
@@ -133,7 +133,7 @@ def test_randomness_is_keyed() -> None:
 
 
 def test_capped_time_only_where_text_follows(config: Config) -> None:
-    """A dropped caption leaves no text: the unconditional branch must see every t."""
+    """A document without its caption has no text, and the unconditional branch must see every t."""
     config = override(config, {"objective": {"time": {"stratified": False}}})
     corpus = corpus_of(config)
     seen: dict[str, list[float]] = {}
@@ -149,7 +149,7 @@ def test_capped_time_only_where_text_follows(config: Config) -> None:
     assert min(seen["caption dropped"]) < 0.3
 
 
-def test_a_shard_of_webdatasets_own_writer(config: Config, tmp_path: Path) -> None:
+def test_a_shard_of_the_webdataset_writer(config: Config, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     with (tmp_path / "theirs.tar").open("wb") as file, webdataset.TarWriter(file) as sink:
         sink.write({"__key__": "a", "jpg": np.asarray(picture(rng)), "txt": "a jpeg"})
@@ -162,7 +162,7 @@ def test_a_shard_of_webdatasets_own_writer(config: Config, tmp_path: Path) -> No
 
 
 def test_pinning_makes_a_new_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step is not changed once it is built; torch's loader takes what `pin_memory` returns."""
+    """A step is immutable; torch's loader uses the return value of `pin_memory`."""
     step = corpus_of(config).first_step()
     kept = list(step.micro)
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # this works without a GPU
@@ -176,7 +176,7 @@ def test_pinning_makes_a_new_step(config: Config, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_corrupt_image_leaves_its_slot_empty(config: Config, tmp_path: Path) -> None:
-    """Everything else in the step stays where it was, and the loss is logged with its reason."""
+    """The rest of the step is unchanged, and the bad sample is reported with its reason."""
     one = override(config, {"model": {"patcher": {"image_sizes": [[4, 4]]}}})
     good = pairs(12)
     bad = {**good, "0005.png": good["0005.png"][:60]}
@@ -228,7 +228,7 @@ def test_missing_and_truncated_shards_are_named(tmp_path: Path) -> None:
 def test_a_caption_longer_than_a_row(config: Config, tmp_path: Path) -> None:
     members = {**pairs(3), "0001.json": json.dumps({"caption": "long " * 20}).encode()}
     long = override(config, {"data": {"train": [str(write_tar(tmp_path / "long.tar", members))]}})
-    with pytest.raises(ValueError, match=r"sample long\.tar/0001 needs \d+ positions but data\.row_length is 48"):
+    with pytest.raises(ValueError, match=r"sample long\.tar/0001 needs \d+ positions, but data\.row_length is 48"):
         corpus_of(long)
     corpus = corpus_of(override(long, {"data": {"overlong": "truncate"}}))
     assert max(corpus.length(0, i) for i in range(3)) <= 48

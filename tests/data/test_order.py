@@ -1,4 +1,4 @@
-"""The order of documents: a function of seed and content, whatever reads it, at any size."""
+"""The order of documents is a function of seed and content, for any reader and any size."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def words(config: Config) -> Tokenizer:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 9))
-def test_a_permutation_hits_everything_once(count: int, seed: int) -> None:
+def test_a_permutation_contains_each_number_once(count: int, seed: int) -> None:
     found = permuted(np.arange(count), count, seed)
     assert sorted(found.tolist()) == list(range(count))
     some = np.arange(0, count, 7)
-    assert (permuted(some, count, seed) == found[some]).all(), "each image is known alone"
+    assert (permuted(some, count, seed) == found[some]).all(), "each value is computed independently"
 
 
 def test_the_order_never_changes() -> None:
-    """A checkpoint of an earlier version goes on in the same order with the same noise: these numbers are a contract."""
+    """A checkpoint of an earlier version resumes in the same order with the same noise, so these numbers are fixed."""
     assert keyed(1, "a").random(2).tolist() == [0.09143962623932189, 0.9591230913944044]
     assert chances(1, "a") == (0.2454896402740172, 0.7807259098497251)
     assert uniform(np.array([0, 1, 2**63], np.uint64), "u").tolist() == [
@@ -76,7 +76,7 @@ def test_the_order_never_changes() -> None:
 
 @pytest.mark.broad
 def test_a_permutation_looks_random() -> None:
-    """Places and images are independent, and every image is equally likely (chi square, p above 1e-4)."""
+    """Inputs and outputs are independent, and every output is equally likely (chi square, p above 1e-4)."""
     images = np.stack([permuted(np.arange(10), 10, seed) for seed in range(1000)])
     table = np.stack([np.bincount(images[:, place], minlength=10) for place in range(10)])
     assert stats.chi2.sf(((table - 100) ** 2 / 100).sum(), 81) > 1e-4
@@ -102,7 +102,7 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
 
 @pytest.mark.parametrize("block", [1, 4, 16, 64])
 @pytest.mark.parametrize("count", [1, 5, 40, 1000])
-def test_an_epoch_is_every_document_in_any_pieces(count: int, block: int) -> None:
+def test_an_epoch_holds_every_document_also_in_parts(count: int, block: int) -> None:
     whole = epoch_order(count, 3, 2, block=block)
     assert sorted(whole.tolist()) == list(range(count))
     cut = [epoch_order(count, 3, 2, range(a, min(a + 7, count)), block) for a in range(0, count, 7)]
@@ -111,18 +111,18 @@ def test_an_epoch_is_every_document_in_any_pieces(count: int, block: int) -> Non
         other = epoch_order(count, 3, 3, block=block)
         assert (other != whole).mean() > 0.9
         neighbours = (np.diff(whole) % count == 1).mean()
-        assert abs(neighbours - (block - 1) / block) < 0.06, "blocks stay together and nothing else does"
+        assert abs(neighbours - (block - 1) / block) < 0.06, "only blocks stay together"
 
 
 def lengths_of(epochs: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A simulated index of any size: lengths from the number alone."""
+    """A simulated index of any size: the length depends on the number alone."""
     length = 10 + (mix(indices.astype(np.uint64)) % np.uint64(60)).astype(np.int64)
     return length, np.ones_like(length), np.zeros_like(length)
 
 
 @pytest.mark.broad
 def test_resume_costs_the_same_anywhere() -> None:
-    """An index of 10^8 samples, never listed: rows at any place come in the same time and little memory."""
+    """In an index of 10^8 samples, rows at any position take the same time and little memory."""
     import tracemalloc
 
     plan = Plan(Mixture([10**8], [1.0], 0, 16), 1024, 640, lengths_of)
@@ -167,7 +167,8 @@ def test_rows_stream_across_windows_and_epochs() -> None:
     source = plan.rows(Position())
     found = [next(source) for _ in range(12)]
     assert [after for _, after in found][:6] == [
-        Position(0, 0, 1), Position(0, 0, 2), Position(0, 1, 1), Position(0, 1, 2), Position(0, 2, 1), Position(1, 0, 1),
+        Position(0, 0, 1), Position(0, 0, 2), Position(0, 1, 1), Position(0, 1, 2), Position(0, 2, 1),
+        Position(1, 0, 1),
     ]  # fmt: skip
     assert sorted(d.index for row, _ in found[:5] for d in row) == list(range(10))
     assert [d.epoch for row, _ in found for d in row] == [0] * 10 + [1] * 10 + [2] * 4
@@ -184,7 +185,7 @@ def test_positions_survive_a_checkpoint() -> None:
     assert both.as_dict() == {"streams": [[0, 6, 0, 0, 0, 0, 0], [4, 1, 2, 3, 4, 5, 6]]}
     assert Cursors.of(both.as_dict()) == both
     assert both.of_stream(4) == Cursor(1, 2, 3, 4, 5, 6)
-    assert both.of_stream(3) == Cursor(), "a stream that nobody has read stands at its beginning"
+    assert both.of_stream(3) == Cursor(), "a stream that was not read is at its beginning"
 
 
 @pytest.mark.broad
@@ -219,8 +220,8 @@ def test_mixtures_keep_their_proportions(weights: list[float]) -> None:
         ([5, 2, 1], [0, 1, 0, 0, 0, 1, 2, 0, 0, 1, 0]),
     ],
 )
-def test_sources_are_dealt_evenly(weights: list[float], expected: list[int]) -> None:
-    """By largest remainder, at least one each, every prefix within one of its share."""
+def test_sources_are_spread_evenly(weights: list[float], expected: list[int]) -> None:
+    """Counts are by largest remainder, at least one each; each prefix is within one of its share."""
     dealt = smooth(weights, len(expected))
     assert dealt.tolist() == expected
     assert dealt.dtype == np.int64
@@ -280,7 +281,7 @@ def test_prefetch_depth_changes_nothing(config: Config) -> None:
 
 @pytest.mark.broad
 @pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_every_fault_of_the_order_is_seen(config: Config, fault: str | None) -> None:
+def test_every_fault_of_the_order_is_detected(config: Config, fault: str | None) -> None:
     report = check(config.data.train, words(config), config, CheckOptions(inject=fault, world=2)).as_dict()
     wrong = {
         None: set(), "per_rank_seed": {"same_for_any_world"}, "dropped_carry": {"coverage_exact"},
@@ -293,9 +294,9 @@ def test_every_fault_of_the_order_is_seen(config: Config, fault: str | None) -> 
 
 
 @pytest.mark.broad
-def test_the_check_counts_what_is_bad(config: Config, tmp_path: Path) -> None:
+def test_the_check_counts_bad_samples(config: Config, tmp_path: Path) -> None:
     members = pairs(8)
-    members["0003.png"] = members["0003.png"][:60]  # a sound header
+    members["0003.png"] = members["0003.png"][:60]  # the header is intact
     members["0005.json"] = b"{"
     shard = str(write_tar(tmp_path / "bad.tar", members))
     (tmp_path / "copy.tar").write_bytes((tmp_path / "bad.tar").read_bytes())

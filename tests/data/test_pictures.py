@@ -26,8 +26,8 @@ def test_modes_and_orientation() -> None:
     np.testing.assert_array_equal(np.asarray(flatten(deep, 1)), np.rint(values / 257))
     clear = Image.fromarray(np.dstack([np.full((4, 4, 3), 200, np.uint8), np.array([[0, 85, 170, 255]] * 4, np.uint8)]))
     np.testing.assert_allclose(np.asarray(flatten(clear, 3))[0, :, 0], [255, 237, 218, 200], atol=1)
-    inks = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
-    assert np.asarray(flatten(jpeg(inks), 3))[0, 0, 0] > 200, "red"
+    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
+    assert np.asarray(flatten(jpeg(cmyk), 3))[0, 0, 0] > 200, "red"
     sides = Image.fromarray(np.kron(np.array([[255, 0]], np.uint8), np.ones((32, 32), np.uint8)))  # left half is white
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
@@ -35,7 +35,7 @@ def test_modes_and_orientation() -> None:
     assert image_size(Picture(turned.fp_data), LimitsConfig()) == (64, 32)
     shown = np.asarray(fit(turned, 1, [(64, 32)]))
     assert shown.shape == (64, 32)
-    assert shown[:32].mean() > 200 > 50 > shown[32:].mean(), "what was left is above"
+    assert shown[:32].mean() > 200 > 50 > shown[32:].mean(), "the left half is on top"
 
 
 def jpeg(image: Image.Image, **options: object) -> Image.Image:

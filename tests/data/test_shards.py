@@ -1,4 +1,4 @@
-"""Shards from untrusted sources: hostile members, remote places, the index, and interleaved documents."""
+"""Shards from untrusted sources: hostile members, remote stores, the index, and interleaved documents."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def png_bomb(side: int) -> bytes:
 
 
 def hostile() -> dict[str, bytes]:
-    """Members of which only `good` and `thin` make documents."""
+    """Members with many faults; only the keys in `SOUND` make documents."""
     rng = np.random.default_rng(0)
     good = png(picture(rng))
 
@@ -71,7 +71,7 @@ def hostile() -> dict[str, bytes]:
         "cut.png": good[:20], "cut.txt": b"cut",
         "alone.png": good,
         "pickle.pyd": pickle.dumps(Bomb()),
-        "pickled.npy": npy(np.array([Bomb()], dtype=object)), "pickled.txt": b"a pickle in numpy's clothes",
+        "pickled.npy": npy(np.array([Bomb()], dtype=object)), "pickled.txt": b"a pickle inside a npy file",
         "nan.npy": npy(np.full((4, 2, 2), np.nan, np.float32)), "nan.txt": b"not finite",
         "claims.npy": npy(np.zeros((4, 2, 2), np.float32)).replace(b"(4, 2, 2)", b"(4, 2,99)"), "claims.txt": b"shape",
         "deep.json": b"[" * 100_000,
@@ -86,7 +86,7 @@ SOUND = {"../../escape", "/absolute", "good", "thin", "dot"}
 
 
 def test_a_hostile_shard_is_survived(config: Config, tmp_path: Path) -> None:
-    """No crash, nothing written, little memory; every loss has a line; the rest trains."""
+    """It causes no crash, writes nothing and takes little memory; each loss is reported, and the rest trains."""
     folder = tmp_path / "in"
     folder.mkdir()
     shard = write_tar(folder / "hostile.tar", hostile())
@@ -103,7 +103,7 @@ def test_a_hostile_shard_is_survived(config: Config, tmp_path: Path) -> None:
     assert sum(step.documents for step in found) > 0
     assert not any(step.bad for step in found)
     keys = {name.rsplit("/", 1)[-1].split(".", 1)[0] for name in hostile() if not name.startswith(("..", "/"))}
-    assert {item.key for item in corpus.bad} == keys - SOUND | {"good"}, "every loss has its line"
+    assert {item.key for item in corpus.bad} == keys - SOUND | {"good"}, "every loss is reported"
     reasons = {item.key: item.reason for item in corpus.bad}
     assert "400000000 pixels" in reasons["bomb"]
     assert "apart from the first" in reasons["good"]
@@ -114,14 +114,14 @@ def test_a_hostile_shard_is_survived(config: Config, tmp_path: Path) -> None:
     assert not Path("/tmp/mmgen-was-here").exists()
 
 
-def test_a_shell_is_never_asked(tmp_path: Path) -> None:
+def test_no_shell_command_is_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="would run a shell command"):
         list(read([f"pipe:touch {tmp_path}/x"]))
     assert not (tmp_path / "x").exists()
 
 
 class Ranges(SimpleHTTPRequestHandler):
-    """A file server that answers byte ranges."""
+    """A file server with byte ranges."""
 
     def send_head(self):
         asked = self.headers.get("Range")
@@ -211,7 +211,9 @@ def test_the_index_is_kept_and_renewed(config: Config, tmp_path: Path) -> None:
     assert ensure(shard, words, data).meta.sha256 == hashlib.sha256(Path(shard).read_bytes()).hexdigest()
 
 
-def test_an_index_goes_to_the_cache_where_the_place_is_read_only(config: Config, tmp_path: Path, monkeypatch) -> None:
+def test_an_index_is_written_to_the_cache_if_the_folder_is_read_only(
+    config: Config, tmp_path: Path, monkeypatch
+) -> None:
     shard = str(write_tar(tmp_path / "i.tar", pairs(3)))
     data = override(config, {"data": {"cache_dir": str(tmp_path / "cache")}}).data
     (tmp_path / "i.tar.mmgen-index").mkdir()  # nothing can be renamed to it
@@ -220,7 +222,7 @@ def test_an_index_goes_to_the_cache_where_the_place_is_read_only(config: Config,
     assert find(shard, data)
 
 
-def test_columns_are_what_the_samples_are(config: Config, tmp_path: Path) -> None:
+def test_columns_describe_the_samples(config: Config, tmp_path: Path) -> None:
     members = {**pairs(4), "t.txt": b"text alone"}
     shard = str(write_tar(tmp_path / "c.tar", members))
     index = ensure(shard, tokenizer(), config.data)
@@ -240,9 +242,9 @@ def test_columns_are_what_the_samples_are(config: Config, tmp_path: Path) -> Non
 
 def test_interleaved_documents(config: Config, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    told = ["first", {"image": "a.png"}, {"text": "between"}, {"image": "k.b.png"}, "last"]
+    listed = ["first", {"image": "a.png"}, {"text": "between"}, {"image": "k.b.png"}, "last"]
     members = {
-        "k.json": json.dumps(told).encode(), "k.a.png": png(picture(rng)), "k.b.png": png(picture(rng, (6, 4))),
+        "k.json": json.dumps(listed).encode(), "k.a.png": png(picture(rng)), "k.b.png": png(picture(rng, (6, 4))),
         "bad.json": json.dumps([{"image": "none.png"}]).encode(), "odd.json": b'[{"sound": "x"}]', "void.json": b"[]",
     }  # fmt: skip
     shard = str(write_tar(tmp_path / "k.tar", members))
@@ -266,7 +268,7 @@ def test_interleaved_documents(config: Config, tmp_path: Path) -> None:
     assert words.decode(kept) == "last", "every text before an image is dropped"
 
 
-def test_captions_are_cleaned_where_asked(config: Config, tmp_path: Path) -> None:
+def test_captions_are_cleaned_if_set(config: Config, tmp_path: Path) -> None:
     dirty = "  <b>A&amp;nbsp;red</b>\tfox\x00 https://x.org/a?b  &lt;i&gt;runs&lt;/i&gt; "
     assert clean(dirty) == "A red fox runs"
     shard = str(write_tar(tmp_path / "d.tar", {"a.txt": dirty.encode()}))

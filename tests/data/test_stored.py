@@ -1,4 +1,4 @@
-"""Precomputed arrays in place of images: kinds, shards of codes, and who takes them."""
+"""Precomputed arrays instead of images: their kinds, shards of codes, and patchers that accept them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.conftest import picture, png, tiny, write_tar
 
 
 class CodePatcher(Patcher):
-    """Takes codes as they are; a stand-in for a discrete tokenizer of images."""
+    """Accepts codes unchanged; a test double for a discrete tokenizer of images."""
 
     stored = "codes"
 
@@ -59,7 +59,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def codes() -> dict[str, np.ndarray]:
-    """Codes that float32 would not keep."""
+    """Codes that float32 cannot represent exactly."""
     rng = np.random.default_rng(0)
     shapes = {"a": (2, 2), "b": (3, 2), "c": (2, 2), "d.0": (2, 2), "d.1": (3, 2)}
     return {key: 2**30 + rng.integers(0, 1000, shape, dtype=np.int64) for key, shape in shapes.items()}
@@ -109,7 +109,7 @@ def test_codes_are_indexed_and_read_back(coded: Config) -> None:
     assert [image.learn for image in found] == [True, True, True, False, True]
 
 
-def test_codes_reach_the_batch_as_they_are(coded: Config) -> None:
+def test_codes_reach_the_batch_unchanged(coded: Config) -> None:
     corpus, arrays = Corpus(coded.data.train, words(coded), coded), codes()
     wanted = sorted(tuple(array.ravel().tolist()) for array in arrays.values())
     seen: list[tuple[int, ...]] = []
@@ -124,7 +124,7 @@ def test_codes_reach_the_batch_as_they_are(coded: Config) -> None:
     assert (empty.patches_UP.dtype, tuple(empty.patches_UP.shape)) == (torch.int64, (0, 1))
 
 
-def test_codes_are_refused_where_they_are_not_taken(coded: Config, tmp_path: Path) -> None:
+def test_codes_are_refused_by_other_patchers(coded: Config, tmp_path: Path) -> None:
     pixels = override(coded, {"model": {"patcher": {"kind": "pixels", "patch_size": 2}}})
     with pytest.raises(
         ValueError, match=r"codes\.tar holds codes, but model.patcher.kind is pixels: name shards of im"
@@ -139,7 +139,7 @@ def test_codes_are_refused_where_they_are_not_taken(coded: Config, tmp_path: Pat
     ):
         Corpus([latents], words(coded), coded)
     images = write_tar(tmp_path / "i.tar", {"a.png": png(picture(np.random.default_rng(0))), "a.txt": b"a"})
-    with pytest.raises(ValueError, match="holds codes and .* images: name shards of one kind"):
+    with pytest.raises(ValueError, match="holds codes, but .* holds images: name shards of one kind"):
         Corpus([*coded.data.train, str(images)], words(coded), coded)
     random = override(coded, {"data": {"crop": "random"}})
     with pytest.raises(ValueError, match="stored codes have one crop"):
@@ -163,19 +163,22 @@ def test_codes_that_do_not_fit_are_bad_samples(coded: Config, tmp_path: Path) ->
     assert reasons.keys() == arrays.keys() - {"good"}
     assert "none of: floating point [channels, height, width] (latent), integers [height, width]" in reasons["flat"]
     assert "not in the codebook" in reasons["huge"]
-    assert "stands for 10x4 pixels, which model.patcher.image_sizes does not declare" in reasons["odd"]
+    assert "represents an image of 10x4 pixels, which model.patcher.image_sizes does not declare" in reasons["odd"]
     assert "negative" in reasons["negative"]
     assert "too large" in reasons["unsigned"]
 
 
 def test_streams_refuse_arrays(coded: Config) -> None:
     streamed = override(coded, {"data": {"streams": 1}})
-    with pytest.raises(ValueError, match="finds no usable sample in its shards.*read through the index alone"):
+    with pytest.raises(
+        ValueError,
+        match="finds no usable sample in its shards: the last bad one is codes.tar/d: .*read only through an index",
+    ):
         next(steps(StreamCorpus(streamed.data.train, words(streamed), streamed), 0, 1, Cursors()))
 
 
-def test_a_kind_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What else an array may be stands in the registry alone."""
+def test_a_kind_is_one_entry_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A further kind of array needs one entry in the registry and no other change."""
     depth = StoredKind(
         number=7, plural="depth maps", form="one-byte integers [1, height, width]",
         matches=lambda array: array.ndim == 3 and array.dtype == np.uint8,

@@ -1,4 +1,4 @@
-"""Streams where samples, shards or connections are bad, and reads that are interrupted or resumed."""
+"""Streams with bad samples, shards or connections, and reads that are interrupted or resumed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.conftest import pairs, tiny, write_tar
 from tests.data.common import STEPS, contents, epoch_names, names, opened, row_digests, write_shards
 
 
-def test_bad_samples_are_passed_over_and_told_once(streamed: Config, tmp_path: Path) -> None:
-    """A caption that is no JSON, a repeated key, a cut archive: the rest of an epoch is there, once."""
+def test_bad_samples_are_skipped_and_reported_once(streamed: Config, tmp_path: Path) -> None:
+    """A caption of invalid JSON, a repeated key, a cut archive: an epoch holds the other samples once."""
     members = {f"a-{name}": data for name, data in pairs(6, 9).items()}
     members["a-0002.json"] = b"{"
     shard = write_tar(tmp_path / "bad.tar", members)
@@ -50,7 +50,9 @@ def test_bad_samples_are_passed_over_and_told_once(streamed: Config, tmp_path: P
     assert set(bad) == {("bad.tar", "a-0002"), ("bad.tar", "a-0000"), ("cut.tar", "0-0002")}
     for at in range(1, 14):
         rest = [(i.shard, i.key) for step in steps(corpus, at, 14, whole[at - 1].after) for i in step.bad]
-        assert bad == [(i.shard, i.key) for step in whole[:at] for i in step.bad] + rest, "told once, where met"
+        assert bad == [(i.shard, i.key) for step in whole[:at] for i in step.bad] + rest, (
+            "reported once, in the step that read it"
+        )
     assert max(in_first.values()) <= 1 + max(cursor.epoch for cursor in whole[-1].after.streams.values())
 
 
@@ -78,7 +80,7 @@ def test_an_undecodable_image_leaves_its_slot_empty(streamed: Config, tmp_path: 
         assert (whole.after, whole.documents) == (part.after, part.documents)
 
 
-def test_packed_and_remote_shards_are_read_too(streamed: Config, tmp_path: Path) -> None:
+def test_compressed_and_remote_shards_are_read_too(streamed: Config, tmp_path: Path) -> None:
     plain = [contents(step) for step in steps(opened(streamed), 0, STEPS, Cursors())]
     remote = override(streamed, {"data": {"train": [f"file://{path}" for path in streamed.data.train]}})
     assert [contents(step) for step in steps(opened(remote), 0, STEPS, Cursors())] == plain
@@ -94,7 +96,7 @@ def test_packed_and_remote_shards_are_read_too(streamed: Config, tmp_path: Path)
 
 
 class Breaking:
-    """A file that fails once, in its middle."""
+    """A file whose n-th read fails, once."""
 
     def __init__(self, file: Any, left: list[int]) -> None:
         self.file, self.left = file, left
@@ -106,7 +108,7 @@ class Breaking:
         return self.file.read(size)
 
 
-def test_a_reading_that_breaks_off_goes_on(streamed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_read_is_continued(streamed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = [contents(step) for step in steps(opened(streamed), 0, 4, Cursors())]
     left = [0]
     stream = store.stream
@@ -128,14 +130,14 @@ def test_a_reading_that_breaks_off_goes_on(streamed: Config, monkeypatch: pytest
 
 
 class DyingFile(io.BytesIO):
-    """A remote file whose connection ends."""
+    """A remote file whose connection breaks."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         raise RuntimeError("the payload is not complete")
 
 
 class DyingStore(AbstractFileSystem):
-    """A store whose errors are of its own kind, as those of fsspec's stores are."""
+    """A store that raises errors of its own type, as stores of fsspec do."""
 
     protocol = "dying"
 
@@ -143,7 +145,7 @@ class DyingStore(AbstractFileSystem):
         return DyingFile()
 
 
-def test_what_breaks_in_a_far_store_is_an_error_of_reading() -> None:
+def test_errors_of_remote_stores_become_oserrors() -> None:
     fsspec.register_implementation("dying", DyingStore, clobber=True)
     with (
         store.stream("dying://far/a.tar", LimitsConfig()) as file,
@@ -153,7 +155,7 @@ def test_what_breaks_in_a_far_store_is_an_error_of_reading() -> None:
 
 
 def test_resuming_reads_one_shard_and_one_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However far a run is: what is opened is the shard of the cursor and what its window takes."""
+    """At any position, a resume opens the shard of the cursor and the shards of its window."""
     config = tiny(tmp_path, data={"train": write_shards(tmp_path / "many", 24), "streams": 1, "window": 10})
     streams = opened(config).dataset
     opens: list[str] = []
@@ -168,7 +170,7 @@ def test_resuming_reads_one_shard_and_one_window(tmp_path: Path, monkeypatch: py
         assert len(opens) <= 3, "shards hold at least 5 samples, a window 10"
 
 
-def test_shards_of_nothing_end_the_run(streamed: Config, tmp_path: Path) -> None:
+def test_shards_without_a_usable_sample_end_the_run(streamed: Config, tmp_path: Path) -> None:
     empty = str(write_tar(tmp_path / "empty.tar", {"a.json": b"{"}))
     config = override(streamed, {"data": {"train": [empty], "streams": 1}})
     with pytest.raises(
@@ -176,13 +178,13 @@ def test_shards_of_nothing_end_the_run(streamed: Config, tmp_path: Path) -> None
     ):
         next(steps(opened(config), 0, 1, Cursors()))
     one = override(config, {"data": {"train": [empty, *streamed.data.train[:1]]}})
-    assert next(steps(opened(one), 0, 1, Cursors())).documents > 0, "one bad shard among good ones is passed over"
+    assert next(steps(opened(one), 0, 1, Cursors())).documents > 0, "one bad shard among good ones is skipped"
     Path(streamed.data.train[2]).unlink()
     with pytest.raises(FileNotFoundError, match=r"part-2.tar does not exist"):
         opened(streamed)
 
 
-def test_the_rate_of_bad_samples_is_of_those_met(streamed: Config) -> None:
+def test_the_share_of_bad_samples_is_relative_to_those_read(streamed: Config) -> None:
     corpus = opened(streamed)
     position = list(steps(corpus, 0, STEPS, Cursors()))[-1].after
     assert corpus.known(position) == 1000

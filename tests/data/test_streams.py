@@ -1,4 +1,4 @@
-"""Shards without an index, read in streams: the promises of the indexed order, kept by reading forward."""
+"""Shards that are read in streams, without an index, keep the promises of the indexed order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.data.common import STEPS, contents, epoch_names, names, opened, row_d
 
 
 def global_steps(config: Config, first: int, start: Cursors, world: int) -> Iterator[list[str]]:
-    """The rows of global steps, put together from what each of `world` processes holds."""
+    """The rows of global steps, joined from the shares of `world` processes."""
     corpus, rows = opened(config), config.train.batch_rows
     ranks = [steps(corpus, first, STEPS, start, Share(rank, world)) for rank in range(world)]
     for shares in zip(*ranks, strict=True):
@@ -42,7 +42,7 @@ def test_an_epoch_holds_each_sample_once(streamed: Config) -> None:
     for epoch in range(3):
         assert epoch_names(streams, epoch) == Counter(names(streamed.data.train))
     first = [[streams.shard(stream, place, epoch) for stream in range(4) for place in range(2)] for epoch in (0, 1)]
-    assert first[0] != first[1], "every epoch deals its shards anew"
+    assert first[0] != first[1], "each epoch assigns its shards to streams in another order"
     orders = [
         [d.sample.key for row in islice(streams.rows(0, Cursor()), 9) for d in row.documents if d.epoch == e]
         for e in (0, 1)
@@ -52,7 +52,7 @@ def test_an_epoch_holds_each_sample_once(streamed: Config) -> None:
 
 
 def test_worlds_workers_and_resumes_are_one_run(streamed: Config) -> None:
-    """Steps 0 to n on one process, the rest on 1, 2 or 4, with 0, 1 or 2 workers each: the rows of one process."""
+    """Steps 0 to n on one process, the rest on 1, 2 or 4 with 0, 1 or 2 workers: the rows equal those of one."""
     whole = list(steps(opened(streamed), 0, STEPS, Cursors()))
     rows = [row_digests(step) for step in whole]
     assert len({digest for step in rows for digest in step}) == 8 * STEPS
@@ -63,10 +63,10 @@ def test_worlds_workers_and_resumes_are_one_run(streamed: Config) -> None:
         stored = Cursors.of(json.loads(json.dumps(whole[at - 1].after.as_dict())))
         assert list(global_steps(streamed, at, stored, (1, 2, 4)[at % 3])) == rows[at:], at
     wrong = next(global_steps(streamed, 4, whole[4].after, 1))
-    assert wrong != rows[4], "an off-by-one resume must show"
+    assert wrong != rows[4], "an off-by-one resume must change the rows"
 
 
-def test_ranks_know_their_own_streams(streamed: Config) -> None:
+def test_each_rank_reads_its_own_streams(streamed: Config) -> None:
     whole = next(steps(opened(streamed), 0, 1, Cursors()))
     shares = [next(steps(opened(streamed), 0, 1, Cursors(), Share(rank, 2))) for rank in range(2)]
     assert contents(opened(streamed).first_step()) == contents(whole)
@@ -88,7 +88,7 @@ def test_micro_steps_are_a_cut_of_the_step(streamed: Config) -> None:
 
 
 def test_documents_are_those_of_the_indexed_order(streamed: Config) -> None:
-    """One sample in one epoch is one document, whoever read it: the index is the oracle."""
+    """A sample gives the same document in streams and through the index, which is the oracle."""
     streams, indexed = opened(streamed), Corpus(streamed.data.train, tokenizer_of(streamed), streamed)
     number = {indexed.dataset.name(i): i for i in range(len(indexed.samples))}
     forms = set()
@@ -123,7 +123,7 @@ def test_times_of_a_step_are_spread_over_all_streams(streamed: Config) -> None:
         np.testing.assert_allclose(np.diff([*times, times[0] + 1]), 1 / 8, atol=1e-5)
 
 
-def test_what_streams_cannot_do_is_refused(streamed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_streams_cannot_keep_are_refused(streamed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match=r"data.streams is 4, which 3 processes .* start 1 or 2 or 4 processes, .* data.streams 6"
     ):
@@ -147,7 +147,7 @@ def test_what_streams_cannot_do_is_refused(streamed: Config, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_every_fault_of_the_streams_is_seen(streamed: Config, fault: str | None) -> None:
+def test_every_fault_of_the_streams_is_detected(streamed: Config, fault: str | None) -> None:
     options = CheckOptions(decode=fault is None, inject=fault)
     report = check_streams(tokenizer_of(streamed), streamed, options).as_dict()
     wrong = {
@@ -174,7 +174,7 @@ def losses(config: Config) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in map(json.loads, lines) if "loss" in line]
 
 
-def test_a_streamed_run_resumes_where_it_was(streamed: Config, tmp_path: Path) -> None:
+def test_a_streamed_run_resumes(streamed: Config, tmp_path: Path) -> None:
     """Six steps at once, and four steps and two more: the same losses; another order is refused."""
     steady = override(
         streamed, {"train": {"min_lr_ratio": 1.0, "save_every": 2}}
@@ -201,8 +201,8 @@ def started(config: Config, world: int, port: int) -> subprocess.CompletedProces
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(streamed: Config, tmp_path: Path) -> None:
-    """Steps 1 to 4 on two processes, 5 and 6 on one, from a checkpoint that knows all streams."""
+def test_two_processes_train_like_one(streamed: Config, tmp_path: Path) -> None:
+    """Steps 1 to 4 on two processes, 5 and 6 on one, from a checkpoint of all streams."""
     steady = override(streamed, {"train": {"min_lr_ratio": 1.0, "save_every": 2}})
     one = override(steady, {"run": {"dir": str(tmp_path / "one")}})
     two = override(steady, {"run": {"dir": str(tmp_path / "two")}})

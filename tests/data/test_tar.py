@@ -52,7 +52,7 @@ def listed(content: bytes, most: int = 1 << 20) -> list[Member]:
     ),
     st.sampled_from(["gnu", "pax"]),
 )
-def test_members_are_those_of_tarfile(names: dict[str, bytes], form: str) -> None:
+def test_members_equal_those_of_tarfile(names: dict[str, bytes], form: str) -> None:
     content = tar_of(names, FORMATS[form])
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         expected = [(info.name, info.offset_data, info.size) for info in tar.getmembers()]
@@ -103,7 +103,7 @@ def test_sparse_members_of_gnu_tar(tmp_path: Path, form: str) -> None:
 
 
 def test_truncation_at_every_block(tmp_path: Path) -> None:
-    """Whatever is cut off, the samples before it are read, and one line tells of the loss."""
+    """At any cut, the samples before it are read, and the loss is reported once."""
     whole = tar_of(pairs(4))
     complete = [sample.key for sample in read([str(write(tmp_path / "w.tar", whole))])]
     lost = []
@@ -127,9 +127,9 @@ def damaged(content: bytes) -> str:
 
 def test_damaged_headers_are_named() -> None:
     whole = bytearray(tar_of({"a.txt": b"1", "b.txt": b"2"}))
-    assert damaged(b"PK\3\4" + bytes(600)) == "no tar header at 0 bytes"
-    assert "no tar header at 1024 bytes" in damaged(bytes(whole[:1024] + b"\xff" * 512 + whole[1024:]))
-    assert "behind the end mark" in damaged(bytes(whole) + bytes(whole))
+    assert damaged(b"PK\3\4" + bytes(600)) == "no tar header at byte 0"
+    assert "no tar header at byte 1024" in damaged(bytes(whole[:1024] + b"\xff" * 512 + whole[1024:]))
+    assert "after the end mark" in damaged(bytes(whole) + bytes(whole))
     assert "not octal" in damaged(with_size(whole, b"99999999999\0"))
     assert "negative" in damaged(with_size(whole, b"\xff" * 12))
     assert "ends inside a.txt" in damaged(with_size(whole, b"77777777777\0"))
@@ -145,7 +145,7 @@ def test_damaged_headers_are_named() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_mutated_archive_never_breaks_the_reader(data: st.DataObject) -> None:
-    """Whatever bytes change, the reader ends with samples, named losses, or both."""
+    """For any change of bytes, the reader returns samples, reported losses, or both."""
     form = data.draw(st.sampled_from(sorted(FORMATS)))
     members = {**pairs(2), "long" * (20 if form == "ustar" else 60) + ".txt": b"text"}
     content = bytearray(tar_of(members, FORMATS[form]))
@@ -154,11 +154,11 @@ def test_a_mutated_archive_never_breaks_the_reader(data: st.DataObject) -> None:
         content[at : at + 1] = data.draw(st.binary(max_size=3))
         if not content:
             break
-    assert survive(bytes(content)) <= len(members), "a change may lose or split samples, not make members up"
+    assert survive(bytes(content)) <= len(members), "a change may lose or split samples, but not add members"
 
 
 def survive(content: bytes) -> int:
-    """Samples that are read; anything but `Damaged` and `BadSample` escapes."""
+    """Number of samples that are read; only `Damaged` and `BadSample` are caught."""
     count = 0
     try:
         for group in groups(io.BytesIO(content), LimitsConfig()):
@@ -211,7 +211,7 @@ def test_a_compression_bomb_stops_early(tmp_path: Path, kind: str) -> None:
     assert time.process_time() - began < 10
 
 
-def test_webdatasets_reader_agrees(tmp_path: Path) -> None:
+def test_keys_agree_with_the_webdataset_reader(tmp_path: Path) -> None:
     """Keys and extensions are cut as webdataset cuts them."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 

@@ -1,4 +1,4 @@
-"""Raw sources to shards: folders, tables, text and pages; what is written, resuming, and sources that are wrong."""
+"""Raw sources to shards: folders, tables, text and pages; what is written, resuming, and wrong sources."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def shards(out: Path) -> list[Sample]:
 
 
 def same(sample: Sample, image: Image.Image) -> bool:
-    """Whether a sample's image is that picture."""
+    """Whether a sample's image equals the picture."""
     return sample.image is not None and np.array_equal(np.asarray(open_image(sample.image)), np.asarray(image))
 
 
 def photos(root: Path, count: int = 5) -> list[Image.Image]:
-    """Pictures in folders, in several formats, with captions beside them."""
+    """Pictures of several formats in folders, with caption files."""
     shown = [picture(RNG) for _ in range(count)]
     for i, image in enumerate(shown):
         place = root / f"part{i % 2}" / f"photo.v{i}"
@@ -53,7 +53,7 @@ def photos(root: Path, count: int = 5) -> list[Image.Image]:
     return shown
 
 
-def test_folder_of_images_with_sidecar_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_of_images_with_caption_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = photos(tmp_path / "in")
     (tmp_path / "in" / "alone.png").write_bytes(png(shown[0]))
     (tmp_path / "in" / "broken.png").write_bytes(png(shown[0])[:40])
@@ -64,10 +64,10 @@ def test_folder_of_images_with_sidecar_captions(tmp_path: Path, capsys: pytest.C
     for sample in found:
         assert same(sample, shown[int(sample.caption[-1])])
     assert {sample.meta.get("licence") for sample in found} == {"CC0", None}
-    said = capsys.readouterr()
-    assert "alone.png: no caption" in said.err
-    assert "broken.png: image cannot be decoded" in said.err
-    assert "5 samples written now, 2 left out" in said.out
+    captured = capsys.readouterr()
+    assert "alone.png: no caption" in captured.err
+    assert "broken.png: image cannot be decoded" in captured.err
+    assert "5 samples written now, 2 left out" in captured.out
     folder.main(tmp_path / "in", out=tmp_path / "all", captionless=True)
     assert len(shards(tmp_path / "all")) == 6
 
@@ -158,18 +158,18 @@ def test_pages_become_interleaved_documents(tmp_path: Path, capsys: pytest.Captu
     a, b = site(tmp_path / "site")
     pages.main(tmp_path / "site", out=tmp_path / "out")
     (document,) = shards(tmp_path / "out")
-    told = [segment.text if isinstance(segment, Text) else "image" for segment in document.segments]
-    assert told == ["A red house\nBefore & after\na line", "image", "The house\nThen", "image", "the end"]
+    found = [segment.text if isinstance(segment, Text) else "image" for segment in document.segments]
+    assert found == ["A red house\nBefore & after\na line", "image", "The house\nThen", "image", "the end"]
     drawn = [np.asarray(open_image(segment.data)) for segment in document.segments if isinstance(segment, Picture)]
     assert np.array_equal(drawn[0], np.asarray(a))
     assert np.array_equal(drawn[1], np.asarray(b))
-    said = capsys.readouterr().err
+    lines = capsys.readouterr().err
     for reason in (
         "../secret.png: outside",
         "none.png",
-        "example.com/c.png: not in the folder, and nothing is fetched",
+        "example.com/c.png: not in the folder, and nothing is downloaded",
     ):
-        assert reason in said
+        assert reason in lines
 
 
 def test_long_pages_become_several_documents(tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_long_pages_become_several_documents(tmp_path: Path) -> None:
     )
 
 
-def test_a_killed_command_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """What a whole run writes, byte for byte; complete shards are not written again."""
+def test_a_killed_command_resumes(tmp_path: Path) -> None:
+    """The result equals that of an uninterrupted run, byte for byte; complete shards are not written again."""
     photos(tmp_path / "in", 7)
     folder.main(tmp_path / "in", out=tmp_path / "whole", per_shard=2)
     command = (
@@ -216,8 +216,8 @@ def test_another_source_under_the_same_name_is_refused(tmp_path: Path) -> None:
         folder.main(tmp_path / "in", out=tmp_path / "out")
 
 
-def test_what_is_noticed_of_a_source(tmp_path: Path) -> None:
-    """An edit that keeps sizes; but not a command that wrote nothing, or shards inside the source itself."""
+def test_a_changed_source_is_noticed(tmp_path: Path) -> None:
+    """An edit that keeps sizes is noticed. A command that wrote nothing and shards inside the source are ignored."""
     picture(RNG).save(made(tmp_path / "in" / "a.png", b""))
     made(tmp_path / "in" / "a.txt", "a cat")
     folder.main(tmp_path / "in", out=tmp_path / "in" / "shards")
@@ -236,7 +236,7 @@ def test_what_is_noticed_of_a_source(tmp_path: Path) -> None:
     assert shards(tmp_path / "text")[0].caption == "caf\xe9"
 
 
-def test_captions_as_editors_write_them(tmp_path: Path) -> None:
+def test_captions_with_byte_order_marks_and_capital_suffixes(tmp_path: Path) -> None:
     for name, data in {"a.txt": b"\xef\xbb\xbfmarked", "b.TXT": b"LOUD", "c.json": b'{"caption": null}'}.items():
         made(tmp_path / "in" / name, data)
         picture(RNG).save(tmp_path / "in" / f"{name[0]}.png")
@@ -247,7 +247,7 @@ def test_captions_as_editors_write_them(tmp_path: Path) -> None:
     assert [sample.caption for sample in shards(tmp_path / "out")] == ["marked", "LOUD", ""]
 
 
-def test_rows_that_would_break_a_reader(tmp_path: Path) -> None:
+def test_rows_that_would_break_a_csv_reader(tmp_path: Path) -> None:
     picture(RNG).save(tmp_path / "a.png")
     html = "x" * 200_000
     rows = f"image,caption,html\na.png,one,{html}\na\0.png,two,\na.png,three,\n"
@@ -260,7 +260,7 @@ def test_rows_that_would_break_a_reader(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "expected"),
     [
         ("<html><head><title>T</title><body><p>Hello<img src=i.png>", ["Hello", "image"]),
         ("<form id=aspnetForm><p>Hello</p><select><option>no</select></form>", ["Hello"]),
@@ -275,7 +275,7 @@ def test_rows_that_would_break_a_reader(tmp_path: Path) -> None:
         ('<base href="http://["><body><img src="i.png">Words', ["Words"]),
     ],
 )
-def test_pages_as_they_are_on_the_web(tmp_path: Path, body: str, told: list[str]) -> None:
+def test_pages_as_found_on_the_web(tmp_path: Path, body: str, expected: list[str]) -> None:
     root = made(tmp_path / "site" / "page.html", body).parent
     (root / "sub").mkdir()
     for name in ("i.png", "sub/only.png"):
@@ -285,11 +285,11 @@ def test_pages_as_they_are_on_the_web(tmp_path: Path, body: str, told: list[str]
     (root / "linked.png").symlink_to(tmp_path / "elsewhere.png")
     pages.main(root, out=tmp_path / "out")
     (document,) = shards(tmp_path / "out")
-    assert [segment.text if isinstance(segment, Text) else "image" for segment in document.segments] == told
+    assert [segment.text if isinstance(segment, Text) else "image" for segment in document.segments] == expected
 
 
 def test_odd_images(tmp_path: Path) -> None:
-    """Phones' MPO stays a JPEG with its orientation, 16 bits stay, what has no known range is left out."""
+    """MPO of phones is kept as a JPEG with its orientation, 16 bits are kept, unknown ranges are left out."""
     exif = Image.Exif()
     exif[0x0112] = 6
     shown = picture(RNG, (40, 80))
@@ -307,7 +307,7 @@ def test_odd_images(tmp_path: Path) -> None:
 
 
 def tiff(values: np.ndarray) -> bytes:
-    """A TIFF of these values, in their type and byte order."""
+    """A TIFF of these pixel values, in their type and byte order."""
     data = io.BytesIO()
     if values.dtype == ">u2":
         Image.frombytes("I;16B", values.shape[::-1], values.tobytes()).save(data, format="TIFF")
@@ -316,7 +316,7 @@ def tiff(values: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def test_what_the_trainer_would_refuse_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_training_refuses_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("L", (8000, 7000)).save(made(tmp_path / "in" / "large.png", b""))
     made(tmp_path / "in" / "large.txt", "large")
     with pytest.raises(ValueError, match="all 1 items"):
@@ -328,13 +328,13 @@ def test_what_the_trainer_would_refuse_is_left_out(tmp_path: Path, capsys: pytes
     ("call", "message"),
     [
         (lambda at: folder.main(at, out=at / "out", name="v1.0"), "a key ends at its first dot"),
-        (lambda at: folder.main(at / "none", out=at / "out"), "is no folder"),
+        (lambda at: folder.main(at / "none", out=at / "out"), "is not a folder"),
         (lambda at: folder.main(at, out=at / "out"), "holds nothing to write"),
         (lambda at: pages.main(at, out=at / "out"), "holds nothing to write"),
         (lambda at: pages.main(at, out=at / "out", images=0), "must be at least 1"),
         (lambda at: text.main(out=at / "out"), "name files"),
         (lambda at: text.main(at / "a.pdf", out=at / "out"), "neither a folder nor a file"),
-        (lambda at: table.main(at / "a.xls", out=at / "out"), "is no file that ends in"),
+        (lambda at: table.main(at / "a.xls", out=at / "out"), "name a file that ends in"),
         (
             lambda at: table.main(made(at / "t.csv", "a,b\n1,2\n"), out=at / "out"),
             r"no column 'image', but \['a', 'b'\]",
@@ -342,11 +342,14 @@ def test_what_the_trainer_would_refuse_is_left_out(tmp_path: Path, capsys: pytes
         (lambda at: table.main(made(at / "t.jsonl", '{"image": 1'), out=at / "out"), "line 1"),
         (lambda at: text.main(made(at / "t.jsonl", '{"body": "x"}'), out=at / "out"), "field 'text'"),
         (lambda at: text.main(made(at / "t.txt", b"\xff\xfe"), out=at / "out"), "not UTF-8"),
-        (lambda at: text.main(made(at / "t.txt", "x"), out=at / "out", tokenizer=at / "no.json"), "no tokenizer.json"),
+        (
+            lambda at: text.main(made(at / "t.txt", "x"), out=at / "out", tokenizer=at / "no.json"),
+            "no.json: No such file",
+        ),
         (lambda at: text.main(made(at / "t.txt", "x"), out=at / "out", per_shard=0), "at least 1"),
     ],
 )
-def test_wrong_sources_are_named(tmp_path: Path, call: Callable[[Path], None], message: str) -> None:
+def test_wrong_sources_are_named_in_words(tmp_path: Path, call: Callable[[Path], None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(tmp_path)
     assert not list(tmp_path.glob("out/*.tar"))

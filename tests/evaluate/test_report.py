@@ -1,4 +1,4 @@
-"""The judges read real pictures rightly, the metrics are the published ones, and cheats are seen through."""
+"""Tasks and judge on real pictures, metrics against published formulas, and scores that expose each baseline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_prep import digits as digits_prep
 from data_prep import scenes as scenes_prep
 from mmgen.config import PatcherConfig
 from mmgen.data.shards.samples import BadRecord
-from mmgen.evaluate.baselines import BASELINES, imitate, training_digit
+from mmgen.evaluate.baselines import BASELINES, draw_baseline, training_digit
 from mmgen.evaluate.distances import (
     frechet,
     frechet_unbiased,
@@ -23,7 +23,7 @@ from mmgen.evaluate.distances import (
     two_sample_accuracy,
     within_class_variance,
 )
-from mmgen.evaluate.features import Pictures, Real, seventeen_levels
+from mmgen.evaluate.features import Pictures, Real, seventeen_values
 from mmgen.evaluate.metrics import Drawn, agreement, score
 from mmgen.evaluate.tasks import COLOURS, PLACES, Digits, Object, Scenes
 from mmgen.image.patch import PixelPatcher
@@ -43,12 +43,12 @@ def test_every_caption_is_parsed_back(things: list[Object], seed: int) -> None:
 @pytest.mark.parametrize(
     "caption", ["", "a red", "a red 7 top left and", "a red 7 top left and a blue 3 top left", "7 7"]
 )
-def test_captions_that_say_nothing_certain(caption: str) -> None:
+def test_scene_captions_without_a_clear_meaning_are_not_parsed(caption: str) -> None:
     assert Scenes().parse(caption) is None
 
 
 @pytest.mark.parametrize("caption", ["", "a red", "7 7", "seven and 3", "a digit"])
-def test_digit_captions_that_say_nothing_certain(caption: str) -> None:
+def test_digit_captions_without_a_clear_meaning_are_not_parsed(caption: str) -> None:
     assert Digits().parse(caption) is None
 
 
@@ -58,17 +58,17 @@ def splits() -> digits_prep.Split:
 
 
 def test_splits_share_no_image(splits: digits_prep.Split) -> None:
-    rows = {name: {image.tobytes() for image in images} for name, (images, _) in splits.items()}
+    contents = {name: {image.tobytes() for image in images} for name, (images, _) in splits.items()}
     assert sum(len(images) for images, _ in splits.values()) == 1797
     for a, b in (("train", "judge"), ("train", "test"), ("judge", "test")):
-        assert len(rows[a] & rows[b]) == 0, (a, b)
+        assert len(contents[a] & contents[b]) == 0, (a, b)
     for _, labels in splits.values():
         share = np.bincount(labels) / len(labels)
         assert np.abs(share - 0.1).max() < 0.02
 
 
-def test_places_and_colours_of_real_scenes_are_read_without_error(splits: digits_prep.Split) -> None:
-    """Plain rules, on scenes composed of every test digit."""
+def test_quadrants_and_colours_of_real_scenes_are_read_without_error(splits: digits_prep.Split) -> None:
+    """The rules of the task are exact on scenes composed of every test digit."""
     rng = np.random.default_rng(0)
     images, labels = splits["test"]
     for i in range(len(images)):
@@ -83,7 +83,7 @@ def test_places_and_colours_of_real_scenes_are_read_without_error(splits: digits
             assert np.abs(mark.grey.astype(int) - source).max() <= 1
 
 
-def test_held_out_combinations_stay_out() -> None:
+def test_training_scenes_have_no_held_out_combination() -> None:
     images, labels = digits_prep.split()["train"]
     for name, inside in (("train", False), ("heldout", True)):
         for sample in scenes_prep.scenes(name, 200, images, labels):
@@ -95,7 +95,7 @@ def test_held_out_combinations_stay_out() -> None:
     assert 1 / 8 < len(scenes_prep.HELD_OUT) / 60 < 1 / 6
 
 
-def test_frechet_is_the_published_formula() -> None:
+def test_frechet_equals_the_published_formula() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(300, 6)), 0.5 + rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6))
     ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -104,20 +104,20 @@ def test_frechet_is_the_published_formula() -> None:
     assert abs(frechet(a, a)) < 1e-9
 
 
-def test_unbiased_frechet_is_that_of_the_distributions() -> None:
-    """Of Gaussians in 64 dimensions, 217 of each: the plain distance is mostly bias."""
+def test_unbiased_frechet_equals_the_distance_of_the_distributions() -> None:
+    """For 217 samples of each of two Gaussians in 64 dimensions, most of the plain distance is bias."""
     rng = np.random.default_rng(0)
     for shift, spread in ((0.0, 1.0), (0.1, 1.0), (0.05, 0.8)):
         exact = 64 * (shift**2 + (1 - spread) ** 2)  # |m|^2 + tr((1 - s)^2 I)
         pairs = [(rng.normal(size=(217, 64)), rng.normal(shift, spread, (217, 64))) for _ in range(4)]
         plain = np.mean([frechet(a, b) for a, b in pairs])
-        found = np.mean([frechet_unbiased(a, b) for a, b in pairs])
+        unbiased = np.mean([frechet_unbiased(a, b) for a, b in pairs])
         assert plain - exact > 8
-        assert abs(found - exact) < 0.1 * (plain - exact)
-    assert frechet_unbiased(rng.normal(size=(129, 64)), rng.normal(size=(400, 64))) is None, "too few to tell"
+        assert abs(unbiased - exact) < 0.1 * (plain - exact)
+    assert frechet_unbiased(rng.normal(size=(129, 64)), rng.normal(size=(400, 64))) is None, "too few pictures"
 
 
-def test_nearest_distance_is_scipys() -> None:
+def test_nearest_distance_equals_scipy() -> None:
     from scipy.spatial import cKDTree
 
     rng = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def test_nearest_distance_is_scipys() -> None:
     assert nearest_distance(a, b) == pytest.approx(cKDTree(b).query(a)[0].mean())
 
 
-def test_two_sample_accuracy_knows_equal_from_shifted() -> None:
+def test_two_sample_accuracy_of_equal_and_of_shifted_sets() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 300, 5))
     assert abs(two_sample_accuracy(a, b) - 0.5) < 0.08
@@ -133,7 +133,7 @@ def test_two_sample_accuracy_knows_equal_from_shifted() -> None:
 
 
 def real_of(splits: digits_prep.Split, tmp_path: Path) -> Real:
-    """From shards, as `mmgen eval` reads them."""
+    """Real pictures, read from shards as `mmgen eval` does."""
     sides = []
     for name in ("train", "test"):
         members = {}
@@ -150,20 +150,21 @@ def real_of(splits: digits_prep.Split, tmp_path: Path) -> Real:
     return Real(Digits(), *sides, n=500)
 
 
-def test_cheats_are_seen_through(splits: digits_prep.Split, tmp_path: Path) -> None:
-    """Accuracy alone would pass all four imitations; each is caught by another score, and real digits by none."""
+def test_each_baseline_has_a_bad_score(splits: digits_prep.Split, tmp_path: Path) -> None:
+    """All four baselines have a perfect accuracy, but each has another score that is bad; real digits have none."""
 
     class Oracle:
-        """Reads what was asked for, as a perfect classifier would."""
+        """A judge that reads every picture as its caption names it."""
 
         def read(self, pictures):
             return wanted[: len(pictures)]
 
     real = real_of(splits, tmp_path)
     wanted = [truth for truth in real.test_truth for _ in range(2)][:500]
-    genuine = imitate(training_digit, wanted, real)
+    genuine = draw_baseline(training_digit, wanted, real)
     scores = {
-        name: score(Drawn(imitate(cheat, wanted, real), wanted, real, Oracle())) for name, cheat in BASELINES.items()
+        name: score(Drawn(draw_baseline(baseline, wanted, real), wanted, real, Oracle()))
+        for name, baseline in BASELINES.items()
     }
     assert scores["class_mean_plus_noise"]["within_class_variance_ratio"] < 0.3
     assert scores["class_mean_plus_noise"]["two_sample_accuracy"] > 0.9
@@ -173,13 +174,13 @@ def test_cheats_are_seen_through(splits: digits_prep.Split, tmp_path: Path) -> N
     images, labels = splits["judge"]
     truths = [frozenset({Object(int(label))}) for label in labels]
     wanted = truths
-    honest = score(Drawn(list(images), truths, real, Oracle()))
-    assert 0.85 < honest["within_class_variance_ratio"] < 1.15
-    assert honest["two_sample_accuracy"] < 0.62
-    assert honest["fd_pixel"] < 3 * real.frechet(genuine)
-    assert abs(honest["fd_pixel_unbiased"]) < 0.3 * real.frechet(genuine)
+    unseen = score(Drawn(list(images), truths, real, Oracle()))
+    assert 0.85 < unseen["within_class_variance_ratio"] < 1.15
+    assert unseen["two_sample_accuracy"] < 0.62
+    assert unseen["fd_pixel"] < 3 * real.frechet(genuine)
+    assert abs(unseen["fd_pixel_unbiased"]) < 0.3 * real.frechet(genuine)
     assert real.separable(genuine) < 0.62
-    assert 0.9 < honest["nn_distance_ratio"] < 1.1
+    assert 0.9 < unseen["nn_distance_ratio"] < 1.1
 
 
 def test_agreement_needs_every_attribute() -> None:
@@ -187,23 +188,22 @@ def test_agreement_needs_every_attribute() -> None:
     assert agreement([right, None, right - {Object(7, "red", "top left")}, right], [right] * 4) == 0.5
 
 
-def test_anything_drawn_elsewhere_is_read() -> None:
+def test_ink_in_another_quadrant_is_read() -> None:
     grey = np.full((8, 8), 255, np.uint8)
     picture = scenes_prep.paint([(grey, Object(1, "red", "top left"))])
     assert len(Scenes().marks(picture)) == 1
     picture[12, 12] = (90, 0, 0)
-    assert Scenes().marks(picture) is None, "neither drawn nor blank"
+    assert Scenes().marks(picture) is None, "too bright for blank and too dark for ink"
     picture[12, 12] = (255, 0, 0)
     assert len(Scenes().marks(picture)) == 2
 
 
 def test_within_class_variance() -> None:
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(5000, 3))
-    assert within_class_variance({0: rows, 1: rows + 10}) == pytest.approx(3, rel=0.05)
+    members = rng.normal(size=(5000, 3))
+    assert within_class_variance({0: members, 1: members + 10}) == pytest.approx(3, rel=0.05)
 
 
-def test_real_digits_have_seventeen_levels() -> None:
-    """Rounding to the grey values of the data, which the two-sample score does, changes no real digit."""
+def test_rounding_to_seventeen_values_changes_no_real_digit() -> None:
     for images, _ in digits_prep.split().values():
-        assert np.array_equal(seventeen_levels(images), images)
+        assert np.array_equal(seventeen_values(images), images)

@@ -1,4 +1,4 @@
-"""Faults, and what must survive them; each module is a command."""
+"""Fault suites: each module is a command that runs whole trainings and breaks them."""
 
 import os
 

@@ -1,7 +1,7 @@
-"""Bytes of state per rank and bytes sent per step, counted from the tensors, beside ZeRO's theory.
+"""Compares bytes of state per rank and bytes sent per step, counted from the tensors, with the theory of ZeRO.
 
-`python -m tests.faults.accounts [--inject whole_averages|sent_twice] [--json]`; ends with code 1 where a count is off
-by more than padding.
+`python -m tests.faults.accounts [--inject whole_averages|sent_twice] [--json]`. The exit code is 1 if a count differs
+from theory by more than padding.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FAULTS = ("whole_averages", "sent_twice")
 
 
 def configure(folder: Path, stage: int, world: int, precision: str) -> Config:
-    # No small weights that stay whole in stage 3, and no gathers saved because a layer is still there.
+    # In stage 3, small weights are sharded too, and each use of a layer gathers it again.
     exact = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     settings = {
         "batch_rows": 2 * world, "micro_rows": 1, "zero_stage": stage, "precision": precision, "ema_more": [0.5],
@@ -53,16 +53,16 @@ def configure(folder: Path, stage: int, world: int, precision: str) -> Config:
 
 
 def unique(tensors: Any) -> int:
-    """Bytes of distinct storages."""
-    held = {
+    """Bytes of all distinct storages of tensors."""
+    sizes = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None and t.numel()
     }
-    return sum(held.values())
+    return sum(sizes.values())
 
 
 def count(config: Config, out: Path, fault: str | None, rank: int) -> int:
     sent = [0.0, 0.0]
-    spy(sent, int(config.train.batch_rows / 2))  # before DeepSpeed looks the functions up
+    spy(sent, int(config.train.batch_rows / 2))  # before DeepSpeed stores references to the functions
     if fault == "sent_twice":
         for name in SENT:
             setattr(dist, name, lambda *a, f=getattr(dist, name), **named: (f(*a, **named), f(*a, **named))[1])
@@ -85,7 +85,7 @@ def count(config: Config, out: Path, fault: str | None, rank: int) -> int:
     flats = list({id(f.flat): f.flat for f in engine.fragments}.values())
     weights = [p.ds_tensor if stage == 3 else p for p in engine.model.parameters()]
     states = [engine.optimizer.state[flat] for flat in flats]
-    if fault == "whole_averages":  # every rank with a copy of the model
+    if fault == "whole_averages":  # every rank holds averaged weights of the whole model
         sizes = [getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters()]
         for state in states:
             state["ema"] = torch.zeros(sum(sizes))
@@ -95,41 +95,41 @@ def count(config: Config, out: Path, fault: str | None, rank: int) -> int:
         "gradients": grads,
         "master": unique([*weights, *flats]) - low,
         "moments": unique([s[k] for s in states for k in ("exp_avg", "exp_avg_sq")]),
-        "averages": unique([s[k] for s in states for k in engine.optimizer.averages]),
+        "averages": unique([s[k] for s in states for k in engine.optimizer.decays]),
     }
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
     if ranks.rank == 0:
         shape = Shape(parameters, stage, ranks.world, config.train.precision == "bf16")
-        expected = theory(shape, len(engine.optimizer.averages))
-        says = {"found": found, "theory": expected, "parameters": parameters, "sent": sent[0]}
+        expected = theory(shape, len(engine.optimizer.decays))
+        result = {"found": found, "theory": expected, "parameters": parameters, "sent": sent[0]}
         table = engine.model.get_input_embeddings().weight
         tied = getattr(table, "ds_numel", table.numel()) if engine.model.backbone.config.tie_word_embeddings else 0
-        says["sent_theory"] = traffic(shape, MICRO, tied)
-        out.write_text(json.dumps(says))
+        result["sent_theory"] = traffic(shape, MICRO, tied)
+        out.write_text(json.dumps(result))
     return 0
 
 
 def gradients(engine: Any, stage: int) -> list[Tensor]:
-    """What holds gradients after a micro-step."""
-    held = [p.grad for p in engine.model.parameters()]
+    """All tensors that hold gradients after a micro-step."""
+    tensors = [p.grad for p in engine.model.parameters()]
     zero = getattr(engine, "_zero", None)
-    held += getattr(zero, "fp32_groups_gradients_flat", [])
+    tensors += getattr(zero, "fp32_groups_gradients_flat", [])
     if stage in (1, 2) and hasattr(zero, "averaged_gradients"):
-        held += [g for grads in zero.averaged_gradients.values() for g in grads or [] if g is not None]
+        tensors += [g for grads in zero.averaged_gradients.values() for g in grads or [] if g is not None]
     if stage == 3:
-        held.append(zero.grad_partitions_flat_buffer)
-    return [tensor for tensor in held if tensor is not None]
+        tensors.append(zero.grad_partitions_flat_buffer)
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def spy(sent: list[float], world: int) -> None:
-    """Count in sent[0] the bytes that a ring sends for every collective, while sent[1] is set."""
+    """While sent[1] is set, add to sent[0] the bytes that a ring sends for every collective."""
     ring = (world - 1) / world
 
     def wrap(name: str, real: Any) -> Any:
         def counted(*arguments: Any, **named: Any) -> Any:
             tensors = [v for v in (*arguments, *named.values()) if torch.is_tensor(v)]
             numel = max((t.numel() * t.element_size() for t in tensors), default=0)
-            if sent[1] and numel > 64:  # not the norm of the gradient
+            if sent[1] and numel > 64:  # leaves out the norm of the gradient
                 sent[0] += SENT[name] * numel * ring
             return real(*arguments, **named)
 
@@ -149,30 +149,30 @@ def check(chosen: list[tuple[int, int, str]], fault: str | None, folder: Path) -
         if any(codes):
             results.append({"cell": name, "holds": False, "codes": codes})
             continue
-        told = json.loads(out.read_text())
+        counts = json.loads(out.read_text())
         # Flat shards are padded to a multiple of the world, stage 3 pads every tensor.
         far = {
-            kind: told["found"][kind] / size - 1 if size else float(told["found"][kind])
-            for kind, size in told["theory"].items()
+            kind: counts["found"][kind] / size - 1 if size else float(counts["found"][kind])
+            for kind, size in counts["theory"].items()
         }
-        sent = told["sent"] / told["sent_theory"] - 1 if told["sent_theory"] else told["sent"]
+        sent = counts["sent"] / counts["sent_theory"] - 1 if counts["sent_theory"] else counts["sent"]
         holds = all(abs(value) < 0.01 for value in [*far.values(), sent])
-        results.append({"cell": name, "holds": holds, **told, "far": far, "sent_far": sent})
+        results.append({"cell": name, "holds": holds, **counts, "far": far, "sent_far": sent})
         print(name, {kind: round(v, 3) for kind, v in far.items()}, f"sent {sent:+.3f}", file=sys.stderr, flush=True)
     return results
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", type=int, choices=(1, 2, 4), help="only cells of so many processes")
+    parser.add_argument("--world", type=int, choices=(1, 2, 4), help="only the cells with this number of processes")
     parser.add_argument("--inject", choices=FAULTS)
     parser.add_argument("--json", action="store_true")
-    words = parser.parse_args()
-    chosen = [cell for cell in CELLS if words.world in (None, cell[1])]
+    options = parser.parse_args()
+    chosen = [cell for cell in CELLS if options.world in (None, cell[1])]
     with tempfile.TemporaryDirectory() as folder:
-        results = check(chosen, words.inject, Path(folder))
+        results = check(chosen, options.inject, Path(folder))
     holds = all(result["holds"] for result in results)
-    if words.json:
+    if options.json:
         print(json.dumps({"holds": holds, "cells": results}))
     else:
         for r in results:

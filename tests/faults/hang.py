@@ -1,6 +1,6 @@
-"""A rank that stands still: it names itself and ends, and so do the others.
+"""Makes one rank hang: it must report its rank, phase and stack and exit, and the other ranks must exit too.
 
-`python -m tests.faults.hang [--json]`; ends with code 1 where a rank had to be killed or took too long.
+`python -m tests.faults.hang [--json]`. The exit code is 1 if a rank had to be killed or took too long.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.faults.launch import run_ranks, small
 TIMEOUT = 6
 
 
-def stuck(config: Config, told: Path, rank: int) -> int:
+def stuck(config: Config, folder: Path, rank: int) -> int:
     forward, phase, now = ZeroEngine.forward, Watchdog.phase, [0]
-    sys.stderr = told.with_name(f"rank-{rank}.txt").open("w", buffering=1)
+    sys.stderr = (folder / f"rank-{rank}.txt").open("w", buffering=1)
 
-    def noting(self: Watchdog, name: str, step: int) -> None:
+    def record(self: Watchdog, name: str, step: int) -> None:
         now[0] = step
         phase(self, name, step)
 
@@ -35,7 +35,7 @@ def stuck(config: Config, told: Path, rank: int) -> int:
             time.sleep(600)
         return forward(self, batch)
 
-    ZeroEngine.forward, Watchdog.phase = hangs, noting
+    ZeroEngine.forward, Watchdog.phase = hangs, record
     return train(config)
 
 
@@ -43,10 +43,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = small(Path(folder), train={"zero_stage": 2, "steps": 6, "timeout": TIMEOUT})
         began = time.monotonic()
-        codes = run_ranks(2, partial(stuck, config, Path(folder) / "told"), timeout=300, grace=60)
+        codes = run_ranks(2, partial(stuck, config, Path(folder)), timeout=300, grace=60)
         seconds = time.monotonic() - began
-        told = (Path(folder) / "rank-1.txt").read_text()
-    named = "rank 1 hangs in forward of step 3" in told and "hang.py" in told
+        printed = (Path(folder) / "rank-1.txt").read_text()
+    named = "rank 1 hangs in forward of step 3" in printed and "hang.py" in printed
     holds = codes[1] == HUNG and codes[0] > 0 and named
     print(json.dumps({"holds": holds, "codes": codes, "seconds": seconds, "named": named}))
     return 0 if holds else 1

@@ -1,9 +1,9 @@
-"""SIGKILL at every phase of a step and of a save, in one rank or all; then the same run again.
+"""Kills a run with SIGKILL in every phase of a step and of a save, and checks that the same command continues it.
 
-`python -m tests.faults.kill_matrix [--points 40] [--inject moments|early_prune] [--json]`. Each point kills a run of two
-processes, checks that the checkpoint that `latest` names is whole, starts the run again, and compares losses of all
-steps, and weights, moments and averages of the last one, with a run that was never killed, bit for bit. Stages 0 to 3
-take turns.
+`python -m tests.faults.kill_matrix [--points 40] [--inject moments|early_prune] [--json]`. Each point kills one or both
+of two processes, verifies the checkpoint that `latest` points to, and starts the run again. The losses of all steps,
+and weights, moments and averaged weights after the last one, must equal those of an uninterrupted run bit for bit.
+Points use ZeRO stages 0 to 3 in turn.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Point = tuple[str, int]
 
 
 def points() -> list[Point]:
-    """(phase, rank to kill), one rank, the other, and both together; only rank 0 publishes a save."""
+    """All points (phase, rank to kill): rank 0, rank 1, and both; only rank 0 publishes a save."""
     step = [(phase, rank) for phase in STEP_PHASES for rank in (0, 1, ALL)]
     save = [(phase, rank) for phase in SAVE_PHASES for rank in (0, ALL)]
     return [*step, *save, *((phase, 1) for phase in OF_EVERY_RANK)]
@@ -66,7 +66,7 @@ def configure(folder: Path, stage: int) -> Config:
 
 
 def victim(config: Config, point: Point, fault: str | None, rank: int) -> int:
-    """The trainer, which kills itself at the point."""
+    """Train, and kill this process at the point."""
     phase, who = point
 
     def reach(name: str, here: bool = True) -> None:
@@ -93,7 +93,7 @@ def victim(config: Config, point: Point, fault: str | None, rank: int) -> int:
     def wrote(path: Path, tensors: Any) -> str:
         here = f"step-{due}" in path.parent.name
         if here and phase == "writing" and who in (ALL, rank):
-            path.write_bytes(b"half of it")
+            path.write_bytes(b"incomplete")
         reach("writing", here)
         digest = write(path, tensors)
         reach("written", here)
@@ -135,7 +135,7 @@ def victim(config: Config, point: Point, fault: str | None, rank: int) -> int:
 
 
 def judge(config: Config, whole: Config, out: Path, rank: int) -> int:
-    """Write whether two finished runs are equal bit for bit."""
+    """Write to `out` whether two finished runs are equal bit for bit."""
     stores = [Store(c.run.dir / "checkpoints" / "latest") for c in (config, whole)]
     equal = all(
         torch.equal(*(store.whole(kind, name) for store in stores))
@@ -151,7 +151,7 @@ def judge(config: Config, whole: Config, out: Path, rank: int) -> int:
 
 
 def inspect(config: Config, out: Path, rank: int) -> int:
-    """Write the step of the checkpoint from which the run would go on; it must be whole."""
+    """Write to `out` the step of the checkpoint that the run would continue from; it must be complete."""
     found = checkpoint.candidates(config.run.dir)
     out.write_text(json.dumps(checkpoint.read_trainer(found[0]).step if found else 0))
     return 0
@@ -169,10 +169,10 @@ def check(chosen: list[Point], fault: str | None, folder: Path) -> list[dict[str
         out = folder / "answer.json"
         verified = run_ranks(1, partial(inspect, config, out)) == [0]
         left = json.loads(out.read_text()) if verified else -1
-        # The save that was killed may be lost, or one that was still being written; never one before it.
+        # A save that was killed, or was still being written, may be lost; an earlier one may not.
         enough = left >= (KILLED_SAVE if point[0] in ("linked", "prune", "pruned") else 3)
         codes = run_ranks(2, partial(run, config, fault)) if verified else [1]
-        # The other rank ends by itself, with an error, long before it would be killed.
+        # The other rank must exit with an error before `run_ranks` would kill it.
         ended = point[1] == ALL or -signal.SIGKILL not in [c for r, c in enumerate(killed) if r != point[1]]
         resumed = -signal.SIGKILL in killed and ended and verified and enough and codes == [0, 0]
         equal = False
@@ -189,21 +189,21 @@ def check(chosen: list[Point], fault: str | None, folder: Path) -> list[dict[str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--points", type=int, default=40, help="so many, evenly out of all")
+    parser.add_argument("--points", type=int, default=40, help="number of points, spread evenly over all")
     parser.add_argument("--inject", choices=FAULTS)
     parser.add_argument("--json", action="store_true")
-    words = parser.parse_args()
+    options = parser.parse_args()
     known = points()
-    number = min(words.points, len(known))
+    number = min(options.points, len(known))
     chosen = [known[i * len(known) // number] for i in range(number)]
     with tempfile.TemporaryDirectory() as folder:
-        results = check(chosen, words.inject, Path(folder))
+        results = check(chosen, options.inject, Path(folder))
     summary = {
         "points": len(results),
         "resumed": sum(result["resumed"] for result in results),
         "bit_equal": sum(result["bit_equal"] for result in results),
     }
-    if words.json:
+    if options.json:
         print(json.dumps({**summary, "results": results}))
     else:
         for result in results:

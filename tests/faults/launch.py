@@ -1,6 +1,6 @@
-"""Starts the processes of a run by forking one that has imported everything, so that a start costs no seconds.
+"""Starts the processes of a run by forking this one, which has imported all packages, so that a start is fast.
 
-The forking process itself must never compute with torch.
+The forking process must not compute with torch.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def free_port() -> int:
 
 
 def small(folder: Path, **changes: dict) -> Config:
-    """A tiny run whose rows hold pairs, pictures without text and text without pictures, in uneven order."""
+    """A tiny run on pairs, pictures without text and text without pictures, in irregular order."""
     folder.mkdir(parents=True, exist_ok=True)
     members: dict[str, bytes] = {}
     for name, data in pairs(24).items():
         number = int(name.split(".")[0])
         if name.endswith(".png") and number % 4 == 1:
-            continue  # text only
+            continue  # text without a picture
         if name.endswith(".json") and number % 4 == 2:
-            continue  # picture only
+            continue  # a picture without text
         members[name] = data
     shard = str(write_tar(folder / "train-000.tar", members))
     config = tiny(folder, data={"train": [shard], "val": []})
@@ -49,7 +49,10 @@ def small(folder: Path, **changes: dict) -> Config:
 
 
 def run_ranks(world: int, function: Callable[[int], int], timeout: float = 600, grace: float = 5) -> list[int]:
-    """Exit code of every rank (negative: the signal that killed it). When one fails, the others get `grace` seconds."""
+    """Run a function on every rank; returns the exit codes, where a negative code is the signal that killed the rank.
+
+    All ranks are killed after `timeout` seconds. When one fails, the others are killed after `grace` seconds.
+    """
     port, children = str(free_port()), {}
     sys.stdout.flush()
     sys.stderr.flush()
@@ -88,8 +91,8 @@ def run_ranks(world: int, function: Callable[[int], int], timeout: float = 600, 
     return codes
 
 
-def told(results: list[dict[str, Any]], one: str, as_json: bool) -> int:
-    """Print what a check found, each result named by its key `one`; returns the exit code."""
+def report(results: list[dict[str, Any]], one: str, as_json: bool) -> int:
+    """Print the results of a suite, each with its name under the key `one`; returns the exit code."""
     holds = all(result["holds"] for result in results)
     if as_json:
         print(json.dumps({"holds": holds, f"{one}s": results}))

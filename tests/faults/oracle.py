@@ -1,8 +1,9 @@
-"""Training under every cut against a plain loop that shares no code with the trainer.
+"""Compares training in every layout with a plain loop that shares no code with the trainer.
 
-`python -m tests.faults.oracle [--cells N] [--inject doubled|no_sync] [--json]`; ends with code 1 where a cell is off.
-The plain loop is torch's AdamW and clipping in one process. Compared are losses and gradient norms of every step, the
-first gradient, and parameters and averages after the last step.
+`python -m tests.faults.oracle [--cells N] [--variants] [--inject doubled|no_sync] [--json]`. A cell is a ZeRO stage, a
+number of processes, a number of micro-steps and a precision. The exit code is 1 if a cell exceeds a limit. The plain
+loop uses torch's AdamW and clipping in one process. The suite compares losses and gradient norms of every step, the
+first gradient, and parameters and averaged weights after the last step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from mmgen.train.checkpoint.fragments import Store
 from mmgen.train.engine import Engine
 from mmgen.train.guard import Watchdog
 from mmgen.train.zero import ZeroEngine
-from tests.faults.launch import run_ranks, small, told
+from tests.faults.launch import report, run_ranks, small
 
 STEPS, ROWS = 20, 7
 LIMITS = {
@@ -43,7 +44,7 @@ NAN_STEP = 5
 
 
 class Cell(NamedTuple):
-    """One cut, and what else is switched on."""
+    """One layout of training, and the name of a variant of the settings."""
 
     stage: int
     world: int
@@ -73,20 +74,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nan_loss": {"train": {"non_finite": "skip"}},
     "nan_gradient": {"train": {"non_finite": "skip"}},
 }
-"""Settings that must not change what is learned; a step left out must be left out alike in every stage."""
+"""Settings that must not change the result; a step with NaN must be skipped in the same way in every stage."""
 
 
 def variants() -> list[Cell]:
-    wanted = [
+    chosen = [
         (2, "offload_optimizer"), (3, "offload_both"), (2, "activation_checkpointing"), (3, "activation_checkpointing"),
         (2, "small_buckets"), (3, "sharded_everything"), (1, "samples"), (3, "samples"),
         *((stage, name) for stage in range(4) for name in ("nan_loss", "nan_gradient")),
     ]  # fmt: skip
-    return [Cell(stage, 2, 2, "fp32", name) for stage, name in wanted]
+    return [Cell(stage, 2, 2, "fp32", name) for stage, name in chosen]
 
 
 def cells() -> list[Cell]:
-    """Every stage with every accumulation and type, which have code of their own, and every pair with every world."""
+    """16 cells that cover all pairs of values, and all triples of stage, accumulation and precision."""
     kinds = [(2, "bf16"), (2, "fp32"), (1, "fp32"), (1, "bf16")]
     worlds = [(2, 2, 2, 2), (4, 1, 4, 1), (1, 4, 1, 4), (4, 2, 4, 1)]
     found = [Cell(stage, worlds[i][j], *kinds[(i + j) % 4]) for i in range(4) for j, stage in enumerate((1, 2, 3, 0))]
@@ -104,7 +105,7 @@ def configure(folder: Path, cell: Cell) -> Config:
         "precision": cell.precision, "save_every": 100, "ema_decay": 0.9, "ema_more": [0.5], "timeout": 60,
         "lr": 3e-3, "clip_norm": 2.0,
     }  # fmt: skip
-    # Rows so short that most hold one document: ranks see text alone, pictures alone, or nothing.
+    # Most rows are so short that they hold one document: a rank gets only text, only pictures, or nothing.
     config = small(folder, data={"row_length": 24}, train=train_settings)
     if cell.variant == "samples":
         config = override(config, {"data": {"val": config.data.train}, "sample": {"steps": 2}})
@@ -112,7 +113,7 @@ def configure(folder: Path, cell: Cell) -> Config:
 
 
 def plain(config: Config, out: Path, skips: bool, rank: int) -> int:
-    """The reference: one process, torch's own optimiser, the whole batch at once."""
+    """Train the reference: one process, torch's AdamW, the whole batch in one forward pass."""
     torch.manual_seed(config.run.seed)
     tokenizer = Tokenizer.of(config)
     model = build_model(config, len(tokenizer))
@@ -166,14 +167,14 @@ def plain(config: Config, out: Path, skips: bool, rank: int) -> int:
 
 
 def ours(config: Config, cell: Cell, fault: str | None, rank: int) -> int:
-    """The trainer itself; the first gradient is noted as the optimiser is given it."""
+    """Run the trainer, and store the first gradient that the optimiser receives."""
     folder, build = config.run.dir, loop.build_engine
 
     def built(*arguments: Any) -> Engine:
         engine = build(*arguments)
         allow = engine.optimizer.allow
 
-        def noting(stepped: list[Tensor]) -> bool:
+        def record(stepped: list[Tensor]) -> bool:
             answer = allow(stepped)
             for f in engine.fragments:
                 path = folder / f"gradient-{rank}-{f.name}-{f.start}.pt"
@@ -182,7 +183,7 @@ def ours(config: Config, cell: Cell, fault: str | None, rank: int) -> int:
                     torch.save((f.name, f.start, f.of(f.flat.grad).clone()), path)
             return answer
 
-        engine.optimizer.allow = noting
+        engine.optimizer.allow = record
         return engine
 
     loop.build_engine = built
@@ -211,19 +212,19 @@ def poison(cell: Cell, rank: int) -> None:
     kind = ZeroEngine
     forward, phase, now = kind.forward, Watchdog.phase, [0]
 
-    def noting(self: Watchdog, name: str, step: int) -> None:
+    def record(self: Watchdog, name: str, step: int) -> None:
         now[0] = step
         phase(self, name, step)
 
     def spoiled(self: Engine, batch: Any) -> Any:
         found = forward(self, batch)
         if now[0] == NAN_STEP and rank == cell.world - 1:
-            # The root of zero is zero, and its slope is infinite.
+            # The square root of zero is zero, and its derivative is infinite.
             zero = (found.text * 0).sqrt() if cell.variant == "nan_gradient" else found.text * float("nan")
             found.text = found.text + zero
         return found
 
-    kind.forward, Watchdog.phase = spoiled, noting
+    kind.forward, Watchdog.phase = spoiled, record
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -232,14 +233,14 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def compare(config: Config, cell: Cell, reference: Path, out: Path, rank: int) -> int:
-    """Write how far a run is from the reference."""
+    """Write to `out` the largest distances between a run and the reference."""
     expected = torch.load(reference)
     store = Store(config.run.dir / "checkpoints" / "latest")
     lines = [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
-    if cell.skips:  # the spoiled figures themselves
-        for told in (lines, expected["losses"], expected["norms"]):
-            del told[NAN_STEP - 1]
+    if cell.skips:  # the values of the skipped step
+        for values in (lines, expected["losses"], expected["norms"]):
+            del values[NAN_STEP - 1]
     gradient = {name: torch.full_like(value, float("nan")) for name, value in expected["gradient"].items()}
     for path in config.run.dir.glob("gradient-*.pt"):
         name, start, value = torch.load(path)
@@ -265,7 +266,7 @@ def compare(config: Config, cell: Cell, reference: Path, out: Path, rank: int) -
 
 
 def check(chosen: list[Cell], fault: str | None, folder: Path) -> list[dict[str, Any]]:
-    """Run every cell and compare it."""
+    """Run every cell and compare it with the reference."""
     results = []
     for cell in chosen:
         name = cell.name
@@ -287,15 +288,17 @@ def check(chosen: list[Cell], fault: str | None, folder: Path) -> list[dict[str,
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cells", type=int, default=16)
-    parser.add_argument("--variants", action="store_true", help="settings that must not change the result")
+    parser.add_argument(
+        "--variants", action="store_true", help="run the variants: settings that must not change the result"
+    )
     parser.add_argument("--inject", choices=FAULTS)
     parser.add_argument("--json", action="store_true")
-    words = parser.parse_args()
-    chosen = [c for c in cells() if words.inject is None or (c.stage and c.world > 1)][: words.cells]
-    chosen = variants() if words.variants else chosen
+    options = parser.parse_args()
+    chosen = [c for c in cells() if options.inject is None or (c.stage and c.world > 1)][: options.cells]
+    chosen = variants() if options.variants else chosen
     with tempfile.TemporaryDirectory() as folder:
-        results = check(chosen, words.inject, Path(folder))
-    return told(results, "cell", words.json)
+        results = check(chosen, options.inject, Path(folder))
+    return report(results, "cell", options.json)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What the trainer adds to a bare loop over the same engine, and what saving adds to steps.
+"""Measures the time that the trainer adds to a bare loop over the same engine, and the time that saving adds to steps.
 
-`python -m tests.faults.overhead [--world 2] [--stage 2] [--json]`. After every step of the trainer the same batches go
-once more through forward, backward and step alone, so both are timed in turns: once with batches that were made before
-(`overhead`), once with those that the loader makes meanwhile, on the same cores (`overhead_with_loader`; `mmgen bench
-data` measures the loader itself). Windows of 50 steps with one asynchronous save in them take turns with windows
-without. Run it on an idle machine.
+`python -m tests.faults.overhead [--world 2] [--stage 2] [--json]`. After every step of the trainer, a bare step runs
+forward, backward and optimiser on the same batches, so that both are timed alternately. `overhead` uses batches that
+were prepared before; for `overhead_with_loader` the loader prepares them at the same time on the same cores (`mmgen
+bench data` measures the loader alone). Windows of 50 steps with one asynchronous save alternate with windows without.
+Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ def configure(folder: Path, stage: int, steps: int, width: int, save_every: int)
         "save_every": save_every, "peak_tflops": 1.0,
     }  # fmt: skip
     folder.mkdir()
-    shard = str(write_tar(folder / "many-000.tar", pairs(2000)))  # an epoch of a few samples would plan anew every step
+    # An epoch of a few samples would be planned again at every step.
+    shard = str(write_tar(folder / "many-000.tar", pairs(2000)))
     data = {"row_length": 64, "workers": 1, "window": 1024, "train": [shard]}
     return small(folder, data=data, train=settings, model={"backbone": backbone})
 
 
 def timed(config: Config, bare: bool, prepared: bool, out: Path, rank: int) -> int:
-    """Write the seconds of every step of the trainer, and of a bare step after it."""
+    """Write to `out` the seconds of every step of the trainer, and of a bare step after each."""
     ours: list[float] = []
     theirs: list[float] = []
     now = [0.0]
-    held: list[Any] = []
+    batches: list[Any] = []
     report, show, steps = Reporter.step, Probe.show, run.steps
 
-    def noting(self: Reporter, outcome: Outcome) -> None:
-        held[:] = [outcome.data]
+    def record(self: Reporter, outcome: Outcome) -> None:
+        batches[:] = [outcome.data]
         report(self, outcome)
 
     def measured(self: Probe, step: int) -> None:
@@ -63,14 +64,14 @@ def timed(config: Config, bare: bool, prepared: bool, out: Path, rank: int) -> i
         if bare:
             patcher = self.engine.model.build_patcher()
             began = time.perf_counter()
-            for i, raw in enumerate(held[0].micro):
+            for i, raw in enumerate(batches[0].micro):
                 found = self.engine.forward(prepare(raw, patcher, self.engine.device))
-                self.engine.backward((found.text + found.image) / 100, last=i + 1 == len(held[0].micro))
+                self.engine.backward((found.text + found.image) / 100, last=i + 1 == len(batches[0].micro))
             self.engine.step(allow=True)
             theirs.append(time.perf_counter() - began)
         now[0] = time.perf_counter()
 
-    Reporter.step, Probe.show = noting, measured
+    Reporter.step, Probe.show = record, measured
     if prepared:
         run.steps = lambda *where: iter([*steps(*where)])
     code = train(config)
@@ -87,13 +88,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--json", action="store_true")
-    words = parser.parse_args()
-    result: dict[str, Any] = {"world": words.world, "stage": words.stage, "width": words.width}
+    options = parser.parse_args()
+    result: dict[str, Any] = {"world": options.world, "stage": options.stage, "width": options.width}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "times.json"
         for name, prepared in (("", True), ("_with_loader", False)):
-            config = configure(Path(folder) / f"bare{name}", words.stage, words.steps, words.width, 10**6)
-            assert not any(run_ranks(words.world, partial(timed, config, True, prepared, out), timeout=3000))
+            config = configure(Path(folder) / f"bare{name}", options.stage, options.steps, options.width, 10**6)
+            assert not any(run_ranks(options.world, partial(timed, config, True, prepared, out), timeout=3000))
             times = json.loads(out.read_text())
             ours, bare = times["ours"][5:-1], times["bare"][5:-1]
             result |= {
@@ -101,16 +102,16 @@ def main() -> int:
                 f"trainer_seconds{name}": statistics.median(ours),
                 f"overhead{name}": statistics.median(a / b for a, b in zip(ours, bare, strict=True)) - 1,
             }
-        steps = 2 * WINDOW * words.windows + WINDOW
-        config = configure(Path(folder) / "saving", words.stage, steps + 1, words.width, 2 * WINDOW)
-        assert not any(run_ranks(words.world, partial(timed, config, False, True, out), timeout=3000))
+        steps = 2 * WINDOW * options.windows + WINDOW
+        config = configure(Path(folder) / "saving", options.stage, steps + 1, options.width, 2 * WINDOW)
+        assert not any(run_ranks(options.world, partial(timed, config, False, True, out), timeout=3000))
         times = json.loads(out.read_text())["ours"]
-        # Steps 51 to 99 save nothing; the save of step 100 is copied at its end and written during the next ones.
+        # Steps 51 to 99 save nothing. The save of step 100 is copied at its end and written during the next steps.
         plain = [sum(times[i + WINDOW : i + 2 * WINDOW - 1]) for i in range(0, steps - WINDOW, 2 * WINDOW)]
         saving = [sum(times[i + 2 * WINDOW - 1 : i + 3 * WINDOW - 2]) for i in range(0, steps - WINDOW, 2 * WINDOW)]
         stalls = [b / a - 1 for a, b in zip(plain, saving, strict=True)]
         result |= {"stall": statistics.median(stalls), "stalls": stalls, "threads": torch.get_num_threads()}
-    print(json.dumps(result) if words.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    print(json.dumps(result) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
     return 0
 
 

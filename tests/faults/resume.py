@@ -1,7 +1,9 @@
-"""Resuming: bit-equal at the same layout, and on the same curve at another world size and stage.
+"""Resumes runs in the same and in other layouts, and compares them with runs that were not interrupted.
 
-`python -m tests.faults.resume [--inject moments|ema|rng] [--json]`; ends with code 1 where something is off. A run of 12
-steps is stopped after 6 and continued in other layouts; dropout in the backbone makes random state matter.
+`python -m tests.faults.resume [--inject moments|ema|rng] [--json]`. A run of 12 steps is stopped after 6 and continued.
+In the same layout (ZeRO stage and number of processes) the results must be equal bit for bit; dropout in the backbone
+makes them depend on the random state. In another layout they must agree within a limit. The exit code is 1 if a case
+fails.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from mmgen.train.checkpoint import read as checkpoint
 from mmgen.train.checkpoint.fragments import Store
 from mmgen.train.engine import Engine
 from mmgen.train.loop import train
-from tests.faults.launch import run_ranks, small, told
+from tests.faults.launch import report, run_ranks, small
 from tests.faults.oracle import distance
 
 FAULTS = ("moments", "ema", "rng")
@@ -36,7 +38,7 @@ LIMITS = {"losses": 1e-5, "weight": 1e-4, "ema": 1e-4}
 
 
 def configure(folder: Path, layout: Layout, dropout: bool, steps: int = 12) -> Config:
-    # Short rows, uneven shares: 7 rows in 2, 3 and 4 processes leave empty ones.
+    # 7 short rows on 2, 3 and 4 processes: some processes get fewer rows than others.
     settings = {
         "steps": steps, "batch_rows": 7, "micro_rows": 2, "zero_stage": layout[0], "save_every": 6, "timeout": 60,
         "ema_decay": 0.9, "ema_power": [0.1],
@@ -49,7 +51,7 @@ def configure(folder: Path, layout: Layout, dropout: bool, steps: int = 12) -> C
 def run(config: Config, fault: str | None, rank: int) -> int:
     restore = checkpoint.restore
 
-    def forget(found: checkpoint.Checkpoint, engine: Engine) -> None:
+    def lose(found: checkpoint.Checkpoint, engine: Engine) -> None:
         restore(found, engine)
         for state in engine.optimizer.state.values():
             if fault == "moments":
@@ -58,14 +60,14 @@ def run(config: Config, fault: str | None, rank: int) -> int:
             elif fault == "ema":
                 state["ema"].zero_()
 
-    checkpoint.restore = forget
+    checkpoint.restore = lose
     if fault == "rng":
         checkpoint.restore_random = lambda *_: torch.manual_seed(0)
     return train(config)
 
 
 def compare(one: Path, other: Path, out: Path, rank: int) -> int:
-    """Write the distance of the last six losses, of weights and of averages of two runs."""
+    """Write to `out` the distances of the last six losses, the weights and the averaged weights of two runs."""
     a, b = (
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-6:] for run in (one, other)
     )
@@ -91,7 +93,7 @@ def check(pairs: list[tuple[Layout, Layout]], fault: str | None, folder: Path) -
             for s in (before[0], after[0])
         ]
         codes = run_ranks(before[1], partial(run, whole, None))
-        # As after a crash past step 6.
+        # The state after a crash past step 6.
         shutil.copytree(whole.run.dir, parts[1].run.dir, symlinks=True)
         checkpoints = parts[1].run.dir / "checkpoints"
         shutil.rmtree(checkpoints / "step-12")
@@ -113,11 +115,12 @@ def main() -> int:
     parser.add_argument("--inject", choices=FAULTS)
     parser.add_argument("--cases", type=int, default=len(LAYOUTS))
     parser.add_argument("--json", action="store_true")
-    words = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        # Another world has other random streams by design; the fault shows in the first cases, with dropout.
-        results = check(LAYOUTS[: 2 if words.inject else words.cases], words.inject, Path(folder))
-    return told(results, "case", words.json)
+        # Another number of processes has other random numbers by design; only the first cases, with dropout, can
+        # detect the fault.
+        results = check(LAYOUTS[: 2 if options.inject else options.cases], options.inject, Path(folder))
+    return report(results, "case", options.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A field with known exact answers on every path, for tests of solvers."""
+"""A mixture with an exact field on every path, for tests of solvers."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def mixture(path: Path) -> GaussianMixture:
     return GaussianMixture(MEANS, 0.3, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), path)
 
 
-def start(path: Path, rows: int = 12) -> Tensor:
-    noise = torch.randn(rows, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+def start(path: Path, count: int = 12) -> Tensor:
+    noise = torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     return noise * path.sigma(torch.zeros((), dtype=torch.float64))
 
 
-def answer(name: str, data: GaussianMixture) -> Callable[[Tensor, Tensor], Tensor]:
+def estimate(name: str, data: GaussianMixture) -> Callable[[Tensor, Tensor], Tensor]:
     return data.velocity if SOLVERS[name].asks == "v" else data.denoised

@@ -25,30 +25,30 @@ STDS = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
 each_path = pytest.mark.parametrize("path", [make() for make in PATHS.values()], ids=PATHS)
 
 
-def points(path: Path, rows: int = 40) -> tuple[Tensor, Tensor]:
+def points(path: Path, count: int = 40) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(4)
-    t = torch.rand(rows, 1, dtype=torch.float64, generator=g) * 0.9 + 0.05
-    x = torch.randn(rows, 2, dtype=torch.float64, generator=g)
-    return path.mix(x, torch.randn(rows, 2, dtype=torch.float64, generator=g), t), t
+    t = torch.rand(count, 1, dtype=torch.float64, generator=g) * 0.9 + 0.05
+    x = torch.randn(count, 2, dtype=torch.float64, generator=g)
+    return path.mix(x, torch.randn(count, 2, dtype=torch.float64, generator=g), t), t
 
 
 @each_path
-def test_density_is_scipys(path: Path) -> None:
+def test_log_prob_equals_scipy(path: Path) -> None:
     z, t = points(path)
     data = GaussianMixture(MEANS, STDS, WEIGHTS, path)
-    for row in range(0, len(z), 7):
-        alpha, sigma = float(path.alpha(t[row])), float(path.sigma(t[row]))
+    for i in range(0, len(z), 7):
+        alpha, sigma = float(path.alpha(t[i])), float(path.sigma(t[i]))
         density = sum(
             float(w)
-            * stats.multivariate_normal(alpha * m.numpy(), (alpha * float(s)) ** 2 + sigma**2).pdf(z[row].numpy())
+            * stats.multivariate_normal(alpha * m.numpy(), (alpha * float(s)) ** 2 + sigma**2).pdf(z[i].numpy())
             for w, m, s in zip(WEIGHTS, MEANS, STDS, strict=True)
         )
-        found = float(data.log_prob(z[row : row + 1], t[row : row + 1]))
-        assert found == pytest.approx(math.log(density), rel=1e-9, abs=1e-9)
+        result = float(data.log_prob(z[i : i + 1], t[i : i + 1]))
+        assert result == pytest.approx(math.log(density), rel=1e-9, abs=1e-9)
 
 
 @each_path
-def test_score_is_the_gradient_and_all_estimates_agree(path: Path) -> None:
+def test_score_is_the_gradient_of_log_prob_and_estimates_convert(path: Path) -> None:
     z, t = points(path)
     data = GaussianMixture(MEANS, STDS, WEIGHTS, path)
     leaf = z.clone().requires_grad_()
@@ -65,7 +65,7 @@ def test_score_is_the_gradient_and_all_estimates_agree(path: Path) -> None:
                 torch.testing.assert_close(again, function(z, t), rtol=1e-6, atol=1e-6)
 
 
-def test_velocity_needs_no_division_at_the_ends() -> None:
+def test_velocity_is_finite_and_continuous_at_both_ends() -> None:
     data = GaussianMixture(MEANS, STDS, WEIGHTS)
     z, _ = points(LinearPath())
     for t in (0.0, 1.0):
@@ -88,7 +88,7 @@ def test_finite_set_memorises() -> None:
     assert float(torch.cdist(end, x).min(1).values.max()) < 1e-2
 
 
-def test_mixture_draws_are_from_it() -> None:
+def test_mixture_samples_have_its_moments() -> None:
     data = GaussianMixture(MEANS, STDS, WEIGHTS)
     x = data.sample(20000, torch.Generator().manual_seed(1))
     assert torch.allclose(x.mean(0), WEIGHTS @ MEANS, atol=0.03)
@@ -113,8 +113,10 @@ def test_guidance_scales_and_interval() -> None:
     for weight, expected in ((0.0, 1.0), (1.0, 2.0), (3.0, 4.0)):
         assert classifier_free(c, u, torch.tensor(0.5), Guidance(weight)).item() == expected
     assert classifier_free(c, u, torch.tensor(0.05), Guidance(3.0, (0.1, 1.0))).item() == 2.0
-    rows = classifier_free(c.expand(2, 1), u.expand(2, 1), torch.tensor([[0.05], [0.5]]), Guidance(3.0, (0.1, 1.0)))
-    assert rows.tolist() == [[2.0], [4.0]]
+    per_sample = classifier_free(
+        c.expand(2, 1), u.expand(2, 1), torch.tensor([[0.05], [0.5]]), Guidance(3.0, (0.1, 1.0))
+    )
+    assert per_sample.tolist() == [[2.0], [4.0]]
     falling = classifier_free(c, u, torch.tensor(0.25), Guidance(lambda t: 1 + 4 * (1 - t)))
     assert falling.item() == 5.0
 
@@ -137,7 +139,7 @@ def test_rescaled_and_renormed_guidance() -> None:
 
 @pytest.mark.broad
 def test_classifier_guidance_moves_mass_monotonically() -> None:
-    """1-D mixture, exact scores: E p(y | x) at the samples rises with the weight, from its share of the data at 0."""
+    """1-D mixture, exact scores: E p(y | x) of the samples rises with the weight and is 0.5 without guidance."""
     means = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     data = GaussianMixture(means, 0.7)
 
@@ -146,14 +148,14 @@ def test_classifier_guidance_moves_mass_monotonically() -> None:
 
     grid = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
     z = torch.special.ndtri(grid).unsqueeze(1)
-    found = []
+    result = []
     for weight in (0.0, 0.5, 1.0, 2.0):
         field = classifier(data.path, data.velocity, log_likelihood, weight)
         end = solve(runge_kutta(z, uniform_grid(100), scheme="heun"), field)
-        found.append(float(data.responsibilities(end, torch.ones((), dtype=torch.float64))[:, 0].mean()))
-    assert found[0] == pytest.approx(0.5, abs=1e-6)
-    assert found == sorted(found)
-    # Weight 1 is the conditional field, exactly.
+        result.append(float(data.responsibilities(end, torch.ones((), dtype=torch.float64))[:, 0].mean()))
+    assert result[0] == pytest.approx(0.5, abs=1e-6)
+    assert result == sorted(result)
+    # With weight 1 the guided field equals the conditional field.
     one = GaussianMixture(means[:1], 0.7)
     t = torch.tensor(0.4, dtype=torch.float64)
     guided = classifier(data.path, data.velocity, log_likelihood, 1.0)(z, t)
@@ -186,7 +188,7 @@ def test_encode_is_the_inverse_of_decode() -> None:
     x = data.sample(30, torch.Generator().manual_seed(1))
     ode = Ode(data.velocity, uniform_grid(200))
     torch.testing.assert_close(ode.decode(ode.encode(x)), x, rtol=1e-5, atol=1e-5)
-    # In one dimension the map is the monotone one between the two distributions.
+    # In one dimension the ODE gives the monotone map between the two distributions.
     one = GaussianMixture(torch.tensor([[0.3]], dtype=torch.float64), 0.5)
     x = torch.tensor([[0.3], [0.8], [-0.7]], dtype=torch.float64)
     expected = (x - 0.3) / 0.5
@@ -219,19 +221,19 @@ def gaussian(std: float = 0.5) -> GaussianMixture:
 def test_likelihood_of_a_gaussian() -> None:
     """log N(0.8; 0, 0.25) = -1.50579; the opposite sign of the integral gives -2.892."""
     x = torch.tensor([[0.8], [0.0], [-1.3]], dtype=torch.float64)
-    found = Ode(gaussian().velocity, uniform_grid(100)).log_likelihood(x)
+    result = Ode(gaussian().velocity, uniform_grid(100)).log_likelihood(x)
     expected = torch.from_numpy(stats.norm(0, 0.5).logpdf(x.squeeze(1).numpy()))
-    torch.testing.assert_close(found.value, expected, rtol=0, atol=1e-6)
-    assert found.value[0].item() == pytest.approx(-1.50579, abs=1e-5)
-    assert found.standard_error.abs().max() == 0
+    torch.testing.assert_close(result.value, expected, rtol=0, atol=1e-6)
+    assert result.value[0].item() == pytest.approx(-1.50579, abs=1e-5)
+    assert result.standard_error.abs().max() == 0
 
 
-def test_the_wrong_sign_is_noticed() -> None:
-    """A field run the other way has the opposite divergence: the value that the check would then see."""
+def test_a_wrong_sign_changes_the_likelihood() -> None:
+    """With the opposite sign of the integral the value is -2.892, far outside the tolerance of the test above."""
     x = torch.tensor([[0.8]], dtype=torch.float64)
-    found = Ode(gaussian().velocity, uniform_grid(100)).log_likelihood(x)
-    base = stats.norm(0, 1).logpdf(found.z.item())
-    assert 2 * base - found.value.item() == pytest.approx(-2.892, abs=1e-3)
+    result = Ode(gaussian().velocity, uniform_grid(100)).log_likelihood(x)
+    base = stats.norm(0, 1).logpdf(result.z.item())
+    assert 2 * base - result.value.item() == pytest.approx(-2.892, abs=1e-3)
 
 
 @pytest.mark.broad
@@ -240,26 +242,26 @@ def test_likelihood_of_a_mixture(path: Path) -> None:
     data = GaussianMixture(MEANS, STDS, WEIGHTS, path)
     x = data.sample(12, torch.Generator().manual_seed(1))
     one = torch.ones((), dtype=torch.float64)
-    found = Ode(data.velocity, uniform_grid(400)).log_likelihood(x)
-    # The path starts from (almost) pure noise and ends at (almost) pure data.
-    torch.testing.assert_close(found.value, data.log_prob(x, one), rtol=0, atol=5e-3)
+    result = Ode(data.velocity, uniform_grid(400)).log_likelihood(x)
+    # The cosine path begins with almost pure noise and ends with almost clean data; the tolerance allows for both.
+    torch.testing.assert_close(result.value, data.log_prob(x, one), rtol=0, atol=5e-3)
 
 
 @pytest.mark.broad
 def test_likelihood_on_a_variance_preserving_path() -> None:
-    """Up to t = 1 itself: the velocity of a smooth density is finite there although sigma' is not."""
+    """The velocity of a smooth density is finite at t = 1 although sigma' is not."""
     data = GaussianMixture(MEANS, STDS, WEIGHTS, LinearBetaPath())
     x = data.sample(6, torch.Generator().manual_seed(1))
-    found = Ode(data.velocity, uniform_grid(400)).log_likelihood(x).value
-    torch.testing.assert_close(found, data.log_prob(x, torch.ones((), dtype=torch.float64)), rtol=0, atol=2e-2)
+    result = Ode(data.velocity, uniform_grid(400)).log_likelihood(x).value
+    torch.testing.assert_close(result, data.log_prob(x, torch.ones((), dtype=torch.float64)), rtol=0, atol=2e-2)
     with pytest.raises(ValueError, match="v of LinearBetaPath diverges"):
         Ode(data.velocity, uniform_grid(10), path=data.path).log_likelihood(x)
 
 
 def test_likelihood_of_a_constant_field() -> None:
     x = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
-    found = Ode(lambda z, t: 1 + 0 * z, uniform_grid(4)).log_likelihood(x).value
-    assert found.item() == pytest.approx(float(stats.norm(1, 1).logpdf(x.numpy()).sum()))
+    result = Ode(lambda z, t: 1 + 0 * z, uniform_grid(4)).log_likelihood(x).value
+    assert result.item() == pytest.approx(float(stats.norm(1, 1).logpdf(x.numpy()).sum()))
 
 
 @pytest.mark.broad
@@ -284,29 +286,29 @@ def test_hutchinson_is_within_its_error() -> None:
 
 
 def test_likelihood_in_inference_mode() -> None:
-    """A result of inference mode has its divergence, and carries no gradients that it does not know."""
+    """The divergence is computed in inference mode too, and the result carries no gradients."""
     x = torch.tensor([[0.8]], dtype=torch.float64)
     data = GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), 0.5)
     with torch.inference_mode():
-        found = Ode(data.velocity, uniform_grid(100)).log_likelihood(x).value
-    assert found.item() == pytest.approx(-1.50579, abs=1e-5)
+        result = Ode(data.velocity, uniform_grid(100)).log_likelihood(x).value
+    assert result.item() == pytest.approx(-1.50579, abs=1e-5)
     assert not Ode(data.velocity, uniform_grid(10)).log_likelihood(x.requires_grad_()).value.requires_grad
 
 
-def test_a_weight_of_guidance_per_row() -> None:
+def test_a_guidance_weight_per_sample() -> None:
     conditional, unconditional = torch.randn(3, 2), torch.randn(3, 2)
     scale, t = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor(0.5)
-    rows = classifier_free(conditional, unconditional, t, Guidance(scale))
-    for row, weight in enumerate((0.0, 1.0, 2.0)):
-        one = slice(row, row + 1)
+    per_sample = classifier_free(conditional, unconditional, t, Guidance(scale))
+    for i, weight in enumerate((0.0, 1.0, 2.0)):
+        one = slice(i, i + 1)
         torch.testing.assert_close(
-            rows[one], classifier_free(conditional[one], unconditional[one], t, Guidance(weight))
+            per_sample[one], classifier_free(conditional[one], unconditional[one], t, Guidance(weight))
         )
-    torch.testing.assert_close(rows, classifier_free(conditional, unconditional, t, Guidance(lambda t: scale)))
+    torch.testing.assert_close(per_sample, classifier_free(conditional, unconditional, t, Guidance(lambda t: scale)))
 
 
 def test_bits_per_dim() -> None:
-    """Uniform 8-bit pixels cost 8 bits: their density on [-1, 1] is 1/2 (times the end bin's share)."""
+    """Uniform 8-bit pixels have 8 bits per dimension: their density on [-1 - 1/255, 1 + 1/255] is 255 / 512."""
     flat = torch.full((2,), 10 * math.log(1 / (256 * 2 / 255)), dtype=torch.float64)
     assert bits_per_dim(flat, 10).tolist() == pytest.approx([8.0, 8.0])
 
@@ -333,13 +335,13 @@ X = torch.zeros(2, 3)
         (lambda: Ode(lambda z, t: z, 0.1 + 0.9 * uniform_grid(3)).log_likelihood(X), "begin at 0"),
         (lambda: Ode(lambda z, t: z, uniform_grid(3)).log_likelihood(X, noise_std=0.0), "must be positive"),
         (lambda: Ode(torch.no_grad()(lambda z, t: -z), uniform_grid(3)).log_likelihood(X), "no divergence"),
-        (lambda: Ode(lambda z, t: z, uniform_grid(3)).interpolate(X, X, torch.zeros(0)), "one share or more"),
+        (lambda: Ode(lambda z, t: z, uniform_grid(3)).interpolate(X, X, torch.zeros(0)), "shares is empty"),
         (lambda: bits_per_dim(X, 3, 0.0), "must be positive"),
         (lambda: Field(LinearPath(), lambda z, t: z, "speed"), "unknown prediction 'speed'"),
         (lambda: classifier_free(X, X, torch.tensor(0.5), Guidance(2.0, (0.9, 0.1))), "must rise inside"),
         (lambda: classifier_free(X, X, torch.tensor(1.5), Guidance(2.0)), r"\[0, 1\]"),
         (lambda: classifier_free(X, X, torch.tensor(0.5), Guidance(2.0, rescale=5.0)), "share between 0 and 1"),
-        (lambda: classifier_free(X, X, torch.tensor(0.5), Guidance(lambda t: torch.ones(3))), "given as times are"),
+        (lambda: classifier_free(X, X, torch.tensor(0.5), Guidance(lambda t: torch.ones(3))), "the shape of a time"),
     ],
 )
 def test_bad_input_is_named(call: Callable[[], Any], message: str) -> None:

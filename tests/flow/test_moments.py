@@ -1,4 +1,4 @@
-"""Stochastic samplers against exact moments, and faults that these checks must notice."""
+"""Stochastic solvers against exact moments, and faults that these checks must detect."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAMILY: dict[str, Any] = {
 @pytest.mark.broad
 @pytest.mark.parametrize("level", FAMILY)
 @pytest.mark.parametrize("path_name", ["linear", "cosine"])
-def test_every_member_of_the_family_has_the_marginals(level: str, path_name: str) -> None:
+def test_every_noise_rate_has_the_marginals_of_the_path(level: str, path_name: str) -> None:
     moments = Moments(PATHS[path_name])
     low, high = (0.0, 0.9) if path_name == "linear" else (0.05, 0.95)
     errors = [
@@ -45,7 +45,7 @@ def test_every_member_of_the_family_has_the_marginals(level: str, path_name: str
 
 @pytest.mark.broad
 def test_the_reverse_sde_has_the_marginals() -> None:
-    """w = g: on the variance-preserving path, from nearly pure noise."""
+    """With w = g on the variance-preserving path, starting from nearly pure noise."""
     moments = Moments(LinearBetaPath())
     errors = [
         moments.error("euler_maruyama", 0.01 + 0.9 * uniform_grid(n), level="sde", end="full") for n in (800, 1600)
@@ -60,8 +60,8 @@ def test_the_reverse_sde_has_the_marginals() -> None:
     [("ancestral", {}), ("ddim", {"eta": 0.0}), ("ddim", {"eta": 0.6}), ("ddim", {"eta": 1.0})],
 )
 @pytest.mark.parametrize("path_name", [name for name in PATHS if "shifted" not in name])
-def test_stochastic_samplers_converge_to_the_data(name: str, options: dict[str, Any], path_name: str) -> None:
-    """Where the path ends with little noise: the clean estimate, on which they end, lacks its variance."""
+def test_stochastic_solvers_converge_to_the_data(name: str, options: dict[str, Any], path_name: str) -> None:
+    """On paths that end with little noise, because the final clean estimate lacks the variance of that noise."""
     moments = Moments(PATHS[path_name])
     errors = [moments.error(name, uniform_grid(n), **options) for n in (100, 200, 400)]
     assert errors[-1] < 0.02
@@ -70,8 +70,8 @@ def test_stochastic_samplers_converge_to_the_data(name: str, options: dict[str, 
 
 @pytest.mark.broad
 @each_path
-def test_corrections_bring_a_sampler_closer(path: Path) -> None:
-    """A predictor without corrections is ancestral sampling; each Langevin step pulls toward the marginal."""
+def test_corrections_reduce_the_error_of_a_solver(path: Path) -> None:
+    """Without corrections the predictor is ancestral sampling; each Langevin step moves z towards the marginal."""
     moments, times = Moments(path), uniform_grid(200)
     plain = moments.error("ancestral", times)
     assert moments.error("predictor_corrector", times, corrections=0) == pytest.approx(plain, rel=0.05)
@@ -102,15 +102,15 @@ def test_ancestral_is_ddim_with_eta_one() -> None:
 
 @pytest.mark.broad
 def test_langevin_keeps_the_marginal() -> None:
-    """Corrections at one time leave its variance, up to the square of their size."""
+    """Langevin steps at one time keep the variance, with an error of the order of snr^2."""
     path, time = LinearPath(), 0.6
     moments = Moments(path)
     errors = []
     for snr in (0.2, 0.1, 0.05):
         mean, variance = moments.end("langevin", torch.tensor([time, time], dtype=torch.float64), snr=snr, steps=400)
-        wanted = time**2 * 0.25 + (1 - time) ** 2
+        expected = time**2 * 0.25 + (1 - time) ** 2
         assert mean == pytest.approx(time * 0.7, abs=1e-9)
-        errors.append(abs(variance - wanted))
+        errors.append(abs(variance - expected))
     assert errors[-1] < 2e-3
     assert all(1.8 < slope < 2.3 for slope in slopes(errors)), errors
 
@@ -121,7 +121,7 @@ def test_annealed_langevin_reaches_the_data() -> None:
     moments = Moments(path)
     ends = [moments.end("annealed_langevin", uniform_grid(60), corrections=n, snr=0.2) for n in (20, 80, 320)]
     assert [mean for mean, _ in ends] == pytest.approx([0.7] * 3, abs=1e-9)
-    # Where sigma is far below the data's own width a level mixes too slowly; more corrections bring it home.
+    # Where sigma is far below the width of the data, Langevin steps mix slowly; more corrections reduce the error.
     errors = [variance - 0.25 for _, variance in ends]
     assert errors[0] > errors[1] > errors[2] > 0
     assert errors[2] < 2e-3
@@ -132,7 +132,7 @@ def family_error(level: Any) -> float:
 
 
 @pytest.mark.broad
-def test_a_dropped_half_is_noticed() -> None:
+def test_a_missing_factor_of_one_half_is_detected() -> None:
     assert family_error("constant") < 5e-3
     with injected("half"):
         assert family_error("constant") > 5e-3
@@ -140,7 +140,7 @@ def test_a_dropped_half_is_noticed() -> None:
 
 @pytest.mark.broad
 @pytest.mark.parametrize("fault", ["no minus s^2", "sign of the score", "shifted t"])
-def test_faults_of_stochastic_samplers_are_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_of_stochastic_solvers_are_detected(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moments, times = Moments(CosinePath()), uniform_grid(400)
     healthy = moments.error("ddim", times, eta=1.0)
     field = moments.field

@@ -1,4 +1,4 @@
-"""Samplers against diffusers, azula and torchdiffeq, in double precision."""
+"""Solvers against diffusers, azula and torchdiffeq, in double precision."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from mmgen.flow.time import uniform_grid
 from tests.flow.common import PATHS, each_path, mixture, start
 
 
-@pytest.mark.parametrize("scheme", ["euler", "midpoint", "heun"])  # their rk4 is the 3/8 rule
-def test_fixed_steps_are_torchdiffeqs(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", ["euler", "midpoint", "heun"])  # torchdiffeq's rk4 is the 3/8 rule
+def test_runge_kutta_equals_torchdiffeq(scheme: str) -> None:
     from torchdiffeq import odeint
 
     path = LinearPath()
@@ -46,8 +46,8 @@ def test_fixed_steps_are_torchdiffeqs(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
-def test_euler_is_diffusers_euler(steps: int) -> None:
-    """Step by step; diffusers runs sigma from 1 to 0 on z = (1 - sigma) x + sigma eps, with velocity eps - x."""
+def test_euler_equals_diffusers(steps: int) -> None:
+    """Every step is compared. diffusers runs sigma from 1 to 0 on z = (1 - sigma) x + sigma eps, with velocity eps - x."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
     data, z = mixture(LinearPath()), start(LinearPath())
@@ -62,7 +62,7 @@ def test_euler_is_diffusers_euler(steps: int) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
-def test_heun_is_diffusers_heun() -> None:
+def test_heun_equals_diffusers() -> None:
     scheduler = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(10)
     data, z = mixture(LinearPath()), start(LinearPath())
@@ -76,13 +76,13 @@ def test_heun_is_diffusers_heun() -> None:
 
 
 def ddpm_times(scheduler: Any) -> Tensor:
-    """The scheduler's steps as times: its index k is step k + 1 of the table, and after the last one comes the data."""
+    """The scheduler's steps as times: index k is step k + 1 of the table, and the last step goes to the data."""
     steps = 1 - (scheduler.timesteps.double() + 1) / 1000
     return torch.cat([steps, torch.ones(1, dtype=torch.float64)])
 
 
 @pytest.mark.parametrize("name", ["ddim", "ancestral", "dpmpp_2m"])
-def test_vp_samplers_are_diffusers(name: str) -> None:
+def test_variance_preserving_solvers_equal_diffusers(name: str) -> None:
     common = {"timestep_spacing": "trailing", "prediction_type": "epsilon"}
     scheduler: Any = {
         "ddim": partial(DDIMScheduler, clip_sample=False, set_alpha_to_one=True),
@@ -106,7 +106,7 @@ def test_vp_samplers_are_diffusers(name: str) -> None:
 
 
 class _Schedule(azula.noise.Schedule):  # type: ignore[misc]
-    """Our path as azula's schedule, whose time runs from data to noise."""
+    """A path as a schedule of azula, whose time runs from data to noise."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -126,8 +126,8 @@ class _Denoiser(azula.denoise.Denoiser):  # type: ignore[misc]
 
 @each_path
 @pytest.mark.parametrize("name", ["ddim", "ddim_1", "ddim_half", "ancestral"])
-def test_samplers_are_azulas(name: str, path: Path) -> None:
-    """azula's eta multiplies the variance, ours (as in the paper) the standard deviation."""
+def test_solvers_equal_azula(name: str, path: Path) -> None:
+    """azula's eta multiplies the variance; here, as in the paper, eta multiplies the standard deviation."""
     data, z, steps = mixture(path), start(path), 15
     eta = {"ddim_1": 1.0, "ddim_half": 0.5}.get(name, 0.0)
     common = {"steps": steps, "silent": True, "dtype": torch.float64, "start": 0.99, "stop": 0.02}
@@ -155,8 +155,8 @@ def test_samplers_are_azulas(name: str, path: Path) -> None:
 
 
 @each_path
-def test_deterministic_ddim_is_azulas_euler(path: Path) -> None:
-    """DDIM(0) is Euler in (z / alpha, sigma / alpha)."""
+def test_deterministic_ddim_equals_euler_of_azula(path: Path) -> None:
+    """DDIM with eta 0 is Euler's method in (z / alpha, sigma / alpha)."""
     data, z = mixture(path), start(path)
     theirs = azula.sample.EulerSampler(
         _Denoiser(data), steps=9, silent=True, dtype=torch.float64, start=0.99, stop=0.02
@@ -180,34 +180,34 @@ BRIDGED = {
 @pytest.mark.broad
 @pytest.mark.parametrize("name", BRIDGED)
 @pytest.mark.parametrize("path_name", PATHS)
-def test_schedulers_of_diffusers_drive_our_field(name: str, path_name: str) -> None:
-    """Each deterministic scheduler ends where the exact ODE ends, though made for another path than the field.
+def test_deterministic_schedulers_of_diffusers_follow_the_ode(name: str, path_name: str) -> None:
+    """Each scheduler ends where the exact ODE ends, also where its schedule differs from the path of the field.
 
-    Some of theirs go nearer to the data than some of ours.
+    Some schedulers end closer to the data than some paths.
     """
     make, options, tolerance = BRIDGED[name]
     path, z = PATHS[path_name], start(LinearPath(), 200)
     data = mixture(path)
     truth = solve(runge_kutta(z, uniform_grid(200), scheme="rk4"), mixture(LinearPath()).velocity)
-    found = drive(make(**options), Field(path, data.velocity), z, 50)
-    left = float(path.sigma(torch.ones(())))  # noise that the path itself leaves in its data
-    assert float((found - truth).abs().mean()) < tolerance + 1.5 * left
+    result = drive(make(**options), Field(path, data.velocity), z, 50)
+    left = float(path.sigma(torch.ones(())))  # noise that the path keeps at t = 1
+    assert float((result - truth).abs().mean()) < tolerance + 1.5 * left
 
 
-def test_a_scheduler_takes_options_for_its_times_and_half_precision() -> None:
-    """Times are told apart in single precision: in bfloat16 the last one would be the data's, where v diverges."""
+def test_a_scheduler_takes_options_of_set_timesteps_and_half_precision() -> None:
+    """Times stay in single precision: rounded to bfloat16, the last one would be t = 1, where v diverges."""
     shifting = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     path, z = LinearPath(), start(LinearPath(), 50)
-    found = drive(shifting, Field(path, mixture(path).velocity), z, 60, schedule={"mu": 0.5})
+    result = drive(shifting, Field(path, mixture(path).velocity), z, 60, schedule={"mu": 0.5})
     truth = solve(runge_kutta(z, uniform_grid(200), scheme="rk4"), mixture(path).velocity)
-    assert float((found - truth).abs().mean()) < 3e-2
+    assert float((result - truth).abs().mean()) < 3e-2
     field = Field(LinearBetaPath(), lambda z, t: z)
     assert drive(FlowMatchEulerDiscreteScheduler(), field, z.bfloat16(), 50).dtype == torch.bfloat16
 
 
 @pytest.mark.broad
-def test_ddpm_scheduler_drives_our_field() -> None:
-    """The same noise gives the sample of our own ancestral sampler on the same table."""
+def test_ddpm_scheduler_equals_ancestral_sampling() -> None:
+    """With equal noise and the same table, DDPMScheduler and `ancestral` give equal samples."""
     scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
     z = start(LinearPath())
     torch.manual_seed(1)

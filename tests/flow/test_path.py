@@ -1,4 +1,4 @@
-"""Paths, conversions, losses, weights and times against closed forms, autograd, diffusers and azula."""
+"""Paths, conversions, losses, weights and timestep distributions against closed forms, autograd, diffusers and azula."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def draws(n: int = 64, length: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantities(path: Path, x: Tensor, eps: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Every kind by its definition."""
+    """Every quantity of `KINDS` by its definition."""
     alpha, sigma = path.alpha(t), path.sigma(t)
     return {
         "x": x, "eps": eps, "score": -eps / sigma, "v_sh": alpha * eps - sigma * x,
@@ -107,7 +107,7 @@ def test_closed_forms() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_ddpm_tables_are_diffusers(schedule: str) -> None:
+def test_ddpm_tables_equal_diffusers(schedule: str) -> None:
     scheduler = DDPMScheduler(beta_schedule=schedule)
     path = DDPMPath(scheduler.betas.double())
     k = torch.arange(1, 1001, dtype=torch.float64)
@@ -119,7 +119,7 @@ def test_ddpm_tables_are_diffusers(schedule: str) -> None:
 
 
 def test_a_step_of_the_table_has_its_own_rate() -> None:
-    """Whatever the rounding of 1 - k / K: the rate at step k is beta_k's, in single and in double precision."""
+    """The rate at step k follows from beta_k in single and double precision, however 1 - k / K is rounded."""
     table = torch.tensor([0.1, 0.3, 0.2, 0.5] * 25, dtype=torch.float64)
     path, k = DDPMPath(table), torch.arange(1, 101)
     for dtype in (torch.float32, torch.float64):
@@ -128,7 +128,7 @@ def test_a_step_of_the_table_has_its_own_rate() -> None:
 
 
 def test_a_table_is_constant_in_rate_between_its_steps() -> None:
-    """Half of a step keeps the square root of its share; the first and last rates reach to the ends."""
+    """Half a step multiplies alpha^2 by the square root of 1 - beta; the first and last rates extend to the ends."""
     path = DDPMPath([0.1, 0.3, 0.2, 0.5, 0.4])
     middle = path.alpha(torch.tensor(0.7, dtype=torch.float64)).item()
     assert middle == pytest.approx((0.9 * 0.7**0.5) ** 0.5, rel=1e-12)
@@ -138,8 +138,8 @@ def test_a_table_is_constant_in_rate_between_its_steps() -> None:
     assert DDPMPath().steps == 1000
 
 
-def test_paths_are_azulas() -> None:
-    """azula's time runs from data to noise."""
+def test_paths_equal_azula() -> None:
+    """azula's time runs from data to noise, so it is 1 - t here."""
     t = times()
     theirs = azula.noise.VESchedule(0.01, 50.0)
     torch.testing.assert_close(VEPath().sigma(t), theirs(1 - t)[1], rtol=1e-9, atol=0)
@@ -153,8 +153,8 @@ def test_paths_are_azulas() -> None:
 def test_conversions_recover_every_quantity(path: Path, source: str, target: str) -> None:
     x, eps, t = draws()
     known = quantities(path, x, eps, t)
-    found = path.convert(source, target, known[source], path.mix(x, eps, t), t, clip=0.0)
-    torch.testing.assert_close(found, known[target], rtol=1e-6, atol=1e-6)
+    result = path.convert(source, target, known[source], path.mix(x, eps, t), t, clip=0.0)
+    torch.testing.assert_close(result, known[target], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(path.target(target, x, eps, t), known[target], rtol=1e-12, atol=1e-12)
 
 
@@ -173,7 +173,7 @@ def test_conversions_stay_finite_at_the_ends(path: Path, kind: str, t: float) ->
 
 @pytest.mark.parametrize(("prediction", "space"), itertools.product(KINDS, KINDS))
 def test_loss_is_the_error_after_conversion(prediction: str, space: str) -> None:
-    """Every pair: converting output and target, then comparing, is what `FlowLoss` computes."""
+    """For every pair, `FlowLoss` equals converting output and target and comparing them in the loss space."""
     x, eps, t = draws()
     output = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
     for path in (LinearPath(), CosinePath()):
@@ -185,7 +185,7 @@ def test_loss_is_the_error_after_conversion(prediction: str, space: str) -> None
 
 
 def test_x_prediction_with_v_loss_is_jits() -> None:
-    """v = (x - z) / max(1 - t, 0.05) on both sides, also where the clip acts."""
+    """v = (x - z) / max(1 - t, 0.05) for prediction and target, at a time at which the clip acts."""
     x, eps, _ = draws()
     t = torch.full((len(x),), 0.99, dtype=x.dtype)
     z = 0.99 * x + 0.01 * eps
@@ -198,12 +198,12 @@ def test_x_prediction_with_v_loss_is_jits() -> None:
 @pytest.mark.parametrize(("prediction", "space"), itertools.product(KINDS, KINDS))
 @pytest.mark.parametrize("path", [LinearPath(), ScaledNoise(LinearPath(), 2.0)], ids=["linear", "scaled"])
 def test_clipping_keeps_the_minimiser(path: Path, prediction: str, space: str, clip: float) -> None:
-    """The true quantity has no loss at either end, and one that is off by 1 has a finite loss above zero."""
+    """Near both ends the loss of the exact quantity is zero, and the loss of an output that is off by 1 is finite."""
     x, eps, _ = draws()
     for t in (0.0, 0.01, 0.99, 1.0):
         time = torch.full((len(x), 1), t, dtype=x.dtype)
         exact = quantities(path, x, eps, time)
-        # A score next to the data is taught with the floor under sigma that converts it back.
+        # Near the data the target of the score uses sigma of at least the clip, as the conversion does.
         scale = path.scale if isinstance(path, ScaledNoise) else 1.0
         exact["score"] = -eps / (scale * max(1 - t, clip))
         loss = FlowLoss(path, prediction, space, clip)
@@ -211,15 +211,15 @@ def test_clipping_keeps_the_minimiser(path: Path, prediction: str, space: str, c
         assert loss(exact[prediction] + 1, x, eps, time.squeeze(1)).isfinite().all()
 
 
-def test_a_taught_score_says_what_the_noise_was() -> None:
+def test_the_target_of_the_score_converts_to_the_noise() -> None:
     x, eps, _ = draws()
     t, path = torch.tensor(0.98, dtype=x.dtype), LinearPath()
-    taught = path.target("score", x, eps, t, 0.05)
-    torch.testing.assert_close(path.convert("score", "eps", taught, path.mix(x, eps, t), t, 0.05), eps)
+    target = path.target("score", x, eps, t, 0.05)
+    torch.testing.assert_close(path.convert("score", "eps", target, path.mix(x, eps, t), t, 0.05), eps)
 
 
 def test_a_clip_means_the_same_at_every_noise_scale() -> None:
-    """JiT's max(1 - t, 0.05): an error of 0.3 in x at t = 0.99 costs (0.3 / 0.05)^2, whatever the noise."""
+    """With JiT's max(1 - t, 0.05), an error of 0.3 in x at t = 0.99 has the loss (0.3 / 0.05)^2 at every scale."""
     x, eps, _ = draws()
     t = torch.full((len(x),), 0.99, dtype=x.dtype)
     for path in (LinearPath(), ScaledNoise(LinearPath(), 2.0), ScaledNoise(LinearPath(), 0.125)):
@@ -236,7 +236,7 @@ def test_weights_by_their_definitions() -> None:
     def loss(space: str, weight: losses.Weight | None = None) -> Tensor:
         return FlowLoss(path, "x", space, 1e-9, weight)(output, x, eps, flat)
 
-    # The SNR-weighted x loss is the eps loss; sigma^2 turns score matching into it, too.
+    # The x loss weighted by SNR equals the eps loss; so does the score-matching loss weighted by sigma^2.
     torch.testing.assert_close(loss("x", losses.snr), loss("eps"), rtol=1e-8, atol=0)
     torch.testing.assert_close(loss("score", losses.sigma_squared), loss("eps"), rtol=1e-8, atol=0)
     torch.testing.assert_close(loss("x", losses.min_snr(5)), ratio.clamp(max=5) * loss("x"), rtol=1e-8, atol=0)
@@ -244,7 +244,7 @@ def test_weights_by_their_definitions() -> None:
     torch.testing.assert_close(loss("eps", losses.sigmoid(-3)), expected, rtol=1e-8, atol=0)
     density = stats.norm(-0.8, 0.8).pdf(torch.logit(flat).numpy()) / (flat * (1 - flat)).numpy()
     torch.testing.assert_close(losses.logit_normal(-0.8, 0.8)(path, flat), torch.from_numpy(density), rtol=1e-8, atol=0)
-    # Under uniform t the weight has mean 1: it is a density.
+    # The weight is a density, so its mean under uniform t is 1.
     fine = (torch.arange(100000, dtype=torch.float64) + 0.5) / 100000
     assert losses.logit_normal()(path, fine).mean().item() == pytest.approx(1, abs=1e-4)
     assert set(WEIGHTS) == {"snr", "min_snr", "sigmoid", "logit_normal", "sigma_squared"}
@@ -297,31 +297,31 @@ def test_grids() -> None:
 @each_path
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda path: pickle.loads(pickle.dumps(path))])
 def test_copies_are_the_same_path(path: Path, copied: Callable[[Path], Path]) -> None:
-    """Also after use, when tables have been moved, and when the original is gone."""
+    """Copies keep their values after the path was used, which caches tables, and after the original is deleted."""
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-    wanted = path.alpha(t), path.drift(t)
+    expected = path.alpha(t), path.drift(t)
     again = copied(copied(path))
-    torch.testing.assert_close((again.alpha(t), again.drift(t)), wanted, rtol=0, atol=0)
+    torch.testing.assert_close((again.alpha(t), again.drift(t)), expected, rtol=0, atol=0)
 
 
 @pytest.mark.broad
 def test_a_copied_table_outlives_the_original() -> None:
-    """A new tensor may stand where an old one stood: tables must be known by name, not by place."""
+    """A new tensor may get the address of a deleted one, so the cache of tables must be keyed by name, not by id."""
     t = torch.linspace(0.05, 0.95, 19)
     for _ in range(50):
         path = DDPMPath()
-        wanted = path.alpha(t)
+        expected = path.alpha(t)
         path.beta(t)
         second = copy.deepcopy(path)
         del path
         third = copy.deepcopy(second)
         del second
-        torch.testing.assert_close(third.alpha(t), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(third.alpha(t), expected, rtol=0, atol=0)
 
 
 @each_path
 def test_mixtures_and_conversions_keep_the_type(path: Path) -> None:
-    """A state in bfloat16 stays so, whatever precision a time per row has."""
+    """A state in bfloat16 keeps its type, whatever the precision of the times."""
     x, eps = torch.randn(4, 3).bfloat16(), torch.randn(4, 3).bfloat16()
     t = torch.linspace(0.2, 0.8, 4).view(4, 1)
     z = path.mix(x, eps, t)
@@ -331,8 +331,8 @@ def test_mixtures_and_conversions_keep_the_type(path: Path) -> None:
 
 
 @pytest.mark.broad
-def test_conversions_and_losses_compile_whole() -> None:
-    """No value is looked at while compiling, so the graph does not break."""
+def test_conversions_and_losses_compile_without_graph_breaks() -> None:
+    """The checks that read values are skipped while compiling."""
     path, x, t = LinearPath(), torch.randn(4, 3), torch.full((4,), 0.5)
 
     def step(output: Tensor) -> Tensor:
@@ -356,7 +356,7 @@ x_1 = torch.zeros(4, 3)
         (lambda: LinearPath().mix(x_1, x_1, torch.full((5, 1), 0.5)), "one axis per axis"),
         (lambda: LinearPath().convert("x", "v", x_1[:2], x_1, torch.tensor(0.5), 0.1), "shapes differ"),
         (lambda: LinearPath().mix(x_1, x_1[:1], torch.tensor(0.5)), "shapes differ"),
-        (lambda: FlowLoss(LinearPath(), "v", "v", 0.1)(x_1, x_1, x_1, torch.zeros(3)), "one t per row"),
+        (lambda: FlowLoss(LinearPath(), "v", "v", 0.1)(x_1, x_1, x_1, torch.zeros(3)), "one t for each vector"),
         (lambda: LinearBetaPath().convert("v", "x", x_1, x_1, torch.tensor(1.0), 0.1), "diverges at t = 1"),
         (lambda: losses.snr(LinearPath(), torch.tensor([1.0])), "score of LinearPath diverges"),
         (lambda: LinearPath().convert("eps", "score", x_1, x_1, torch.tensor(1.0), 0.0), "zero at t = 1"),
@@ -382,7 +382,10 @@ x_1 = torch.zeros(4, 3)
         (lambda: LinearPath().target("v", x_1, x_1, torch.tensor(1.5)), r"\[0, 1\]"),
         (lambda: LinearPath().target("v", x_1, x_1[:1], torch.tensor(0.5)), "shapes differ"),
         (lambda: LinearPath().target("score", x_1, x_1, torch.tensor(1.0)), "zero at t = 1"),
-        (lambda: LinearPath().convert("x", "v", x_1, x_1, torch.tensor(0.5), math.nan), "clip is the smallest"),
+        (
+            lambda: LinearPath().convert("x", "v", x_1, x_1, torch.tensor(0.5), math.nan),
+            "clip is the smallest denominator",
+        ),
         (lambda: LinearPath().diffusion(torch.tensor(0.0)), "begin a little later"),
         (lambda: shifted(torch.tensor(2.0), 3.0), r"\[0, 1\]"),
         (lambda: shifted(torch.tensor(0.5), math.nan), "must be positive"),

@@ -1,4 +1,4 @@
-"""Solvers: order of convergence by scipy, ends, rows at different times, precision, and refused input."""
+"""Solvers: order of convergence, ends, samples at different times, precision and refused input."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from mmgen.flow.steps import normal
 from mmgen.flow.time import cosine_grid, uniform_grid
 from mmgen.lab.data import MEANS
 from mmgen.lab.moments import slopes
-from tests.flow.common import PATHS, answer, each_path, mixture, start
+from tests.flow.common import PATHS, each_path, estimate, mixture, start
 
 
 def orders(end: Callable[[int], Tensor], truth: Tensor, counts: tuple[int, ...]) -> list[float]:
@@ -47,7 +47,7 @@ def orders(end: Callable[[int], Tensor], truth: Tensor, counts: tuple[int, ...])
 
 @cache
 def truth(path_name: str, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Where the exact ODE takes `start`, by scipy."""
+    """The end of the exact ODE from `start`, by scipy."""
     path = PATHS[path_name]
     return dop853(mixture(path), start(path), (low, high))
 
@@ -56,12 +56,12 @@ def dop853(data: GaussianMixture, z: Tensor, span: tuple[float, float]) -> Tenso
     def slope(t: float, y: np.ndarray) -> np.ndarray:
         return data.velocity(torch.from_numpy(y).view(-1, 2), torch.tensor(t, dtype=torch.float64)).flatten().numpy()
 
-    found = integrate.solve_ivp(slope, span, z.flatten().numpy(), method="DOP853", rtol=1e-12, atol=1e-13)
-    return torch.from_numpy(found.y[:, -1]).view_as(z)
+    result = integrate.solve_ivp(slope, span, z.flatten().numpy(), method="DOP853", rtol=1e-12, atol=1e-13)
+    return torch.from_numpy(result.y[:, -1]).view_as(z)
 
 
-# The stretch in which each path's field is smooth enough for the step counts below to show its order. DDPM's rate jumps at
-# every step, and half the noise bends too sharply near the data.
+# The interval of t in which each path's field is smooth enough for the step counts below to show the order. Two paths are
+# left out: DDPM's rate jumps at every step, and the field of "cosine, noise of 0.5" curves too strongly near the data.
 STRETCH = {
     "linear": (0.0, 1.0),
     "linear to sigma 0.02": (0.0, 0.95),
@@ -84,18 +84,18 @@ def test_order_of_convergence(name: str, path_name: str) -> None:
 
     def end(n: int) -> Tensor:
         times = low + (high - low) * uniform_grid(n)
-        return solve(build_solver(name, z, times, path, **options), answer(name, data))
+        return solve(build_solver(name, z, times, path, **options), estimate(name, data))
 
     if name == "dpmpp_2m" and path_name.startswith("linear"):
         low, high = 0.1, 0.9
     counts = (80, 160, 320) if name == "rk4" else (160, 320, 640)
-    found = orders(end, truth(path_name, low, high), counts)
-    assert max(abs(order - ORDERS[name]) for order in found) < 0.15, found
+    result = orders(end, truth(path_name, low, high), counts)
+    assert max(abs(order - ORDERS[name]) for order in result) < 0.15, result
 
 
 @pytest.mark.broad
-def test_a_shifted_time_is_noticed() -> None:
-    """The convergence test can fail: a velocity asked at the wrong end of each step has order 1, not 2."""
+def test_a_shifted_time_changes_the_order() -> None:
+    """The convergence test can fail: a velocity evaluated one step too late gives order 1, not 2."""
     path = LinearPath()
     data, z = mixture(path), start(path)
 
@@ -106,22 +106,22 @@ def test_a_shifted_time_is_noticed() -> None:
     assert abs(orders(end, truth("linear"), (320, 640))[0] - 2) > 0.5
 
 
-def test_adaptive_steps_reach_the_truth() -> None:
+def test_adaptive_steps_equal_scipy() -> None:
     path = LinearPath()
     data, z = mixture(path), start(path)
-    found = solve_adaptive(data.velocity, z, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(found, truth("linear"), rtol=1e-6, atol=1e-7)
+    result = solve_adaptive(data.velocity, z, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(result, truth("linear"), rtol=1e-6, atol=1e-7)
 
 
 @each_path
 @pytest.mark.parametrize("name", [*TABLEAUX, "ddim", "dpmpp_2m", "euler_maruyama", "ancestral", "predictor_corrector"])
-def test_samplers_end_on_the_clean_estimate(name: str, path: Path) -> None:
+def test_solvers_end_on_the_clean_estimate(name: str, path: Path) -> None:
     data, z = mixture(path), start(path)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def field(z: Tensor, t: Tensor) -> Tensor:
         seen.append((z, t))
-        return answer(name, data)(z, t)
+        return estimate(name, data)(z, t)
 
     options = {"level": "constant"} if name == "euler_maruyama" else {}
     end = solve(build_solver(name, z, uniform_grid(6), path, **options), field)
@@ -130,43 +130,43 @@ def test_samplers_end_on_the_clean_estimate(name: str, path: Path) -> None:
 
 @pytest.mark.parametrize("path_name", ["linear", "vp"])
 @pytest.mark.parametrize("name", ["heun", "rk4", "ddim", "dpmpp_2m", "ancestral", "euler_maruyama"])
-def test_a_time_that_is_repeated_changes_nothing(name: str, path_name: str) -> None:
-    """Also at the data, where the exact field of points has no value and is not asked."""
+def test_a_repeated_time_changes_nothing(name: str, path_name: str) -> None:
+    """This includes t = 1, where the exact field of a finite set diverges and is not evaluated."""
     if (name, path_name) == ("dpmpp_2m", "vp"):
         pytest.skip("its step after a repeated time is of first order")
     path = PATHS[path_name]
     points = FiniteSet(MEANS, path)
-    ask = points.velocity if SOLVERS[name].asks == "v" else points.denoised
+    field = points.velocity if SOLVERS[name].asks == "v" else points.denoised
     ends = []
     for grid in ([0.0, 0.5, 0.8, 1.0], [0.0, 0.0, 0.5, 0.5, 0.8, 1.0, 1.0]):
         times, noise = torch.tensor(grid, dtype=torch.float64), normal(torch.Generator().manual_seed(4))
-        ends.append(solve(build_solver(name, start(path), times, path, noise), ask))
+        ends.append(solve(build_solver(name, start(path), times, path, noise), field))
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
 
 
-def test_a_row_at_its_own_end_is_corrected_no_more() -> None:
-    """It gives what it gives alone, whatever the other rows do."""
+def test_a_sample_at_its_last_time_gets_no_correction() -> None:
+    """Its result is the one it has alone, while the other samples still move."""
     path, z = LinearPath(), start(LinearPath(), 2)
     quiet: Callable[[Tensor], Tensor] = torch.zeros_like
     both = torch.tensor([[0.0, 0.0], [0.3, 0.4], [0.6, 0.7], [0.6, 0.9]], dtype=torch.float64)
     together = solve(build_solver("predictor_corrector", z, both, path, quiet), mixture(path).denoised)
-    for row, times in enumerate((both[:3, 0], both[:, 1])):
-        alone = solve(build_solver("predictor_corrector", z[row : row + 1], times, path, quiet), mixture(path).denoised)
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-12, atol=1e-12)
+    for i, times in enumerate((both[:3, 0], both[:, 1])):
+        alone = solve(build_solver("predictor_corrector", z[i : i + 1], times, path, quiet), mixture(path).denoised)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
 
 
-def test_a_full_scheme_asks_every_row_at_its_end() -> None:
-    """The last stage of Heun's step stands at t = 1, for a grid per row as for one grid."""
+def test_a_full_scheme_evaluates_every_sample_at_the_last_time() -> None:
+    """The last stage of Heun's step is at t = 1, with a grid per sample as with a common grid."""
     path, z, times = LinearPath(), start(LinearPath(), 3), uniform_grid(4)
     data = mixture(path)
     flat = solve(runge_kutta(z, times, end="full"), data.velocity)
-    rows = solve(runge_kutta(z, torch.stack([times] * 3, 1), end="full"), data.velocity)
-    torch.testing.assert_close(rows, flat, rtol=1e-12, atol=1e-12)
+    per_sample = solve(runge_kutta(z, torch.stack([times] * 3, 1), end="full"), data.velocity)
+    torch.testing.assert_close(per_sample, flat, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVERS if n not in ("langevin", "annealed_langevin")])
-def test_rows_may_stand_at_different_times(name: str) -> None:
-    """A grid per row gives what each row's own grid gives; rows may begin late and arrive early."""
+def test_samples_may_be_at_different_times(name: str) -> None:
+    """A grid per sample equals a run of each sample with its own grid; samples may begin late and end early."""
     path = LinearPath()
     data, z = mixture(path), start(path, 4)
     one = torch.ones(3, dtype=torch.float64)
@@ -177,41 +177,41 @@ def test_rows_may_stand_at_different_times(name: str) -> None:
         torch.cat([uniform_grid(5), one]),  # is done three steps before the others
     ], 1)  # fmt: skip
     quiet = {"noise": lambda z: torch.zeros_like(z)} if SOLVERS[name].stochastic else {}
-    field = answer(name, data)
+    field = estimate(name, data)
 
     def finite(z: Tensor, t: Tensor) -> Tensor:
-        assert bool((t < 1).all())  # nobody is asked at the data, where fields may be singular
+        assert bool((t < 1).all())  # no evaluation at the data, where fields may diverge
         return field(z, t)
 
     together = solve(build_solver(name, z, grids, path, **quiet), finite)
     assert together.isfinite().all()
     own = [uniform_grid(8), cosine_grid(8), uniform_grid(5), uniform_grid(5)]
-    for row, grid in enumerate(own):
-        alone = solve(build_solver(name, z[row : row + 1], grid, path, **quiet), field)
-        tolerance = 1e-9 if name != "predictor_corrector" or row < 2 else 1.0  # corrections go on while a row waits
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=tolerance, atol=tolerance)
+    for i, grid in enumerate(own):
+        alone = solve(build_solver(name, z[i : i + 1], grid, path, **quiet), field)
+        tolerance = 1e-9 if name != "predictor_corrector" or i < 2 else 1.0  # corrections continue while a sample rests
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "euler_maruyama", "ddim", "ancestral", "dpmpp_2m"])
-def test_a_row_whose_time_stands_still_does_not_move(name: str) -> None:
+def test_a_sample_with_constant_time_does_not_move(name: str) -> None:
     path = LinearPath()
     data, z = mixture(path), start(path, 2)
     grids = torch.stack([0.9 * uniform_grid(6), torch.full((7,), 0.3, dtype=torch.float64)], 1)
     options = {"end": "full"} if name in TABLEAUX or name == "euler_maruyama" else {}
-    end = solve(build_solver(name, z, grids, path, **options), answer(name, data))
+    end = solve(build_solver(name, z, grids, path, **options), estimate(name, data))
     torch.testing.assert_close(end[1], z[1], rtol=0, atol=1e-15)
 
 
-def test_a_field_that_answers_in_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match="answered"):
+def test_a_field_that_returns_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="the field returned shape"):
         solve(runge_kutta(start(LinearPath()), uniform_grid(3)), lambda z, t: z[:1])
 
 
 @pytest.mark.broad
 @pytest.mark.parametrize("path", [LinearPath(), CosinePath(), DDPMPath()], ids=["linear", "cosine", "ddpm"])
 @pytest.mark.parametrize("name", [n for n in SOLVERS if n not in ("annealed_langevin", "langevin")])
-def test_a_step_never_waits_for_the_device(name: str, path: Path) -> None:
-    """On the meta device no value can be read: sampler, conversion, clipping and guidance must do without."""
+def test_a_step_does_not_read_values_from_the_device(name: str, path: Path) -> None:
+    """Solver, conversion, clipping and guidance work on the meta device, where no value can be read."""
     z = torch.empty(4, 2, device="meta")
     network = Field(path, lambda z, t: z * t, "eps", clean_range=(-1.0, 1.0))
     field = network(SOLVERS[name].asks)
@@ -250,7 +250,7 @@ ZERO = Field(LinearPath(), lambda z, t: 0 * z)
         (lambda: build_solver("euler", Z, torch.tensor([0.0, 0.6, 0.5, 1]), LinearPath()), "rise"),
         (lambda: build_solver("euler", Z, torch.tensor([1.0, 0.5, 0.6]), LinearPath(), end="full"), "fall all the way"),
         (lambda: build_solver("ddim", Z, torch.tensor([1.0, 0.0]), LinearPath()), "rise"),
-        (lambda: build_solver("euler", Z, torch.zeros(5, 3), LinearPath()), "grid per row"),
+        (lambda: build_solver("euler", Z, torch.zeros(5, 3), LinearPath()), "grid per sample"),
         (lambda: build_solver("euler", Z, uniform_grid(4), LinearPath(), end="soon"), "unknown end 'soon'"),
         (lambda: build_solver("euler", Z, 0.5 * uniform_grid(4), LinearPath()), "times must end at 1"),
         (lambda: build_solver("heun", Z, uniform_grid(4), LinearBetaPath(), end="full"), "diverges at t = 1"),
@@ -264,7 +264,7 @@ ZERO = Field(LinearPath(), lambda z, t: 0 * z)
         (lambda: runge_kutta(Z, uniform_grid(4), scheme="rk5"), "unknown scheme 'rk5'"),
         (
             lambda: iter([drive(EulerDiscreteScheduler(), Field(LinearPath(), lambda z, t: z), Z, 4)]),
-            "not among the known",
+            "is not supported",
         ),
         (lambda: build_solver("langevin", Z, torch.ones(2), LinearPath()), "score of LinearPath diverges"),
         (lambda: build_solver("langevin", Z, torch.tensor([0.5, 1]), LinearPath(), snr=2.0), "signal-to-noise ratio"),
@@ -276,7 +276,7 @@ ZERO = Field(LinearPath(), lambda z, t: 0 * z)
         (lambda: drive(DPMSolverMultistepScheduler(prediction_type="flow_prediction"), ZERO, Z, 4), "use_flow_sigmas"),
         (
             lambda: drive(DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), ZERO, Z, 4),
-            "signal of zero",
+            "alpha = 0",
         ),
         (lambda: build_solver("langevin", Z, torch.tensor(0.5), LinearPath()), "must be a list"),
         (lambda: build_solver("euler_maruyama", Z, uniform_grid(4), LinearPath(), level=0.5), "a name"),
@@ -284,7 +284,7 @@ ZERO = Field(LinearPath(), lambda z, t: 0 * z)
             lambda: build_solver(
                 "euler_maruyama", Z, uniform_grid(4), LinearPath(), level=lambda p, t: p.sigma(t).view(-1)
             ),
-            "as many rates",
+            "one noise rate per time",
         ),
         (
             lambda: build_solver("euler_maruyama", Z, uniform_grid(4), LinearPath(), level=lambda p, t: t - 1),
@@ -298,7 +298,7 @@ ZERO = Field(LinearPath(), lambda z, t: 0 * z)
             lambda: solve(
                 build_solver("ancestral", Z, uniform_grid(4), LinearPath(), lambda z: z[:1]), lambda z, t: 0 * z
             ),
-            r"the noise has the shape \(1, 2\), the state \(4, 2\)",
+            r"the noise has shape \(1, 2\) but the state has shape \(4, 2\)",
         ),
         (lambda: solve_adaptive(lambda z, t: z, Z, (0.5, 0.5)), "a span"),
     ],
@@ -308,7 +308,7 @@ def test_bad_input_is_named(call: Callable[[], Any], message: str) -> None:
         next(call())
 
 
-def test_levels_are_what_their_names_say() -> None:
+def test_noise_rates_by_name() -> None:
     path, t = LinearBetaPath(), torch.tensor([0.2, 0.9], dtype=torch.float64)
     torch.testing.assert_close(LEVELS["sde"](path, t), path.beta(t).sqrt())
     assert torch.equal(LEVELS["ode"](path, t), torch.zeros_like(t))

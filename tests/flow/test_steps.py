@@ -1,7 +1,7 @@
-"""Solvers that no library has, written out in plain floats from their papers; and what settings and states are allowed.
+"""Solvers without a counterpart in a library, against implementations in plain floats from the papers; limits of settings.
 
-Every question, draw and step must agree. What diffusers, azula and torchdiffeq have is compared with them in
-`test_oracles`, paths in `test_path`.
+Every evaluation, noise draw and result must agree. `test_oracles` compares the other solvers with diffusers, azula and
+torchdiffeq.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def preserving(low: float, high: float) -> Plain:
     return differenced(lambda t: kept(t) ** 0.5, lambda t: abs(1 - kept(t)) ** 0.5)
 
 
-# Paths are made inside the tests, so that what their constructors do is tested, too.
+# Paths are constructed inside the tests, so that the constructors are covered too.
 PAIRS: dict[str, tuple[Callable[[], Path], Plain]] = {
     "linear": (LinearPath, Plain(lambda t: t, lambda t: 1 - t, lambda t: 1.0, lambda t: -1.0)),
     "sigma_min": (lambda: LinearPath(0.1), Plain(lambda t: t, lambda t: 1 - 0.9 * t, lambda t: 1.0, lambda t: -0.9)),
@@ -88,16 +88,16 @@ def double(value: float) -> Tensor:
 
 # --- solvers ----------------------------------------------------------------------------------------------
 
-Ask = Callable[[float, float], float]
+Estimate = Callable[[float, float], float]
 
 
 def clean(z: float, t: float) -> float:
-    """Some denoised estimate; it belongs to no data, so nothing cancels."""
+    """An arbitrary denoised estimate; it belongs to no data set, so that no terms cancel."""
     return 0.4 * z + 0.3 * math.sin(3 * t) - 0.2
 
 
-def velocity(plain: Plain) -> Ask:
-    """What that estimate implies."""
+def velocity(plain: Plain) -> Estimate:
+    """The velocity that this estimate implies."""
 
     def v(z: float, t: float) -> float:
         x = clean(z, t)
@@ -107,27 +107,27 @@ def velocity(plain: Plain) -> Ask:
 
 
 def draws() -> Iterator[float]:
-    """The noise of both sides."""
+    """The noise of the solver and of its reference."""
     return iter([0.7, -1.1, 0.4, 1.6, -0.3, 0.9, -0.8, 0.2, -1.4, 0.6] * 10)
 
 
-def plain_rk4(plain: Plain, z: float, times: list[float], noise: Iterator[float], ask: Ask) -> float:
+def plain_rk4(plain: Plain, z: float, times: list[float], noise: Iterator[float], estimate: Estimate) -> float:
     for t, u in itertools.pairwise(times):
         h = u - t
-        k = ask(z, t)
-        if u == 1:  # ends on the clean estimate
+        k = estimate(z, t)
+        if u == 1:  # the last step gives the clean estimate
             rate = plain.alpha_slope(t) * plain.sigma(t) - plain.alpha(t) * plain.sigma_slope(t)
             return (plain.sigma(t) * k - plain.sigma_slope(t) * z) / rate
-        b = ask(z + h / 2 * k, t + h / 2)
-        c = ask(z + h / 2 * b, t + h / 2)
-        z += h / 6 * (k + 2 * b + 2 * c + ask(z + h * c, u))
+        b = estimate(z + h / 2 * k, t + h / 2)
+        c = estimate(z + h / 2 * b, t + h / 2)
+        z += h / 6 * (k + 2 * b + 2 * c + estimate(z + h * c, u))
     return z
 
 
 def plain_ddim(eta: float, corrections: int = 0, snr: float = 0.0) -> Callable[..., float]:
-    def run(plain: Plain, z: float, times: list[float], noise: Iterator[float], ask: Ask) -> float:
+    def run(plain: Plain, z: float, times: list[float], noise: Iterator[float], estimate: Estimate) -> float:
         for t, u in itertools.pairwise(times):
-            x = ask(z, t)
+            x = estimate(z, t)
             if u == 1:
                 return x
             eps = (z - plain.alpha(t) * x) / plain.sigma(t)
@@ -136,24 +136,26 @@ def plain_ddim(eta: float, corrections: int = 0, snr: float = 0.0) -> Callable[.
             z = plain.alpha(u) * x + (plain.sigma(u) ** 2 - s**2) ** 0.5 * eps
             if s:
                 z += s * next(noise)
-            z = plain_langevin(plain, z, u, noise, ask, corrections, snr)
+            z = plain_langevin(plain, z, u, noise, estimate, corrections, snr)
         return z
 
     return run
 
 
-def plain_langevin(plain: Plain, z: float, t: float, noise: Iterator[float], ask: Ask, count: int, snr: float) -> float:
+def plain_langevin(
+    plain: Plain, z: float, t: float, noise: Iterator[float], estimate: Estimate, count: int, snr: float
+) -> float:
     h = 2 * (snr * plain.sigma(t)) ** 2
     for _ in range(count):
-        score = (plain.alpha(t) * ask(z, t) - z) / plain.sigma(t) ** 2
+        score = (plain.alpha(t) * estimate(z, t) - z) / plain.sigma(t) ** 2
         z += h * score + (2 * h) ** 0.5 * next(noise)
     return z
 
 
 def plain_maruyama(w: Callable[[Plain, float], float], full: bool = False) -> Callable[..., float]:
-    def run(plain: Plain, z: float, times: list[float], noise: Iterator[float], ask: Ask) -> float:
+    def run(plain: Plain, z: float, times: list[float], noise: Iterator[float], estimate: Estimate) -> float:
         for t, u in itertools.pairwise(times):
-            v, h = ask(z, t), u - t
+            v, h = estimate(z, t), u - t
             rate = plain.alpha_slope(t) * plain.sigma(t) - plain.alpha(t) * plain.sigma_slope(t)
             if u == 1 and not full:
                 return (plain.sigma(t) * v - plain.sigma_slope(t) * z) / rate
@@ -167,10 +169,10 @@ def plain_maruyama(w: Callable[[Plain, float], float], full: bool = False) -> Ca
 
 
 def plain_annealed(corrections: int, snr: float) -> Callable[..., float]:
-    def run(plain: Plain, z: float, times: list[float], noise: Iterator[float], ask: Ask) -> float:
+    def run(plain: Plain, z: float, times: list[float], noise: Iterator[float], estimate: Estimate) -> float:
         for t in times[:-1]:
-            z = plain_langevin(plain, z, t, noise, ask, corrections, snr)
-        return ask(z, times[-2])
+            z = plain_langevin(plain, z, t, noise, estimate, corrections, snr)
+        return estimate(z, times[-2])
 
     return run
 
@@ -197,30 +199,30 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[..., float]]] = {
 
 @each_path
 @pytest.mark.parametrize("case", CASES)
-def test_solvers_in_plain_floats(case: str, make: Callable[[], Path], plain: Plain) -> None:
-    """The same questions in the same order, the same number of draws and the same end."""
+def test_solvers_equal_plain_floats(case: str, make: Callable[[], Path], plain: Plain) -> None:
+    """The evaluations, their order, the number of noise draws and the result are equal."""
     path = make()
     name, options, reference = CASES[case]
     if name == "annealed_langevin" and not isinstance(path, VEPath):
         pytest.skip("refused: alpha is not 1")
-    ask = velocity(plain) if SOLVERS[name].asks == "v" else clean
+    estimate = velocity(plain) if SOLVERS[name].asks == "v" else clean
     start = 0.0 if case not in ("maruyama_sde",) and isinstance(path, LinearPath) and path.sigma_min == 0 else 0.1
     times = [start + (1 - start) * share for share in (0.0, 0.15, 0.4, 0.55, 0.8, 1.0)]
     mine, theirs, left, right = list[tuple[float, float]](), list[tuple[float, float]](), draws(), draws()
 
     def field(z: Tensor, t: Tensor) -> Tensor:
         mine.append((z.item(), t.item()))
-        return torch.full_like(z, ask(*mine[-1]))
+        return torch.full_like(z, estimate(*mine[-1]))
 
     def noted(z: float, t: float) -> float:
         theirs.append((z, t))
-        return ask(z, t)
+        return estimate(z, t)
 
     noise = {"noise": lambda z: torch.full_like(z, next(left))} if SOLVERS[name].stochastic else {}
     z = torch.full((1, 1), 1.3, dtype=torch.float64)
-    found = solve(build_solver(name, z, torch.tensor(times, dtype=torch.float64), path, **noise, **options), field)
+    result = solve(build_solver(name, z, torch.tensor(times, dtype=torch.float64), path, **noise, **options), field)
     known = reference(plain, 1.3, times, right, noted)
-    assert found.item() == pytest.approx(known, rel=1e-6, abs=1e-6)
+    assert result.item() == pytest.approx(known, rel=1e-6, abs=1e-6)
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
         assert a == pytest.approx(b, rel=1e-6, abs=1e-6)
@@ -228,26 +230,26 @@ def test_solvers_in_plain_floats(case: str, make: Callable[[], Path], plain: Pla
     assert z.item() == 1.3
 
 
-def test_full_and_falling_grids_in_plain_floats() -> None:
-    """`full` takes the last step as any other, and times may fall; Euler-Maruyama has a full end, too."""
+def test_full_and_falling_grids_equal_plain_floats() -> None:
+    """With `end="full"` the last step is like the others and times may fall; Euler-Maruyama has this end too."""
     path, plain = CosinePath(-6, 8, -1.5), PAIRS["cosine_shifted"][1]
-    ask = velocity(plain)
+    estimate = velocity(plain)
     for times in ([0.2, 0.5, 0.9], [0.9, 0.6, 0.1], [0.3, 1.0]):
         z = torch.full((1, 1), 0.8, dtype=torch.float64)
         grid = torch.tensor(times, dtype=torch.float64)
-        asked = lambda z, t: torch.full_like(z, ask(z.item(), t.item()))  # noqa: E731
-        found = solve(build_solver("rk4", z, grid, path, end="full"), asked)
+        field = lambda z, t: torch.full_like(z, estimate(z.item(), t.item()))  # noqa: E731
+        result = solve(build_solver("rk4", z, grid, path, end="full"), field)
         shifted = [t if t != 1 else 1 - 1e-13 for t in times]  # the reference jumps at exactly 1
-        assert found.item() == pytest.approx(plain_rk4(plain, 0.8, shifted, draws(), ask), rel=1e-6)
+        assert result.item() == pytest.approx(plain_rk4(plain, 0.8, shifted, draws(), estimate), rel=1e-6)
     left = draws()
     options: dict[str, Any] = {"level": "constant", "end": "full", "noise": lambda z: torch.full_like(z, next(left))}
     z, grid = torch.full((1, 1), 0.8, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
-    found = solve(build_solver("euler_maruyama", z, grid, path, **options), asked)
+    result = solve(build_solver("euler_maruyama", z, grid, path, **options), field)
     run = plain_maruyama(lambda plain, t: 1.0, full=True)
-    assert found.item() == pytest.approx(run(plain, 0.8, [0.2, 0.5, 0.9], draws(), ask), rel=1e-6)
+    assert result.item() == pytest.approx(run(plain, 0.8, [0.2, 0.5, 0.9], draws(), estimate), rel=1e-6)
 
 
-def test_langevin_in_plain_floats() -> None:
+def test_langevin_equals_plain_floats() -> None:
     path, plain = LinearPath(0.1), PAIRS["sigma_min"][1]
     for options, count, snr in (({}, 1, 0.16), ({"steps": 3, "snr": 0.3}, 3, 0.3)):
         left = draws()
@@ -255,22 +257,22 @@ def test_langevin_in_plain_floats() -> None:
         solver = langevin(
             z, double(0.6).view(1), path=path, noise=lambda z, left=left: torch.full_like(z, next(left)), **options
         )
-        found = solve(solver, lambda z, t: torch.full_like(z, clean(z.item(), t.item())))
-        assert found.item() == pytest.approx(plain_langevin(plain, 0.8, 0.6, draws(), clean, count, snr), rel=1e-12)
-    # By default on the linear path, with torch's own normal numbers.
+        result = solve(solver, lambda z, t: torch.full_like(z, clean(z.item(), t.item())))
+        assert result.item() == pytest.approx(plain_langevin(plain, 0.8, 0.6, draws(), clean, count, snr), rel=1e-12)
+    # The defaults are the linear path and noise from torch's default generator.
     torch.manual_seed(0)
     z = torch.zeros(1, 1, dtype=torch.float64)
-    found = solve(langevin(z, double(0.6).view(1)), lambda z, t: 0 * z)
+    result = solve(langevin(z, double(0.6).view(1)), lambda z, t: 0 * z)
     torch.manual_seed(0)
     n = torch.randn(1, 1, dtype=torch.float64)
-    torch.testing.assert_close(found, 2 * 0.16 * 0.4 * n)
+    torch.testing.assert_close(result, 2 * 0.16 * 0.4 * n)
 
 
 # --- limits ------------------------------------------------------------------------------------------------
 
 
 def test_settings_at_their_limits() -> None:
-    """What is just allowed is taken, and what is just not allowed is refused."""
+    """The limits of a range are accepted or refused as documented."""
     z, times = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([0.5, 1.0], dtype=torch.float64)
     for bad in (
         lambda: LinearPath(1.0),
@@ -294,22 +296,22 @@ def test_settings_at_their_limits() -> None:
     assert LinearPath(0.0).sigma(double(1.0)).item() == 0
     next(build_solver("predictor_corrector", z, times, LinearPath(), corrections=0))
     next(build_solver("ddim", z, torch.tensor([0.0, 1.0]), LinearPath(), eta=1))
-    # Beyond what a path reaches lie times outside [0, 1], not numbers that are none.
+    # A log-SNR that the path does not reach gives a time outside [0, 1], not nan.
     assert LinearBetaPath().time_of(double(-math.inf)).item() < 0
     assert DDPMPath([0.1, 0.3, 0.2]).time_of(double(-9.0)).item() < 0
     assert DDPMPath([0.1, 0.3, 0.2]).time_of(double(math.inf)).item() == 1
 
 
-def test_the_smallest_level_of_a_grid() -> None:
-    """Half of the smallest alpha or sigma above zero that is asked about; t = 1 is not."""
-    for times, level in (([0.0, 0.2, 0.7, 1.0], 0.1), ([0.0, 0.4, 0.9, 1.0], 0.05), ([0.3, 1.0], 0.15)):
+def test_the_smallest_alpha_or_sigma_of_a_grid() -> None:
+    """Half the smallest nonzero alpha or sigma of the times before t = 1."""
+    for times, smallest in (([0.0, 0.2, 0.7, 1.0], 0.1), ([0.0, 0.4, 0.9, 1.0], 0.05), ([0.3, 1.0], 0.15)):
         grid = torch.tensor(times, dtype=torch.float64)
-        assert LinearPath().smallest_level(grid) == pytest.approx(level)
-        assert ScaledNoise(LinearPath(), 4.0).smallest_level(grid) == pytest.approx(level)
+        assert LinearPath().smallest_level(grid) == pytest.approx(smallest)
+        assert ScaledNoise(LinearPath(), 4.0).smallest_level(grid) == pytest.approx(smallest)
 
 
-def test_rows_that_are_done_get_no_corrections() -> None:
-    """A row at the data stays there while the others are corrected."""
+def test_samples_at_the_data_get_no_corrections() -> None:
+    """A sample at t = 1 does not move while the others are corrected."""
     grids = torch.tensor([[0.2, 0.2], [0.5, 1.0], [0.8, 1.0], [1.0, 1.0]], dtype=torch.float64)
     z = torch.tensor([[0.4], [1.1]], dtype=torch.float64)
     seen: list[Tensor] = []
@@ -332,8 +334,8 @@ def test_noise_follows_its_generator() -> None:
 
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("langevin", "annealed_langevin")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_grid_per_row_keeps_the_type(name: str, dtype: torch.dtype) -> None:
-    """Times come in single precision or better, also where z is shorter."""
+def test_a_grid_per_sample_keeps_the_type(name: str, dtype: torch.dtype) -> None:
+    """Times have single precision or better, also where z has less."""
     grids = torch.stack([uniform_grid(4), uniform_grid(4).clamp(min=0.25)], 1)
     solver = build_solver(name, torch.ones(2, 3, dtype=dtype), grids, LinearPath())
 
@@ -352,18 +354,18 @@ def test_a_grid_per_row_keeps_the_type(name: str, dtype: torch.dtype) -> None:
         ("euler_maruyama", r"^solver 'euler_maruyama' has no option 'eta' \(it has: end, level\)$"),
     ],
 )
-def test_options_that_a_solver_has(name: str, message: str) -> None:
+def test_an_unknown_option_lists_the_options_of_the_solver(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_solver(name, torch.ones(2, 3), uniform_grid(4), LinearPath(), eta=0.5)
 
 
 def test_adaptive_steps_keep_to_their_tolerances() -> None:
-    """dz/dt = -5 z: a looser tolerance is cheaper and further off; the defaults are 1e-5 and 1e-6."""
-    found = {}
+    """On dz/dt = -5 z a looser tolerance needs fewer evaluations and has a larger error; defaults are 1e-5 and 1e-6."""
+    result = {}
     for name, options in {"default": {}, "rtol": {"rtol": 1e-2}, "both": {"rtol": 1e-2, "atol": 1e-2}}.items():
         calls = []
         end = solve_adaptive(lambda z, t, calls=calls: calls.append(1) or -5 * z, torch.ones(3), **options)
         assert end.dtype == torch.float32
-        found[name] = len(calls), float((end - math.exp(-5)).abs().max())
-    assert found["default"][0] > found["rtol"][0] >= found["both"][0]
-    assert found["default"][1] < 2e-6 < found["both"][1]
+        result[name] = len(calls), float((end - math.exp(-5)).abs().max())
+    assert result["default"][0] > result["rtol"][0] >= result["both"][0]
+    assert result["default"][1] < 2e-6 < result["both"][1]

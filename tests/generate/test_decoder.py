@@ -1,4 +1,4 @@
-"""The decoder against the training forward pass, row by row, and within its grammar."""
+"""The decoder: requests in a batch and alone, streams, in-painting, text sampling, budgets and errors."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def decoder_of(config: Config, objective: str, **sample: object) -> Decoder:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_row_is_alone_in_any_batch(tmp_path: Path, objective: str) -> None:
-    """Text, images of two sizes, in-painting, guidance: each prompt gives what it gives alone, and parses."""
+def test_a_request_has_the_same_result_in_any_batch(tmp_path: Path, objective: str) -> None:
+    """The result of a request of any kind, with guidance, does not depend on the other requests of the batch."""
     decoder = decoder_of(tiny(tmp_path), objective)
     alone = [decoder.generate([request])[0] for request in PROMPTS]
 
@@ -74,7 +74,7 @@ def test_a_row_is_alone_in_any_batch(tmp_path: Path, objective: str) -> None:
 
 
 class FirstLane(Observer):
-    """Keeps the last hidden state of the first request after each of its strips."""
+    """Stores the last hidden state of the first request after each of its strips."""
 
     def __init__(self) -> None:
         self.states: list[torch.Tensor] = []
@@ -84,8 +84,8 @@ class FirstLane(Observer):
             self.states.append(hidden_LWD[call.lanes.index(0), len(call.strips[0]) - 1].clone())
 
 
-def test_single_precision_rows_agree_to_rounding(tmp_path: Path) -> None:
-    """In fp32 kernels differ with the batch: the logits of a request stay within 1e-5 of what they are alone."""
+def test_single_precision_requests_agree_to_rounding(tmp_path: Path) -> None:
+    """In fp32, kernels depend on the batch size; the logits of a request differ by at most 1e-5."""
     decoder = decoder_of(tiny(tmp_path), "transfusion", temperature=0.0)
     decoder.model.float()
 
@@ -102,26 +102,26 @@ def test_single_precision_rows_agree_to_rounding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_stream_tells_what_the_results_hold(tmp_path: Path, objective: str) -> None:
+def test_a_stream_has_the_contents_of_the_results(tmp_path: Path, objective: str) -> None:
     decoder = decoder_of(tiny(tmp_path), objective)
     results = decoder.generate(PROMPTS)
-    events = list(decoder.stream(PROMPTS))
-    for row, result in enumerate(results):
-        mine = [event for event in events if event.row == row]
-        assert mine[-1].kind == "end"
-        assert mine[-1].result is not None
-        assert [_plain(segment) for segment in mine[-1].result.segments] == [_plain(s) for s in result.segments]
-        assert [_plain(event.image) for event in mine if event.kind == "image"] == [_plain(i) for i in result.images]
-        told = decoder.tokenizer.decode([event.token for event in mine if event.kind == "token"])
-        assert told.strip() == result.text
-        previews = sum(event.kind == "preview" for event in mine)
-        if PROMPTS[row].mode == "image":
+    stream = list(decoder.stream(PROMPTS))
+    for number, result in enumerate(results):
+        events = [event for event in stream if event.request == number]
+        assert events[-1].kind == "end"
+        assert events[-1].result is not None
+        assert [_plain(segment) for segment in events[-1].result.segments] == [_plain(s) for s in result.segments]
+        assert [_plain(event.image) for event in events if event.kind == "image"] == [_plain(i) for i in result.images]
+        text = decoder.tokenizer.decode([event.token for event in events if event.kind == "token"])
+        assert text.strip() == result.text
+        previews = sum(event.kind == "preview" for event in events)
+        if PROMPTS[number].mode == "image":
             patches = result.images[0].width * result.images[0].height // 4
             assert previews == {"transfusion": 2, "masked": 2}.get(objective, patches - 1)
     assert not [event for event in decoder.stream(PROMPTS, previews=False) if event.kind == "preview"]
 
 
-def test_a_stream_refuses_at_once(tmp_path: Path) -> None:
+def test_a_stream_raises_before_its_first_event(tmp_path: Path) -> None:
     decoder = decoder_of(tiny(tmp_path), "transfusion")
     with pytest.raises(ValueError, match="the prompt is empty"):
         decoder.stream([Request([])])
@@ -129,7 +129,7 @@ def test_a_stream_refuses_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m", "ancestral"])
-def test_painting_keeps_what_is_known(tmp_path: Path, objective: str, solver: str) -> None:
+def test_in_painting_keeps_known_patches(tmp_path: Path, objective: str, solver: str) -> None:
     decoder = decoder_of(tiny(tmp_path), objective, solver=solver)
     keep = np.array([[True, False], [False, False], [True, True]])
     requests = [
@@ -146,7 +146,7 @@ def test_painting_keeps_what_is_known(tmp_path: Path, objective: str, solver: st
 
 
 def test_sampling_controls_narrow_the_choice(tmp_path: Path) -> None:
-    """Thousands of draws from one row of logits, against the probabilities that transformers' warpers leave."""
+    """The frequencies of 4,000 draws from one set of logits equal the probabilities after top-k, top-p and min-p."""
     greedy = decoder_of(tiny(tmp_path), "transfusion", temperature=0.0, top_p=1.0)
     text = [Request(["abc"], "text", seed) for seed in range(40)]
     best = {result.text for result in greedy.generate(text)}
@@ -179,17 +179,17 @@ def test_sampling_controls_narrow_the_choice(tmp_path: Path) -> None:
 def test_stop_rules_and_budgets_of_one_request(tmp_path: Path) -> None:
     decoder = decoder_of(tiny(tmp_path), "transfusion", temperature=2.0, top_p=1.0, max_new_tokens=12)
     (free,) = decoder.generate([Request(["z"], "text", 4)])
-    said = free.segments[0]
-    assert isinstance(said, str)
-    stop = said[2:4]
-    stopped, short, silent = decoder.generate(
+    text = free.segments[0]
+    assert isinstance(text, str)
+    stop = text[2:4]
+    stopped, short, again = decoder.generate(
         [Request(["z"], "text", 4, stop=[stop]), Request(["z"], "text", 4, max_new_tokens=3), Request(["z"], "text", 4)]
     )
-    assert stopped.segments == [said[: said.index(stop)]]
+    assert stopped.segments == [text[: text.index(stop)]]
     assert stopped.finished
-    assert said.startswith(str(short.segments[0]))
+    assert text.startswith(str(short.segments[0]))
     assert not short.finished
-    assert silent.segments == free.segments
+    assert again.segments == free.segments
     results = decoder.generate([Request(["z"], "auto", seed, max_images=0) for seed in range(20)])
     assert not any(result.images for result in results)
 
@@ -219,14 +219,14 @@ def test_bad_requests_are_refused(config: Config) -> None:
         decoder.generate([Request([], "auto")])
     with pytest.raises(ValueError, match="the prompt is empty"):
         decoder.generate([Request(["  "], "text")])
-    with pytest.raises(ValueError, match="never declared"):
+    with pytest.raises(ValueError, match="not declared"):
         decoder.generate([Request(["a"], "image", 0, (9, 9))])
-    with pytest.raises(ValueError, match="cannot open an image by its tokens or end inside one"):
+    with pytest.raises(ValueError, match="cannot contain special tokens"):
         decoder.generate([Request(["a <|boi|>"], "text")])
     keep = np.ones((2, 2), bool)
     with pytest.raises(ValueError, match="one entry per patch"):
         decoder.generate([Request(["a"], "image", inpaint=Inpaint(PICTURES[1], keep))])
-    with pytest.raises(ValueError, match="set mode 'image'"):
+    with pytest.raises(ValueError, match="in-painting needs mode 'image'"):
         decoder.generate([Request(["a"], "text", inpaint=Inpaint(PICTURES[0], keep))])
     none = Decoder(model, tokenizer, config.sample.model_copy(update={"max_images": 0}))
     with pytest.raises(ValueError, match="max_images"):
@@ -248,8 +248,8 @@ def test_training_mode_is_restored(config: Config) -> None:
 
 @pytest.mark.parametrize("solver", [name for name in SOLVERS if name not in ("langevin", "annealed_langevin")])
 @pytest.mark.parametrize("prediction", ["x", "eps", "v"])
-def test_every_prediction_samples_what_it_knows(config: Config, prediction: str, solver: str) -> None:
-    """A network that is exact for one picture draws that picture, whatever it predicts, from any noise."""
+def test_an_exact_network_draws_its_picture_with_every_prediction(config: Config, prediction: str, solver: str) -> None:
+    """A network whose prediction is exact for one picture draws this picture from any noise, with any solver."""
     config = override(config, {"objective": {"prediction": prediction}, "sample": {"steps": 8, "solver": solver}})
     model, _ = awake(config)
     patch = model.patcher.patch_length

@@ -1,4 +1,4 @@
-"""The pieces of the decoder, each by itself: grammar, lanes, and what an observer sees."""
+"""The parts of the decoder: grammar, lanes and observer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_lanes_are_numbered_by_request(decoder: Decoder) -> None:
     assert lanes_of(decoder, 3).of([0, 2]) == [[0, 2]]
 
 
-def test_a_lane_that_was_cleared_or_rewound_starts_where_it_was(decoder: Decoder) -> None:
+def test_a_cleared_or_rewound_lane_gives_the_same_hidden_states_again(decoder: Decoder) -> None:
     lanes, (one, other) = lanes_of(decoder), (strip(decoder, "abc"), strip(decoder, "de"))
     with torch.no_grad():
         first = lanes.forward({0: one})[0]
@@ -69,8 +69,8 @@ def test_a_lane_that_was_cleared_or_rewound_starts_where_it_was(decoder: Decoder
         torch.testing.assert_close(lanes.forward({0: one})[0], first)
 
 
-class Diary(Observer):
-    """The names of what happened."""
+class Journal(Observer):
+    """Stores the name of each event."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -87,11 +87,11 @@ class Diary(Observer):
         self.events.append(f"drew {list(requests)}")
 
 
-def test_an_observer_sees_an_image_from_its_opening_to_its_end(decoder: Decoder) -> None:
-    diary = Diary()
+def test_an_observer_sees_every_step_of_an_image_and_changes_nothing(decoder: Decoder) -> None:
+    journal = Journal()
     sample = decoder.sample.model_copy(update={"steps": 3, "guidance_scale": 2.0})
     requests = [Request(["a"], "image", seed) for seed in range(2)]
-    watched = Decoder(decoder.model, decoder.tokenizer, sample, Parts(observer=diary)).generate(requests)
-    assert diary.events == ["text", "text", "opened [0, 1]", *["patches"] * 3, "drew [0, 1]"]
+    observed = Decoder(decoder.model, decoder.tokenizer, sample, Parts(observer=journal)).generate(requests)
+    assert journal.events == ["text", "text", "opened [0, 1]", *["patches"] * 3, "drew [0, 1]"]
     plain = Decoder(decoder.model, decoder.tokenizer, sample).generate(requests)
-    assert [r.images[0].tobytes() for r in watched] == [r.images[0].tobytes() for r in plain]
+    assert [r.images[0].tobytes() for r in observed] == [r.images[0].tobytes() for r in plain]

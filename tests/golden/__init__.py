@@ -1,1 +1,1 @@
-"""Recorded results of small runs: what a change that should compute the same must reproduce."""
+"""Golden records: results of small runs, which a change must reproduce unless it is meant to change numbers."""

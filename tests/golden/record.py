@@ -1,8 +1,8 @@
-"""Record what a small run computes: `python -m tests.golden.record digits [--out FILE]`.
+"""Records what small runs compute: `python -m tests.golden.record digits [--out FOLDER]`.
 
 Each case trains a reduced version of a config in `configs/` for 20 steps on one thread in fp32 through the command
-line, then draws ten images and writes ten captions. Only the command line, `metrics.jsonl` and the `--json` outputs are
-used, so the same script can record any version of mmgen that is on `PYTHONPATH` (`tests.golden.compare` does that).
+line, then draws ten images and generates ten captions. It uses only the command line, `metrics.jsonl` and the `--json`
+outputs, so the same script can record any version of mmgen that is on `PYTHONPATH` (`tests.golden.compare` does that).
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ CASES = {
     "parity": "digits",
     "shards": "scenes",
 }
-"""Name of a case to the config that it reduces."""
+"""Maps the name of a case to the config that it reduces."""
 PACKAGES = ("torch", "transformers", "diffusers", "deepspeed", "accelerate", "tokenizers", "numpy", "pillow", "scipy")
 NAMES = ("loss", "loss/text", "loss/image", "grad_norm")
 
 
 def environment() -> dict[str, object]:
-    """What decides the bits of a result: processor, its vector instructions, versions."""
+    """All that the bits of a result depend on: the processor, its vector instructions, and versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     first = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
     flags = [flag for flag in first.get("flags", "").split() if flag.startswith(("avx", "amx", "fma", "sse4"))]
@@ -62,7 +62,7 @@ def environment() -> dict[str, object]:
 
 
 def mmgen(*words: str) -> str:
-    """Standard output of a command of mmgen, run in this process; raises RuntimeError where it fails."""
+    """Run a command of mmgen in this process; returns its standard output, raises RuntimeError if it fails."""
     from mmgen.cli import main
 
     output, sys.argv = io.StringIO(), ["mmgen", *words]
@@ -76,12 +76,12 @@ def mmgen(*words: str) -> str:
 
 
 def python(*words: str) -> None:
-    """Run a module in a process of its own; raises CalledProcessError where it fails."""
+    """Run a module in its own process; raises CalledProcessError if it fails."""
     subprocess.run([sys.executable, "-m", *words], check=True, stdout=subprocess.DEVNULL)
 
 
 def prepare(data: Path, sources: Sequence[str], latent: bool) -> None:
-    """Shards and tokenizers of digits or scenes, and an autoencoder with random weights."""
+    """Write shards and tokenizers of the sources; with `latent`, also an autoencoder with random weights."""
     for name in sources:
         words = ["--train", "300"] if name == "scenes" else []
         python(f"data_prep.{name}", "--out", str(data / name), *words)
@@ -106,12 +106,12 @@ def prepare(data: Path, sources: Sequence[str], latent: bool) -> None:
 
 
 def source_of(case: str) -> str:
-    """The data that a case trains on."""
+    """The name of the data that a case trains on."""
     return "digits" if CASES[case].startswith("digits") else "scenes"
 
 
 def overrides(case: str, data: Path, run: Path) -> list[str]:
-    """Command-line words that reduce the config of a case."""
+    """Command-line arguments that reduce the config of a case."""
     folder = data / source_of(case)
     words = [
         f"--run.dir={run}", f"--data.train={folder}/train-000000.tar", f"--data.val={folder}/test-000000.tar",
@@ -134,13 +134,13 @@ def digest(content: bytes) -> str:
 
 
 def members(shard: Path) -> list[tuple[str, bytes]]:
-    """(name, content) of the members of a tar, in their order."""
+    """(name, content) of the members of a tar file, in order."""
     with tarfile.open(shard) as tar:
         return [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
 
 
 def trained(case: str, config: str, words: list[str], run: Path) -> list[list[float]]:
-    """Losses and gradient norm of each step."""
+    """Train; returns the losses and the gradient norm of each step."""
     if case.startswith("zero"):
         stage = f"--train.zero_stage={case[-1]}"
         command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable]
@@ -163,15 +163,15 @@ def sampled(config: str, words: list[str], test: Path, folder: Path) -> dict[str
             pictures.append(str(folder / name))
             Path(pictures[-1]).write_bytes(content)
     drawn = json.loads(mmgen("sample", *captions, "--config", config, *words, "--out", str(folder), "--json"))
-    said = json.loads(mmgen("caption", *pictures, "--config", config, *words, "--json"))
+    captioned = json.loads(mmgen("caption", *pictures, "--config", config, *words, "--json"))
     return {
         "images": [digest(Image.open(item["image"]).tobytes()) for item in drawn["samples"]],
-        "captions": [digest(item["caption"].encode()) for item in said["captions"]],
+        "captions": [digest(item["caption"].encode()) for item in captioned["captions"]],
     }
 
 
 def record(case: str, configs: Path = Path("configs")) -> dict[str, object]:
-    """Everything that a case computes; `configs` is the folder of the version that is recorded."""
+    """Run a case; returns its record. `configs` is the folder of the version that is recorded."""
     with tempfile.TemporaryDirectory() as name:
         data, run = Path(name) / "data", Path(name) / "run"
         prepare(data, ["digits", "scenes"] if case == "shards" else [source_of(case)], case == "scenes_latent")
@@ -189,10 +189,10 @@ def record(case: str, configs: Path = Path("configs")) -> dict[str, object]:
 
 
 def differences(old: dict, new: dict, tolerance: float = 1e-4) -> list[str]:
-    """How a new record differs from an old one; on another machine or other versions only within a tolerance.
+    """Descriptions of all differences between two records.
 
-    Bits are compared where the environments are equal. Elsewhere losses and norms are compared relatively, and
-    digests of images and captions, which a last bit can change, are not.
+    If the environments are equal, all bits must be equal. Else losses and norms must agree within a relative tolerance,
+    and digests of images and captions are not compared, because one bit can change them.
     """
     same = old.get("environment") == new.get("environment")
     wrong = []
@@ -220,11 +220,11 @@ def first_difference(one: object, other: object) -> str:
 
 
 def main(
-    *cases: Annotated[str, cyclopts.Parameter(help=f"Of {', '.join(CASES)}; all where none is named.")],
-    out: Annotated[Path | None, cyclopts.Parameter(help="Folder to write; tests/golden by default.")] = None,
+    *cases: Annotated[str, cyclopts.Parameter(help=f"One of {', '.join(CASES)}; all by default.")],
+    out: Annotated[Path | None, cyclopts.Parameter(help="Folder to write to; tests/golden by default.")] = None,
     configs: Path = Path("configs"),
 ) -> None:
-    """Write the records of some cases."""
+    """Record cases and write them to files."""
     for case in cases or CASES:
         found = json.dumps(record(case, configs), indent=1).replace("\n   ", " ").replace("\n  ]", " ]")
         ((out or FOLDER) / f"{case}.json").write_text(found + "\n")

@@ -1,6 +1,6 @@
-"""Small runs compute what they computed before; the records say on which processor and with which versions.
+"""Small runs reproduce their golden records, which also name the processor and the versions that made them.
 
-A commit that changes a record says in its message what is computed otherwise, and why.
+The message of a commit that changes a record names the numbers that changed, and why.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_small_run_computes_what_it_did(case: str, tmp_path: Path) -> None:
+def test_a_small_run_reproduces_its_record(case: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.golden.record", case, "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -28,7 +28,7 @@ def test_a_small_run_computes_what_it_did(case: str, tmp_path: Path) -> None:
     assert differences(old, new) == []
 
 
-def test_a_changed_bit_is_seen_on_the_same_machine_and_a_small_change_elsewhere() -> None:
+def test_a_changed_bit_is_detected_on_the_same_machine_and_a_small_change_on_others() -> None:
     old = json.loads((FOLDER / "digits.json").read_text())
     new = json.loads((FOLDER / "digits.json").read_text())
     new["steps"][7][0] *= 1 + 1e-12
@@ -39,7 +39,7 @@ def test_a_changed_bit_is_seen_on_the_same_machine_and_a_small_change_elsewhere(
     assert len(differences(old, new)) == 1
 
 
-def test_an_image_or_a_caption_that_changes_is_seen() -> None:
+def test_a_changed_image_or_caption_is_detected() -> None:
     old = json.loads((FOLDER / "digits.json").read_text())
     new = json.loads((FOLDER / "digits.json").read_text())
     new["captions"][3] = "0" * 16

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mmgen.config import PatcherConfig
-from mmgen.evaluate.baselines import BASELINES, imitate
+from mmgen.evaluate.baselines import BASELINES, draw_baseline
 from mmgen.evaluate.features import Pictures, Real
 from mmgen.evaluate.judge import Judge
 from mmgen.evaluate.metrics import METRICS, Drawn, score
@@ -85,7 +85,7 @@ def test_a_new_task_is_scored(drawn: Drawn) -> None:
     assert caption_scores(["upper 1", "lower 1"], drawn.real.task, [frozenset({Object(1)})] * 2) == CaptionScores(
         2, 0.5
     )
-    baseline = imitate(BASELINES["class_mean_plus_noise"], drawn.wanted, drawn.real)
+    baseline = draw_baseline(BASELINES["class_mean_plus_noise"], drawn.wanted, drawn.real)
     assert score(Drawn(baseline, drawn.wanted, drawn.real, drawn.judge))["within_class_variance_ratio"] is not None
 
 

@@ -226,14 +226,14 @@ def test_shards_of_latents_keep_the_samples(tmp_path: Path, vae: Path, capsys: p
     before = path.stat().st_mtime_ns
     precomputed(tmp_path, config)
     assert path.stat().st_mtime_ns == before
-    assert "is there" in capsys.readouterr().err
+    assert "exists" in capsys.readouterr().err
     path.unlink()
     path.with_name(path.name + ".part").write_bytes(b"half a shard")
     precomputed(tmp_path, config)
     with tarfile.open(path) as tar:
         assert {m.name: tar.extractfile(m).read() for m in tar.getmembers()} == found
     other = latent_config(tmp_path, autoencoder(tmp_path / "other", seed=1))
-    with pytest.raises(ValueError, match="made in another way: fingerprint"):
+    with pytest.raises(ValueError, match="made with other settings: fingerprint"):
         precomputed(tmp_path, other)
     half = precomputed(tmp_path, config, "half", half=True)
     torch.testing.assert_close(epoch(half)[0].x_IP, epoch(stored)[0].x_IP, atol=2e-3, rtol=2e-3)
@@ -350,7 +350,7 @@ def test_an_autoencoder_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         run()
     monkeypatch.setattr(train_vae.Trainer, "learn", learn)
-    with pytest.raises(ValueError, match="begun with other settings: lr"):
+    with pytest.raises(ValueError, match="started with other settings: lr"):
         run(lr=0.5)
     run()
     one, two = (AutoencoderKL.from_pretrained(tmp_path / name) for name in ("whole", "made"))

@@ -1,4 +1,4 @@
-"""The lab: exact experiments hold, and each fault that one answers to turns it red."""
+"""The lab: bounds of exact experiments hold, and each injected fault breaks a bound."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from mmgen.lab.faults import FAULTS, HOOKS, injected
 from mmgen.lab.nets import Preconditioned
 from tests.conftest import run
 
-EXACT = [name for name, found in EXPERIMENTS.items() if found.run.__module__.endswith("exact")]
+EXACT = [name for name, experiment in EXPERIMENTS.items() if experiment.run.__module__.endswith("exact")]
 FAULTY = [(name, fault) for name in EXPERIMENTS for fault in EXPERIMENTS[name].faults]
 
 
 @pytest.mark.parametrize("path", [LinearPath(), CosinePath()], ids=["linear", "cosine"])
 def test_preconditioning_is_exact_for_a_gaussian(path: FlowPath) -> None:
-    """N(0, s^2): an inner network that says nothing is the exact denoiser, and its target has variance one."""
+    """For N(0, s^2) the exact denoiser has an inner network of zero, and the inner target has variance one."""
     std, t = 0.3, torch.linspace(0.02, 0.98, 25, dtype=torch.float64).unsqueeze(1)
-    net = Preconditioned(Silent(), path, std)
+    net = Preconditioned(Zero(), path, std)
     data = GaussianMixture(torch.zeros(1, 4, dtype=torch.float64), std, path=path)
     z = torch.randn(25, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(net(z, t), data.denoised(z, t), rtol=1e-9, atol=1e-9)
@@ -45,14 +45,14 @@ def test_preconditioning_is_exact_for_a_gaussian(path: FlowPath) -> None:
     torch.testing.assert_close(end, std * z, rtol=1e-2, atol=1e-2)
 
 
-class Silent(torch.nn.Module):
+class Zero(torch.nn.Module):
     def forward(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(z)
 
 
 @pytest.mark.slow
-def test_experiments_side_by_side(tmp_path: Path) -> None:
-    """Two at a time, in their order, with the figures of one at a time."""
+def test_parallel_experiments_equal_sequential_ones(tmp_path: Path) -> None:
+    """Two at a time yield results in the given order, with the figures of a single run."""
     names = ["paths", "gaussian_likelihood", "band_power"]
     options = Options(fast=True, out=tmp_path)
     together = list(run_all(names, 2, options))
@@ -74,23 +74,23 @@ def test_exact_experiments_hold(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "fault"), FAULTY)
-def test_faults_turn_experiments_red(name: str, fault: str, tmp_path: Path) -> None:
+def test_faults_break_bounds(name: str, fault: str, tmp_path: Path) -> None:
     assert not execute(name, Options(fast=True, out=tmp_path, inject=fault)).holds
 
 
-def test_a_fault_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_fault_does_not_affect_the_next_run(tmp_path: Path) -> None:
     execute("gaussian_likelihood", Options(fast=True, out=tmp_path, inject="sign"))
     assert execute("gaussian_likelihood", Options(fast=True, out=tmp_path)).holds
 
 
-def test_every_fault_is_answered_by_an_exact_experiment() -> None:
+def test_every_fault_is_detected_by_an_experiment() -> None:
     assert {fault for _, fault in FAULTY} == {"sign", "half", "minus_s2", "shifted_t"}
 
 
-def test_bounds_judge_and_known_differences_do_not(
+def test_known_differences_do_not_affect_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An experiment of three figures: one judged, one known to differ, one that takes the training of a full run."""
+    """An experiment with three figures: a bound, a known difference, and a bound for full runs only."""
 
     def toy(run: Run) -> Figure:
         run.bound("judged", 1.0, at_least=0.5)
@@ -102,17 +102,17 @@ def test_bounds_judge_and_known_differences_do_not(
         monkeypatch.delitem(EXPERIMENTS, name)
     monkeypatch.setitem(EXPERIMENTS, "toy", Experiment("toy", "A toy", toy))
     words = ("lab", "run", "--all", "--json", "--jobs", "1", "--out", str(tmp_path))
-    code, found, told = run(capsys, *words, "--fast")
-    (result,) = json.loads(found)
-    assert code == 0, told
-    assert "known difference" in told
+    code, result_json, messages = run(capsys, *words, "--fast")
+    (result,) = json.loads(result_json)
+    assert code == 0, messages
+    assert "known difference" in messages
     assert [bound["figure"] for bound in result["bounds"]] == ["judged"]
     known, untrained = result["known_differences"]
     assert known == {"figure": "known", "wanted": "at most 1", "measured": 2.0, "reason": "it is two"}
     assert (untrained["figure"], untrained["wanted"]) == ("trained", "at least 0.5")
     assert result["figures"] == {"judged": 1.0, "known": 2.0, "trained": 0.3}
-    code, found, _ = run(capsys, *words)
-    (result,) = json.loads(found)
+    code, result_json, _ = run(capsys, *words)
+    (result,) = json.loads(result_json)
     assert code == 1
     assert result["holds"] is False
     assert [(bound["figure"], bound["holds"]) for bound in result["bounds"]] == [("judged", True), ("trained", False)]
@@ -126,7 +126,7 @@ def test_a_bound_holds_between_its_limits(value: float, holds: bool) -> None:
 
 
 def test_a_fault_wraps_only_hooks() -> None:
-    """Every function that a fault replaces is on the list, and stands in its place again afterwards."""
+    """Every method that a fault replaces is a hook, and is restored afterwards."""
     before = [getattr(hook.owner, hook.name) for hook in HOOKS]
     for fault, wraps in FAULTS.items():
         assert set(wraps) <= set(HOOKS)
@@ -137,22 +137,24 @@ def test_a_fault_wraps_only_hooks() -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, listed, told = run(capsys, "lab", "list", "--json")
-    assert code == 0, told
-    assert {row["name"] for row in json.loads(listed)} == set(EXPERIMENTS)
-    assert "E[x |" in run(capsys, "lab", "list")[1], "brackets are no markup"
-    code, found, told = run(capsys, "lab", "run", "gaussian_likelihood", "--fast", "--json", "--out", str(tmp_path))
-    assert code == 0, told
-    (result,) = json.loads(found)
+    code, listed, messages = run(capsys, "lab", "list", "--json")
+    assert code == 0, messages
+    assert {item["name"] for item in json.loads(listed)} == set(EXPERIMENTS)
+    assert "E[x |" in run(capsys, "lab", "list")[1], "brackets are printed as they are"
+    code, result_json, messages = run(
+        capsys, "lab", "run", "gaussian_likelihood", "--fast", "--json", "--out", str(tmp_path)
+    )
+    assert code == 0, messages
+    (result,) = json.loads(result_json)
     assert result["holds"] is True
     assert all({"figure", "value", "holds"} < set(bound) for bound in result["bounds"])
     assert result["known_differences"] == []
     assert {"name", "seconds", "picture", "figures"} < set(result)
-    code, _, told = run(
+    code, _, messages = run(
         capsys, "lab", "run", "gaussian_likelihood", "--fast", "--inject", "sign", "--out", str(tmp_path)
     )
     assert code == 1
-    assert "FAILS  gaussian_likelihood" in told
+    assert "FAILS  gaussian_likelihood" in messages
 
 
 @pytest.mark.parametrize(
@@ -160,13 +162,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["solver_ordre"], "solver_order"),
         ([], "--all"),
-        (["guidance", "--inject", "minus_s2"], "answers to no fault 'minus_s2'"),
+        (["guidance", "--inject", "minus_s2"], "does not detect the fault 'minus_s2'"),
     ],
 )
 def test_bad_input_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, told = run(capsys, "lab", "run", *arguments)
+    code, _, messages = run(capsys, "lab", "run", *arguments)
     assert code == 2
-    assert message in told
+    assert message in messages
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Sampling against training, and every fault of the decoder that the comparison must see."""
+"""The parity check: it passes for the decoder and fails for every fault."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import awake
 
 @pytest.mark.parametrize("grids", ["two sizes", "one size"])
 def test_sampling_equals_training(config: Config, grids: str) -> None:
-    """Every backbone call of every objective, order and policy against the training forward pass."""
+    """Every backbone call equals training's forward pass, for every objective, order and context policy."""
     if grids == "one size":
         config = override(config, {"model": {"patcher": {"image_sizes": [[4, 6]]}}})
     for variant in check_parity(config):
@@ -24,20 +24,20 @@ def test_sampling_equals_training(config: Config, grids: str) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_parity_check_turns_red(config: Config, fault: str) -> None:
+def test_the_check_fails_for_every_fault(config: Config, fault: str) -> None:
     for variant in check_parity(config, fault):
-        blind = fault == "causal-mask" and variant.variant in ("mar, random", "mar, raster")  # these are causal
-        assert variant.holds == blind, variant
+        unaffected = fault == "causal-mask" and variant.variant in ("mar, random", "mar, raster")  # these are causal
+        assert variant.holds == unaffected, variant
 
 
-def test_an_unknown_fault_is_named(config: Config) -> None:
+def test_an_unknown_fault_raises_with_the_nearest_name(config: Config) -> None:
     with pytest.raises(ValueError, match="did you mean 'shifted-t'"):
         check_parity(config, "shift-t")
 
 
 @pytest.mark.parametrize("learn", [True, False])
-def test_an_image_of_the_prompt_is_written_as_given(config: Config, learn: bool) -> None:
-    """Under MAR's masked order a learned image has two copies, one of a prompt its clean copy alone."""
+def test_an_image_of_the_prompt_has_only_a_clean_copy(config: Config, learn: bool) -> None:
+    """In MAR's order `masked` a learned image has two copies, and an image of the prompt has one."""
     model, tokenizer = awake(override(config, {"objective": {"kind": "mar"}}))
     picture = Picture(np.zeros((4, 12), np.float32), (2, 2), np.arange(4), learn)
     fed = Reference(model, tokenizer).read(Document([picture])).fed

@@ -1,4 +1,4 @@
-"""What the report of the parity check takes for a difference."""
+"""The report of the parity check: the differences that it reports."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_equal_positions_hold() -> None:
 @pytest.mark.parametrize(
     ("fed", "what"),
     [
-        (replace(FED, position=6), "position 6, in training 5"),
+        (replace(FED, position=6), "position is 6, in training 5"),
         (replace(FED, sees=FED.sees | {Identity("stale", 9)}), "sees other positions than in training (1, such as"),
         (replace(FED, inputs_D=FED.inputs_D + 1e-8), "inputs differ by 1e-08"),
         (replace(FED, hidden_D=FED.hidden_D * torch.nan), "hidden differ by nan"),
@@ -52,7 +52,7 @@ def test_each_difference_is_named(fed: Fed, what: str) -> None:
     assert str(report.as_dict()["first"]).startswith(f"request 0, patch 0 3: {what}")
 
 
-def test_the_first_difference_stays() -> None:
+def test_the_first_difference_is_reported() -> None:
     report = Report("one")
     report.patches("request 1", torch.zeros(2), torch.ones(2))
     report.patches("request 2", torch.zeros(2), torch.ones(2))
@@ -60,7 +60,7 @@ def test_the_first_difference_stays() -> None:
     assert report.largest.patches == 1
 
 
-def test_an_objective_that_cannot_be_replayed_says_so() -> None:
+def test_an_objective_without_replay_raises() -> None:
     class Bare(ImageObjective):
         from mmgen.objective.transfusion import TransfusionLayout as Layout
 

@@ -1,4 +1,4 @@
-"""Training: any cut gives the same run, interruption and resume change nothing, faults are named."""
+"""Training: the result does not depend on micro-steps or interruptions, and faults are reported."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def losses(config: Config) -> list[tuple[int, float, float]]:
 
 
 def gradients(config: Config, micro_rows: int | None, factor: float = 1.0) -> list[torch.Tensor]:
-    """Gradients of one global step, cut into micro-steps of `micro_rows`, in float64."""
+    """Gradients of one global step in float64, computed in micro-steps of `micro_rows` rows."""
     config = override(config, {"train": {"micro_rows": micro_rows}})
     torch.manual_seed(0)
     tokenizer = Tokenizer.of(config)
@@ -62,17 +62,17 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in zip(a, b, strict=True))
 
 
-def test_the_gradient_does_not_depend_on_the_cut(config: Config) -> None:
+def test_micro_steps_do_not_change_the_gradient(config: Config) -> None:
     whole = gradients(config, None)
     for rows in (1, 2, 3):
         assert equal(whole, gradients(config, rows)), rows
-    assert not equal(whole, gradients(config, 1, factor=2.0)), "doubled gradients must show"
+    assert not equal(whole, gradients(config, 1, factor=2.0)), "doubled gradients must be detected"
 
 
 def test_resume_repeats_the_uninterrupted_run(config: Config, tmp_path: Path) -> None:
     straight = override(config, {"run": {"dir": str(tmp_path / "a")}})
     assert train(straight) == 0
-    # As after a crash past step 3: only an older checkpoint is left, and records run ahead of it.
+    # The state after a crash past step 3: only the older checkpoint exists, and metrics.jsonl is ahead of it.
     third = override(config, {"run": {"dir": str(tmp_path / "c")}})
     shutil.copytree(straight.run.dir, third.run.dir, symlinks=True)
     shutil.rmtree(third.run.dir / "checkpoints" / "step-6")
@@ -86,10 +86,10 @@ def test_resume_repeats_the_uninterrupted_run(config: Config, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("fault", ["moments", "average", "position"])
-def test_an_incomplete_resume_shows(
+def test_an_incomplete_resume_is_detected(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """Forget one part of the state on resume: the comparison of the test above turns red."""
+    """If a resume loses one part of the state, the comparison of the test above fails."""
     straight = override(config, {"run": {"dir": str(tmp_path / "a")}})
     train(straight)
     broken = override(config, {"run": {"dir": str(tmp_path / "b")}})
@@ -99,7 +99,7 @@ def test_an_incomplete_resume_shows(
     (broken.run.dir / "checkpoints" / "latest").symlink_to("step-3")
     restore, read = checkpoint.restore, checkpoint.read_trainer
 
-    def forget(found: checkpoint.Checkpoint, engine: Engine) -> None:
+    def lose(found: checkpoint.Checkpoint, engine: Engine) -> None:
         restore(found, engine)
         for state in engine.optimizer.state.values():
             if fault == "moments":
@@ -108,7 +108,7 @@ def test_an_incomplete_resume_shows(
             elif fault == "average":
                 state[EMA].zero_()
 
-    monkeypatch.setattr(checkpoint, "restore", forget)
+    monkeypatch.setattr(checkpoint, "restore", lose)
     if fault == "position":
         start = {"position": Position()}
         monkeypatch.setattr(checkpoint, "read_trainer", lambda *where: read(*where).model_copy(update=start))
@@ -120,7 +120,7 @@ def test_an_incomplete_resume_shows(
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(config: Config, tmp_path: Path) -> None:
-    """As a user: start the command, press Ctrl-C, repeat the command; losses are those of one run."""
+    """Start the command, press Ctrl-C, repeat the command: losses equal those of an uninterrupted run."""
     outcome = {}
     for name in ("straight", "interrupted"):
         run = override(config, {"run": {"dir": str(tmp_path / name)}, "train": {"steps": 30, "save_every": 100}})
@@ -134,27 +134,27 @@ def test_ctrl_c_saves_and_the_same_command_continues(config: Config, tmp_path: P
                 time.sleep(0.02)
                 assert process.poll() is None
             process.send_signal(signal.SIGINT)
-            told = process.communicate(timeout=60)[1]
-            assert process.returncode == INTERRUPTED, told
-            assert "the same command continues" in told
+            printed = process.communicate(timeout=60)[1]
+            assert process.returncode == INTERRUPTED, printed
+            assert "the same command continues" in printed
             assert len(losses(run)) < 30
         subprocess.run(command, env=environment, check=True, capture_output=True)
         outcome[name] = losses(run)
     assert outcome["straight"] == outcome["interrupted"]
 
 
-def test_a_crash_while_saving_keeps_the_last_checkpoint(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_last_save_keeps_the_previous_checkpoint(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     train(config)
     before = checkpoint.latest(config.run.dir)
 
     def full_disk(path: Path, tensors: dict) -> str:
-        path.write_bytes(b"a part of it")
+        path.write_bytes(b"incomplete")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(saver, "write", full_disk)
         with pytest.raises(
-            OSError, match="step-9 could not be written .*No space left.* the one before it is as it was"
+            OSError, match="step-9 could not be written .*No space left.* the previous one is unchanged"
         ):
             train(override(config, {"train": {"steps": 9}}))
     assert checkpoint.latest(config.run.dir) == before
@@ -163,18 +163,18 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(config: Config, monkeypa
     assert train(override(config, {"train": {"steps": 9}})) == 0
 
 
-def test_a_save_that_fails_on_the_way_does_not_end_the_run(
+def test_a_failed_save_during_training_does_not_stop_the_run(
     config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     write, calls = saver.write, []
 
-    def once_denied(path: Path, tensors: dict) -> str:
+    def denied_once(path: Path, tensors: dict) -> str:
         calls.append(path)
         if len(calls) == 1:
             raise PermissionError(13, "Permission denied")
         return write(path, tensors)
 
-    monkeypatch.setattr(saver, "write", once_denied)
+    monkeypatch.setattr(saver, "write", denied_once)
     assert train(config) == 0
     assert "checkpoint step-3 could not be written ([Errno 13] Permission denied)" in capsys.readouterr().err
     assert [p.name for p in checkpoint.candidates(config.run.dir)] == ["step-6"]
@@ -187,7 +187,7 @@ def damage(folder: Path) -> None:
     state.write_bytes(bytes(data))
 
 
-def test_damage_is_named_and_the_newest_good_one_taken(config: Config, capsys: pytest.CaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_reported_and_an_older_one_used(config: Config, capsys: pytest.CaptureFixture) -> None:
     train(config)
     before = losses(config)
     folder = checkpoint.latest(config.run.dir)
@@ -198,10 +198,10 @@ def test_damage_is_named_and_the_newest_good_one_taken(config: Config, capsys: p
     assert train(config) == 0
     assert "step-6/state-00000.safetensors is missing or damaged; trying an older one" in capsys.readouterr().out
     assert losses(config) == before
-    assert checkpoint.read_trainer(folder).step == 6, "it was written again"
+    assert checkpoint.read_trainer(folder).step == 6, "step 6 was trained and saved again"
     for step in (3, 6):
         damage(config.run.dir / "checkpoints" / f"step-{step}")
-    with pytest.raises(ValueError, match="no checkpoint of .* is whole"):
+    with pytest.raises(ValueError, match="all checkpoints of .* are damaged"):
         train(config)
 
 
@@ -210,7 +210,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(config: Config) -> Non
     wider = override(config, {"model": {"backbone": {"intermediate_size": 64}}})
     with pytest.raises(ValueError, match=r"model\.backbone\.intermediate_size \(64 here, 48 there\)"):
         train(wider)
-    assert train(override(config, {"train": {"steps": 7, "log_every": 2}})) == 0, "a longer run is the same run"
+    assert train(override(config, {"train": {"steps": 7, "log_every": 2}})) == 0, (
+        "more steps and other logging are allowed"
+    )
 
 
 def test_another_tokenizer_is_refused(config: Config) -> None:
@@ -226,7 +228,7 @@ def test_another_tokenizer_is_refused(config: Config) -> None:
 
 
 @pytest.mark.parametrize("dangling", [True, False])
-def test_a_lost_latest_does_not_start_the_run_anew(config: Config, dangling: bool) -> None:
+def test_a_run_without_latest_continues_from_its_newest_checkpoint(config: Config, dangling: bool) -> None:
     train(config)
     before = losses(config)
     shutil.rmtree(config.run.dir / "checkpoints" / "step-6")
@@ -236,7 +238,7 @@ def test_a_lost_latest_does_not_start_the_run_anew(config: Config, dangling: boo
     assert losses(config) == [*before[:3], before[5]]
 
 
-def test_old_checkpoints_go(config: Config) -> None:
+def test_old_checkpoints_are_deleted(config: Config) -> None:
     train(override(config, {"train": {"steps": 8, "save_every": 2, "keep_last": 2}}))
     folder = config.run.dir / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-6", "step-8"]
@@ -265,8 +267,8 @@ def test_too_many_bad_samples_stop_the_run(config: Config, tmp_path: Path) -> No
     assert train(override(lenient, {"data": {"max_bad_fraction": 0.5}})) == 0
 
 
-def test_names_of_samples_are_no_markup(config: Config, capsys: pytest.CaptureFixture) -> None:
-    """A closing tag in a key, which terminal markup would refuse, must not end a run."""
+def test_names_of_samples_are_not_markup(config: Config, capsys: pytest.CaptureFixture) -> None:
+    """A key with a closing tag, which is an error in terminal markup, must not stop a run."""
     config.run.dir.mkdir(parents=True, exist_ok=True)
     log = Log(config, 0)
     assert log.quarantine([BadRecord("a.tar", "cat[/b]", "[bold] is no image")]) == 1
@@ -282,7 +284,7 @@ def test_learning_rate(config: Config) -> None:
     assert rates[54] == pytest.approx(0.525)
 
 
-def test_the_average_is_the_recursion(config: Config) -> None:
+def test_averaged_weights_follow_the_recursion(config: Config) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     optimizer = build_optimizer(model, override(config, {"train": {"ema_decay": 0.9}}).train)
@@ -295,15 +297,15 @@ def test_the_average_is_the_recursion(config: Config) -> None:
         now = model.weight.detach().double()
         expected = now if expected is None else decay * expected + (1 - decay) * now
     torch.testing.assert_close(optimizer.state[model.weight][EMA].double(), expected, rtol=1e-5, atol=1e-6)
-    own = model.weight.detach().clone()
+    before = model.weight.detach().clone()
     average = optimizer.state[model.weight][EMA].clone()
     with averaged_weights(optimizer):
         assert torch.equal(model.weight, average)
-    assert torch.equal(model.weight, own)
+    assert torch.equal(model.weight, before)
 
 
-def test_adamw_is_torchs(config: Config) -> None:
-    """The subclass changes the average only."""
+def test_the_optimiser_equals_torchs_adamw(config: Config) -> None:
+    """The subclass adds averaged weights and changes nothing else."""
     torch.manual_seed(0)
     ours, theirs = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())

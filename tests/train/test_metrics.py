@@ -1,4 +1,4 @@
-"""What a step reports of itself, and where that goes."""
+"""The metrics of a step, and the trackers that receive them."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from tests.conftest import pairs, ready, write_tar
 from tests.train.test_loop import losses, metrics
 
 
-def test_trackers_are_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[object] = []
+def test_trackers_receive_metrics(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[object] = []
 
     class Tracker:
         def log(self, values: dict, step: int) -> None:
-            told.append((step, values["loss"]))
+            received.append((step, values["loss"]))
 
         def finish(self) -> None:
-            told.append("finished")
+            received.append("finished")
 
     module = type(sys)("wandb")
-    module.init = lambda **settings: told.append(settings["name"]) or Tracker()
+    module.init = lambda **settings: received.append(settings["name"]) or Tracker()
     monkeypatch.setitem(sys.modules, "wandb", module)
     run = override(config, {"train": {"trackers": ["wandb"], "steps": 2}, "data": {"val": []}})
     train(run)
-    assert told == ["run", *[(step, loss) for step, loss, _ in losses(run)], "finished"]
+    assert received == ["run", *[(step, loss) for step, loss, _ in losses(run)], "finished"]
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ValueError, match="trackio, which is not installed: pip install trackio"):
         train(override(config, {"train": {"trackers": ["trackio"], "steps": 3}}))
@@ -61,27 +61,27 @@ OBJECTIVES = [
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("held", ["text", "pictures", "nothing"])
-def test_every_parameter_takes_part(config: Config, tmp_path: Path, objective: dict, held: str) -> None:
-    """Whatever a rank's rows hold: otherwise ZeRO-1 and 2 abort, and ZeRO-3 hangs."""
-    kept = {"text": ".json", "pictures": ".png", "nothing": ""}[held]
+@pytest.mark.parametrize("content", ["text", "pictures", "nothing"])
+def test_every_parameter_takes_part(config: Config, tmp_path: Path, objective: dict, content: str) -> None:
+    """Every parameter has a gradient, whatever a rank's rows contain; else ZeRO-1 and 2 abort, and ZeRO-3 hangs."""
+    kept = {"text": ".json", "pictures": ".png", "nothing": ""}[content]
     members = {name: data for name, data in pairs(8).items() if name.endswith(kept)}
     shard = str(write_tar(tmp_path / "some.tar", members))
     data = {"train": [shard], "captionless": "keep"}
     config = override(config, {"data": data, "objective": objective, "train": {"batch_rows": 1}})
     tokenizer = Tokenizer.of(config)
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
-    rank, world = (7, 8) if held == "nothing" else (0, 1)
+    rank, world = (7, 8) if content == "nothing" else (0, 1)
     corpus = Corpus(config.data.train, tokenizer, config)
     (raw,) = corpus.first_step(Share(rank, world)).micro
     found = model(ready(corpus, raw))
-    # Where only pictures stand, BOI and EOS are still to be predicted.
-    assert (found.text_count > 0, found.image_count > 0) == (held != "nothing", held == "pictures")
+    # In rows of pictures only, BOI and EOS are text targets.
+    assert (found.text_count > 0, found.image_count > 0) == (content != "nothing", content == "pictures")
     (found.text + found.image).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
-def test_losses_per_range_of_t_make_up_the_image_loss(config: Config) -> None:
+def test_losses_per_range_of_t_add_up_to_the_image_loss(config: Config) -> None:
     tokenizer = Tokenizer.of(config)
     corpus = Corpus(config.data.train, tokenizer, config)
     model = loop.build_engine(config, len(tokenizer), Ranks()).model
@@ -93,7 +93,7 @@ def test_losses_per_range_of_t_make_up_the_image_loss(config: Config) -> None:
     assert int(times[1].sum()) == found.image_count
 
 
-def test_attended_pairs_are_those_of_the_mask(config: Config) -> None:
+def test_attended_pairs_equal_those_of_the_mask(config: Config) -> None:
     from mmgen.sequence.attention import dense_visible
 
     tokenizer = Tokenizer.of(config)

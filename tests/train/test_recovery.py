@@ -1,4 +1,4 @@
-"""Faults in a run: shards that changed, hangs, values that are not finite, spikes, too little room."""
+"""Faults in a run: changed shards, hangs, values that are not finite, loss spikes, too little space."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from tests.conftest import pairs, write_tar
 from tests.train.test_loop import metrics
 
 
-def test_other_shards_are_refused_on_resume(config: Config, tmp_path: Path) -> None:
+def test_changed_shards_are_refused_on_resume(config: Config, tmp_path: Path) -> None:
     train(override(config, {"train": {"steps": 3}}))
     write_tar(Path(config.data.train[0]), pairs(80))
     with pytest.raises(ValueError, match="the training shards are not those of the checkpoint"):
         train(config)
 
 
-def test_a_hang_is_named_and_ends_the_process(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_is_reported_and_ends_the_process(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended: list[int] = []
     monkeypatch.setattr(guard.faulthandler, "dump_traceback", lambda *_, **__: None)
     watchdog = guard.Watchdog(timeout=0.2, rank=3, end=ended.append)
@@ -45,10 +47,10 @@ def test_a_hang_is_named_and_ends_the_process(capsys: pytest.CaptureFixture, mon
 
 @pytest.fixture
 def poisoned(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A run of 6 steps, in which the loss of step 5 is not a number."""
+    """A run of 6 steps in which the loss of step 5 is NaN."""
     forward, phase, now = Engine.forward, guard.Watchdog.phase, [0]
 
-    def noting(self: guard.Watchdog, name: str, step: int) -> None:
+    def record(self: guard.Watchdog, name: str, step: int) -> None:
         now[0] = step
         phase(self, name, step)
 
@@ -59,7 +61,7 @@ def poisoned(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
         return found
 
     monkeypatch.setattr(Engine, "forward", poison)
-    monkeypatch.setattr(guard.Watchdog, "phase", noting)
+    monkeypatch.setattr(guard.Watchdog, "phase", record)
     return config
 
 
@@ -70,13 +72,13 @@ def state(config: Config) -> dict[str, torch.Tensor]:
     }
 
 
-def test_non_finite_stop(poisoned: Config) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(poisoned: Config) -> None:
     with pytest.raises(FloatingPointError, match="step 5: loss = nan"):
         train(poisoned)
     assert checkpoint.read_trainer(checkpoint.latest(poisoned.run.dir)).step == 3
 
 
-def test_a_skipped_step_leaves_no_trace(poisoned: Config) -> None:
+def test_a_skipped_step_changes_no_state(poisoned: Config) -> None:
     skipping = override(poisoned, {"train": {"non_finite": "skip", "save_every": 1, "keep_last": 9}})
     assert train(skipping) == 0
     folders = [skipping.run.dir / "checkpoints" / f"step-{n}" for n in (4, 5)]
@@ -93,8 +95,8 @@ def test_a_skipped_step_leaves_no_trace(poisoned: Config) -> None:
         train(none_left)
 
 
-def test_rollback_leaves_the_step_out(poisoned: Config) -> None:
-    """Going back to step 3 and leaving step 5 out gives the state of a run that skipped it at once."""
+def test_a_rollback_skips_the_step(poisoned: Config) -> None:
+    """Going back to step 3 and skipping step 5 gives the same state as a run that skipped it at once."""
     back = override(poisoned, {"train": {"non_finite": "rollback"}})
     assert train(back) == 0
     assert [line["step"] for line in metrics(back) if "loss" in line] == [1, 2, 3, 4, 5, 6]
@@ -104,7 +106,7 @@ def test_rollback_leaves_the_step_out(poisoned: Config) -> None:
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_spikes_remember_the_data_range(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spike_is_recorded_with_its_data_range(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = guard.Spikes(factor=2.0, memory=8)
     assert [seen.seen(loss) for loss in (1.0, 9.0, 1.0, 1.0, 1.1, 4.0, 1.0)] == [
         None,
@@ -122,9 +124,9 @@ def test_spikes_remember_the_data_range(config: Config, monkeypatch: pytest.Monk
     assert lines[1]["from"] == lines[0]["to"]
 
 
-def test_little_room_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ValueError, match="two checkpoints need"):
         train(config)
-    with pytest.raises(ValueError, match="loader workers need about"):
+    with pytest.raises(ValueError, match="but 2 loader workers need about"):
         guard.check_space(override(config, {"data": {"workers": 2}}), 0, 10**6)

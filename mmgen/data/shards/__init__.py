@@ -1,1 +1,1 @@
-"""WebDataset shards: archives, stores, samples and indexes."""
+"""Access to WebDataset shards: archives, stores, samples and indexes."""

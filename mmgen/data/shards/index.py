@@ -1,7 +1,7 @@
-"""The index of a shard: where each sample is and how long its document is, without decoding anything again.
+"""The index of a shard: the offsets of its samples and the lengths of their documents.
 
-One safetensors file per shard, beside it or in the cache: columns per sample, member and segment, mapped into memory
-and read where needed. Names of columns: n samples, m members, s segments.
+An index is one safetensors file per shard, next to the shard or in the cache. It holds columns per sample, member and
+segment, which are mapped into memory. Suffixes of column names: n samples, m members, s segments.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from mmgen.config import DataConfig
+from mmgen.data.progress import Log, Progress, to_stderr
 from mmgen.data.shards import store
 from mmgen.data.shards.pictures import STORED, image_size, maker_of, open_stored
 from mmgen.data.shards.samples import (
@@ -44,46 +47,45 @@ SUFFIX = ".mmgen-index"
 TEXT, IMAGE = 0, 1
 """Kinds of segments; those of precomputed arrays have the numbers in `STORED`."""
 Ints = NDArray[np.int64]
-Tell = Callable[[int, int], None]
-"""Called with the number of shards done and of all shards."""
 
 
 def settings_of(data: DataConfig) -> str:
-    """What decides which samples of a shard are sound, and what their text is."""
+    """The settings that decide which samples of a shard are usable and what their text is, as one string."""
     return f"{VERSION} {data.captionless} {data.clean_captions} {data.limits.model_dump_json()}"
 
 
 def key_hash(shard: str, key: str) -> int:
-    """64 bits that identify a sample in fast keyed draws."""
+    """A 64-bit hash that identifies a sample in fast keyed draws."""
     return int.from_bytes(hashlib.blake2b(f"{shard}\0{key}".encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)
 class IndexMeta:
-    """What an index says of its shard as a whole."""
+    """Facts of a whole shard."""
 
     settings: str
-    """Of reading, as `settings_of` gives them."""
+    """The settings that the shard was read with (`settings_of`)."""
     stamp: str
+    """Size and version of the shard (`store.stamp`)."""
     sha256: str
     count: int
-    """Sound samples."""
+    """Number of usable samples."""
     extensions: list[str]
     bad: list[BadRecord]
     duplicates: list[str]
-    """Keys that occur again."""
+    """Keys that occur more than once."""
     pictures: int
-    """Images; precomputed arrays are not counted."""
+    """Number of images, without precomputed arrays."""
     stored: dict[str, list[str]]
-    """Kind of precomputed arrays to the fingerprints of what made them, empty where unknown."""
+    """Kind of precomputed arrays to the fingerprints of their makers; an unknown maker is an empty string."""
 
     def to_json(self) -> str:
-        """The text as the file has it."""
+        """The text that the index file stores."""
         return json.dumps(asdict(self))
 
     @classmethod
     def of_json(cls, text: str) -> IndexMeta:
-        """What `to_json` wrote, or the version before; raises KeyError or ValueError for anything else."""
+        """The facts from the output of `to_json`, also of version 2; raises KeyError or ValueError for other text."""
         read = json.loads(text)
         return cls(
             settings=read["settings"],
@@ -99,23 +101,23 @@ class IndexMeta:
 
 
 def _latents_of(autoencoders: list[str]) -> dict[str, list[str]]:
-    """Version 2 knew latents alone, by the fingerprints of their autoencoders."""
+    """`stored` of a version 2 index, which has only latents, under the fingerprints of their autoencoders."""
     return {"latent": autoencoders} if autoencoders else {}
 
 
 @dataclass(frozen=True)
 class SegmentFacts:
-    """What an index keeps of one segment."""
+    """The facts of one segment."""
 
     kind: int = TEXT
     height: int = 0
-    """In pixels, of an array in cells."""
+    """In pixels; of a precomputed array in cells."""
     width: int = 0
     learn: bool = True
     stored: str = ""
-    """Kind of a precomputed array."""
+    """Kind of a precomputed array; empty for text and images."""
     maker: str = ""
-    """Fingerprint of what made the array."""
+    """Fingerprint of the maker of a precomputed array."""
 
 
 class ShardIndex:
@@ -135,7 +137,7 @@ class ShardIndex:
         return name in self._header
 
     def column(self, name: str) -> NDArray[Any]:
-        """One column, without a copy."""
+        """The column of this name, without a copy."""
         if name in self._columns:
             return self._columns[name]
         facts = self._header[name]
@@ -146,17 +148,17 @@ class ShardIndex:
         return flat
 
     def columns(self) -> dict[str, NDArray[Any]]:
-        """All of them."""
+        """All columns by name."""
         return {name: self.column(name) for name in self._header}
 
     def key(self, i: int) -> str:
-        """Key of sample i."""
+        """The key of sample i."""
         ends = self.column("key_end_n")
         first = int(ends[i - 1]) if i else 0
         return bytes(self.column("key_bytes")[first : int(ends[i])]).decode()
 
     def members(self, i: int) -> list[tuple[str, int, int]]:
-        """(extension, offset, size) of the members of sample i."""
+        """(extension, offset in bytes, size in bytes) of each member of sample i."""
         ends = self.column("member_end_n")
         here = slice(int(ends[i - 1]) if i else 0, int(ends[i]))
         parts = (self.column(name)[here].tolist() for name in ("extension_m", "offset_m", "size_m"))
@@ -178,7 +180,7 @@ class Builder:
         self.extensions: dict[str, int] = {}
 
     def add(self, sample: Sample, group: Group, segments: list[SegmentFacts]) -> None:
-        """Append one sound sample and what is known of its segments."""
+        """Append one usable sample and the facts of its segments."""
         self.keys.append(sample.key.encode())
         self.hashes.append(key_hash(sample.shard, sample.key))
         self.paired.append(sample.paired)
@@ -191,7 +193,7 @@ class Builder:
         self.texts += texts_of(sample)
 
     def columns(self, tokenizer: Tokenizer) -> dict[str, NDArray[Any]]:
-        """All columns, text lengths in tokens of `tokenizer` among them."""
+        """All columns, including the text lengths in tokens of `tokenizer`."""
         member = np.array(self.member, dtype=np.int64).reshape(-1, 3)
         return {
             "key_bytes": np.frombuffer(b"".join(self.keys), dtype=np.uint8),
@@ -212,22 +214,22 @@ class Builder:
 
 
 def texts_of(sample: Sample) -> list[str]:
-    """The text of each segment, empty at images."""
+    """The text of each segment; empty for an image."""
     return [segment.text if isinstance(segment, Text) else "" for segment in sample.segments]
 
 
 def tokens_column(tokenizer: Tokenizer) -> str:
-    """Name of the column of text lengths in tokens of one tokenizer."""
+    """The name of the column of text lengths in tokens of one tokenizer."""
     return f"tokens_s:{tokenizer.fingerprint}"
 
 
 def token_lengths(texts: Sequence[str], tokenizer: Tokenizer) -> NDArray[np.int32]:
-    """Tokens of each text."""
+    """The number of tokens of each text."""
     return np.array([len(ids) for ids in tokenizer.encode_batch(texts)], dtype=np.int32)
 
 
 class _Hashing:
-    """A file read forward, hashed on the way."""
+    """A file that is read forward and hashed at the same time."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
@@ -239,13 +241,13 @@ class _Hashing:
 
 
 def cached_path(shard: str, cache_dir: Path) -> Path:
-    """Where the index of a shard is if not beside it."""
+    """The path in the cache for the index of a shard."""
     digest = hashlib.sha256(shard.encode()).hexdigest()[:32]
     return cache_dir.expanduser() / f"{store.name(shard)[:80]}-{digest}{SUFFIX}"
 
 
 def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
-    """Read a shard once and return its index as the bytes of a file."""
+    """Read a shard once; returns the bytes of its index file."""
     builder, bad, duplicates = Builder(), list[BadRecord](), list[str]()
     name, seen = store.name(shard), set[int]()
     stamp = store.stamp(shard)
@@ -253,6 +255,8 @@ def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
         file = _Hashing(plain)
         try:
             for group in groups(file, data.limits):
+                with _SAMPLES.get_lock():
+                    _SAMPLES.value += 1
                 hashed = key_hash(name, group.key)
                 if hashed in seen:
                     duplicates.append(group.key)
@@ -267,7 +271,7 @@ def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
         except Damaged as error:
             bad.append(BadRecord(name, error.key, damage(error)))
             try:
-                while file.read(1 << 20):  # the hash is that of the whole file
+                while file.read(1 << 20):  # the hash covers the whole file
                     pass
             except Damaged:
                 pass
@@ -287,12 +291,12 @@ def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
 
 
 def repeated(group: Group) -> str:
-    """Why a group is bad whose key occurred earlier in the shard."""
+    """The reason for a group whose key occurred earlier in the shard, not adjacent to this one."""
     return f"its key occurs again, apart from the first (members {sorted(group.members)})"
 
 
 def segment_facts(segment: Segment, data: DataConfig) -> SegmentFacts:
-    """What an index keeps of a segment; raises `BadSample`."""
+    """The facts of a segment; raises `BadSample`."""
     if isinstance(segment, Text):
         return SegmentFacts(learn=segment.learn)
     if not segment.stored:
@@ -308,14 +312,20 @@ def _file(columns: dict[str, NDArray[Any]], meta: IndexMeta) -> bytes:
 
 
 def _write(shard: str, cached: Path, content: bytes) -> Path:
-    """Put an index beside its shard, else into the cache; returns a local path."""
+    """Write an index next to its shard or, if that is not possible, into the cache; returns a local path."""
     try:
         if not store.is_url(shard):
             return _replace(Path(shard + SUFFIX), content)
         store.write(shard + SUFFIX, content)
-    except (OSError, NotImplementedError):  # a place where we may not write
+    except (OSError, NotImplementedError):  # the folder or store is read-only
         pass
-    return _replace(cached, content)
+    try:
+        return _replace(cached, content)
+    except OSError as error:
+        raise OSError(
+            f"the index of {shard} can be written neither next to it nor to {cached.parent} ({error.strerror}): set "
+            "data.cache_dir to a writable folder"
+        ) from None
 
 
 def _replace(path: Path, content: bytes) -> Path:
@@ -330,53 +340,53 @@ def _replace(path: Path, content: bytes) -> Path:
 
 
 def find(shard: str, data: DataConfig) -> ShardIndex | None:
-    """The index of a shard as it is now and as it would be read now, or None."""
+    """The index of a shard if it fits the present shard and the present settings, else None."""
     cached = cached_path(shard, data.cache_dir)
-    beside = Path(shard + SUFFIX)
+    adjacent = Path(shard + SUFFIX)
     if store.is_url(shard):
-        beside = cached
+        adjacent = cached
         if not cached.exists() and (content := store.fetch(shard + SUFFIX)):
             _replace(cached, content)
-    for path in (beside, cached):
+    for path in (adjacent, cached):
         try:
-            found = ShardIndex(path)
+            index = ShardIndex(path)
         except (OSError, ValueError, KeyError):  # absent, or cut short
             continue
-        if found.meta.settings == settings_of(data) and found.meta.stamp == store.stamp(shard):
-            return found
+        if index.meta.settings == settings_of(data) and index.meta.stamp == store.stamp(shard):
+            return index
     return None
 
 
 def ensure(shard: str, tokenizer: Tokenizer, data: DataConfig) -> ShardIndex:
-    """The index of a shard with text lengths of `tokenizer`, made or extended where it is missing."""
-    found, column = find(shard, data), tokens_column(tokenizer)
-    if found and column in found:
-        return found
-    if found is None:
+    """The index of a shard with text lengths of `tokenizer`; it is made or extended if necessary."""
+    index, column = find(shard, data), tokens_column(tokenizer)
+    if index and column in index:
+        return index
+    if index is None:
         content = build(shard, tokenizer, data)
     else:
         texts: list[str] = []
-        for i in range(found.count):
-            texts += texts_of(load(shard, found, i, data))
-        content = _file({**found.columns(), column: token_lengths(texts, tokenizer)}, found.meta)
+        for i in range(index.count):
+            texts += texts_of(load(shard, index, i, data))
+        content = _file({**index.columns(), column: token_lengths(texts, tokenizer)}, index.meta)
     return ShardIndex(_write(shard, cached_path(shard, data.cache_dir), content))
 
 
 def load(shard: str, index: ShardIndex, i: int, data: DataConfig) -> Sample:
-    """Sample i of a shard, its images still encoded; raises `BadSample` where it cannot be read any more."""
+    """Sample i of a shard, its images still encoded; raises `BadSample` if it can no longer be read."""
     listed, key = index.members(i), index.key(i)
     first, last = min(offset for _, offset, _ in listed), max(offset + size for _, offset, size in listed)
     try:
         if last - first <= 2 * sum(size for *_, size in listed) + 65536:
             span = store.read(shard, first, last, data.cache_dir, data.limits)
-            found = {name: span[offset - first : offset - first + size] for name, offset, size in listed}
+            contents = {name: span[offset - first : offset - first + size] for name, offset, size in listed}
         else:
-            found = {n: store.read(shard, o, o + size, data.cache_dir, data.limits) for n, o, size in listed}
+            contents = {n: store.read(shard, o, o + size, data.cache_dir, data.limits) for n, o, size in listed}
     except OSError as error:
         raise BadSample(f"shard cannot be read: {error}") from None
-    if any(len(found[name]) != size for name, _, size in listed):
-        raise BadSample("the shard is shorter than when it was indexed")
-    return assemble(store.name(shard), key, found, data)
+    if any(len(contents[name]) != size for name, _, size in listed):
+        raise BadSample("the shard is shorter than when it was indexed: index it again with `mmgen data index`")
+    return assemble(store.name(shard), key, contents, data)
 
 
 @dataclass(frozen=True)
@@ -386,6 +396,8 @@ class _Task:
 
 
 _TASK: list[_Task] = []
+_SAMPLES = get_context("fork").Value("q", 0)
+"""Samples that this process and its workers have indexed; for progress only."""
 
 
 def _ensure_in_worker(shard: str) -> str:
@@ -394,17 +406,23 @@ def _ensure_in_worker(shard: str) -> str:
 
 
 def ensure_all(
-    shards: Sequence[str], tokenizer: Tokenizer, data: DataConfig, workers: int = 0, tell: Tell | None = None
+    shards: Sequence[str], tokenizer: Tokenizer, data: DataConfig, workers: int = 0, log: Log = to_stderr
 ) -> None:
-    """Index all shards that need it, in `workers` processes; a second call continues where a first one stopped.
+    """Index all shards that need it, in `workers` processes; a second call continues where the first one stopped.
 
     Raises:
         FileNotFoundError, OSError: a shard cannot be reached.
+        ChildProcessError: a worker was killed.
     """
-    todo = [shard for shard in shards if (found := find(shard, data)) is None or tokens_column(tokenizer) not in found]
-    for done, _ in enumerate(_each(todo, tokenizer, data, workers), len(shards) - len(todo) + 1):
-        if tell:
-            tell(done, len(shards))
+    checked = Progress("looking for indexes", "shards", len(shards), log, quiet=True).over(shards)
+    todo = [shard for shard in checked if (index := find(shard, data)) is None or tokens_column(tokenizer) not in index]
+    if not todo:
+        return
+    before = _SAMPLES.value
+    with Progress("indexing", "shards", len(shards), log, done=len(shards) - len(todo)) as progress:
+        progress.detail = lambda: f"{_SAMPLES.value - before} samples"
+        for _ in progress.each(_each(todo, tokenizer, data, workers)):
+            pass
 
 
 def _each(todo: list[str], tokenizer: Tokenizer, data: DataConfig, workers: int) -> Iterator[str]:
@@ -413,6 +431,18 @@ def _each(todo: list[str], tokenizer: Tokenizer, data: DataConfig, workers: int)
         for shard in todo:
             yield _ensure_in_worker(shard)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+    with pool_of(workers) as pool:
         for future in as_completed([pool.submit(_ensure_in_worker, shard) for shard in todo]):
             yield future.result()
+
+
+@contextmanager
+def pool_of(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of forked processes; raises ChildProcessError if one of them is killed."""
+    try:
+        with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+            yield pool
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            f"one of {workers} worker processes was killed, probably because memory ran out: use fewer --workers"
+        ) from None

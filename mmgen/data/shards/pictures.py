@@ -1,26 +1,41 @@
-"""What pictures of shards hold: encoded images, and precomputed arrays that stand for images."""
+"""Decoding the images of shards, and the precomputed arrays (latents, codes) that replace them."""
 
 from __future__ import annotations
 
 import io
 import json
 import struct
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mmgen.config import LimitsConfig, PatcherConfig
 from mmgen.data.shards.samples import BadSample, Picture
 from mmgen.image.resize import upright_size
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-# What Pillow's decoders raise for damaged or oversized data.
-UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# Exceptions that Pillow's decoders raise for damaged or oversized data.
+UNDECODABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+# Warnings about damaged metadata and large images repeat, in other words, the reasons that bad samples have.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
@@ -28,21 +43,21 @@ class StoredKind:
     """A kind of precomputed array. The last two axes of an array are height and width in cells."""
 
     number: int
-    """In the column `kind_s` of an index, where 0 is text and 1 an image."""
+    """Its number in the column `kind_s` of an index, in which 0 is text and 1 an image."""
     plural: str
-    """Its arrays in messages."""
+    """Its name in messages."""
     form: str
-    """What an array looks like, in messages."""
+    """Type and shape of an array, for messages."""
     matches: Callable[[NDArray[Any]], bool]
-    """Whether an array is of this kind."""
+    """Returns whether an array is of this kind."""
     dtype: type[np.generic]
     """Type of the opened array."""
     cell_pixels: Callable[[PatcherConfig], int]
-    """Pixels of the image that one cell stands for, on each axis."""
+    """Returns the side in pixels of the image region that one cell represents."""
     maker: str
-    """Key of the safetensors header under which the writer notes a fingerprint of what made the array."""
+    """Key of the safetensors header that holds a fingerprint of the array's maker."""
     remedy: str = ""
-    """What a user whose patcher does not take these arrays may do, in front of "name shards of another kind"."""
+    """A remedy for a patcher that does not accept these arrays, printed before "name shards of another kind"."""
 
 
 STORED = {
@@ -66,12 +81,12 @@ STORED = {
         "image_tokenizer",
     ),
 }
-"""Latents of an autoencoder; codes of a discrete image tokenizer, one per patch."""
+"""Kinds of precomputed arrays: latents of an autoencoder; codes of a discrete image tokenizer, one per patch."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An opened array and its kind."""
+    """A precomputed array and its kind."""
 
     kind: str
     array: NDArray[Any]
@@ -84,7 +99,7 @@ class Stored:
 
 
 def image_size(picture: Picture, limits: LimitsConfig) -> tuple[int, int]:
-    """(height, width) of an image in pixels, from its header, or of an array in cells; raises `BadSample`."""
+    """(height, width) of an image in pixels, read from its header, or of an array in cells; raises `BadSample`."""
     if picture.stored:
         return open_stored(picture.data).size
     return upright_size(_header(picture.data, limits))
@@ -102,11 +117,19 @@ def _header(data: bytes, limits: LimitsConfig) -> Image.Image:
     except BadSample:
         raise
     except UNDECODABLE as error:
-        raise BadSample(f"image cannot be decoded: {error}") from None
+        raise BadSample(undecodable(error)) from None
+
+
+def undecodable(error: Exception, formats: Sequence[str] = FORMATS) -> str:
+    """The reason for an image on which Pillow raised `error`."""
+    if isinstance(error, UnidentifiedImageError):  # its message is the address of a Python object
+        known = f", or not one of {', '.join(formats)}" if formats else ""
+        return f"image cannot be decoded: its header is damaged{known}"
+    return f"image cannot be decoded: {error or type(error).__name__}"
 
 
 def open_image(data: bytes, limits: LimitsConfig | None = None, draft: Any = None) -> Image.Image:
-    """Decode an image, after `draft` was called with it; raises `BadSample` with the reason."""
+    """Decode an image; `draft` is called with it before. Raises `BadSample` with the reason."""
     image = _header(data, limits or LimitsConfig())
     try:
         if draft:
@@ -114,22 +137,22 @@ def open_image(data: bytes, limits: LimitsConfig | None = None, draft: Any = Non
         image.load()
         return image
     except UNDECODABLE as error:
-        raise BadSample(f"image cannot be decoded: {error}") from None
+        raise BadSample(undecodable(error)) from None
 
 
 def _numpy(file: io.BytesIO) -> NDArray[Any]:
-    """A `.npy` array of plain numbers; nothing is allocated that the file does not hold."""
+    """A `.npy` array of plain numbers. Memory is allocated for the file's bytes, not for the shape in its header."""
     form = np.lib.format
     header = form.read_array_header_1_0 if form.read_magic(file) == (1, 0) else form.read_array_header_2_0
     shape, fortran, dtype = header(file)
     if dtype.hasobject:
-        raise ValueError("it holds Python objects")
+        raise ValueError("it holds Python objects, which are not loaded")
     array = np.frombuffer(file.read(), dtype=dtype)
     return array.reshape(shape, order="F" if fortran else "C")
 
 
 def _array(data: bytes) -> NDArray[Any]:
-    """The array of a `.npy` or `.safetensors` file; of several tensors one named after a kind, else the first."""
+    """The array of a `.npy` or `.safetensors` file; among several tensors, one named like a kind, else the first."""
     if data[:6] == b"\x93NUMPY":
         return _numpy(io.BytesIO(data))
     from safetensors.numpy import load
@@ -141,11 +164,11 @@ def _array(data: bytes) -> NDArray[Any]:
 
 
 def open_stored(data: bytes) -> Stored:
-    """A precomputed array, in the type of its kind; raises `BadSample`."""
+    """A precomputed array in the type of its kind; raises `BadSample`."""
     try:
         array = _array(data)
-    except Exception as error:  # safetensors' own error, and whatever a hostile header sets off
-        raise BadSample(f"array cannot be read: {error}") from None
+    except Exception as error:  # safetensors has its own error, and a hostile header causes many others
+        raise BadSample(f"array cannot be read: {error or 'it holds no tensor'}") from None
     kind = next((name for name, kind in STORED.items() if kind.matches(array)), None)
     if kind is None:
         known = ", ".join(f"{kind.form} ({name})" for name, kind in STORED.items())
@@ -153,13 +176,15 @@ def open_stored(data: bytes) -> Stored:
     array = array.astype(STORED[kind].dtype)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise BadSample(f"{kind} holds values that are not finite")
-    if array.dtype.kind == "i" and array.min(initial=0) < 0:  # also what does not fit into 64 bits with a sign
+    if (
+        array.dtype.kind == "i" and array.min(initial=0) < 0
+    ):  # also unsigned values that overflow a signed 64-bit number
         raise BadSample(f"{kind} holds values that are negative or too large")
     return Stored(kind, array)
 
 
 def maker_of(picture: Picture, kind: str) -> str:
-    """Fingerprint of what made an array, as its safetensors header notes it; empty where it notes none."""
+    """Fingerprint of an array's maker from its safetensors header; empty if the header has none."""
     try:
         header = json.loads(picture.data[8 : 8 + int.from_bytes(picture.data[:8], "little")])
         return str(header["__metadata__"][STORED[kind].maker])

@@ -1,4 +1,4 @@
-"""Samples out of WebDataset shards: grouping of members, and what a group means as a document."""
+"""Samples of WebDataset shards: grouping the members of an archive, and reading a group as a document."""
 
 from __future__ import annotations
 
@@ -25,39 +25,44 @@ USED = (*IMAGES, *ARRAYS, *TEXTS)
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A sample that cannot be used, and why."""
+    """A sample that cannot be used, and the reason."""
 
     shard: str
     key: str
     reason: str
 
+    @property
+    def name(self) -> str:
+        """Shard and key, as messages print them; a damaged shard may have no key."""
+        return f"{self.shard}/{self.key}" if self.key else self.shard
+
     def as_dict(self) -> dict[str, str]:
-        """For JSON."""
+        """The fields as a dictionary, for JSON."""
         return asdict(self)
 
 
 class BadSample(ValueError):
-    """One sample that cannot be used; the run goes on without it."""
+    """Raised for one sample that cannot be used; the run continues without it."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A stretch of text."""
+    """A segment of text."""
 
     text: str
     learn: bool = True
-    """Its tokens have a loss."""
+    """Whether its tokens have a loss."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image, or an array that stands for one, still encoded."""
+    """An image or a precomputed array, still encoded."""
 
     data: bytes
     stored: bool = False
-    """It is a precomputed array (`pictures.STORED`)."""
+    """Whether it is a precomputed array (`pictures.STORED`)."""
     learn: bool = True
-    """It has a loss; else it is context for what follows."""
+    """Whether it has a loss; without one it is context for later segments."""
 
 
 Segment = Text | Picture
@@ -65,43 +70,44 @@ Segment = Text | Picture
 
 @dataclass(frozen=True)
 class Sample:
-    """One member group of a shard; its images are still encoded."""
+    """One sample of a shard; its images are still encoded."""
 
     shard: str
     key: str
     segments: tuple[Segment, ...]
     """Text and images in their order."""
     paired: bool = False
-    """An image and its caption, whose order the run chooses."""
+    """Whether it is an image and its caption, whose order the run chooses."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """The `.json` member, where it is an object."""
+    """The `.json` member, if it is an object."""
 
     @property
     def name(self) -> str:
-        """Shard and key, as messages name it."""
+        """Shard and key, as messages print them."""
         return f"{self.shard}/{self.key}"
 
     @property
     def caption(self) -> str:
-        """All its text."""
+        """All its text, segments joined by line breaks."""
         return "\n".join(segment.text for segment in self.segments if isinstance(segment, Text))
 
     @property
     def image(self) -> bytes | None:
-        """Its first image."""
+        """The bytes of its first image, or None."""
         return next((s.data for s in self.segments if isinstance(s, Picture) and not s.stored), None)
 
 
 @dataclass
 class Group:
-    """Adjacent members of one key: extension to member."""
+    """Adjacent members of one key."""
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
+    """Extension to member."""
     others: list[str] = field(default_factory=list)
-    """Extensions that mean nothing here."""
+    """Extensions that mmgen ignores."""
     reason: str = ""
-    """Why the group cannot be used."""
+    """Why the group cannot be used; empty if it can."""
 
     @property
     def data(self) -> dict[str, bytes]:
@@ -110,26 +116,26 @@ class Group:
 
 
 def split_name(path: str) -> tuple[str, str] | None:
-    """Key and extension of a member: cut at the first dot of the file name, as webdataset does."""
+    """Key and extension of a member, split at the first dot of the file name, as webdataset does."""
     folder, slash, file = path.rpartition("/")
     stem, dot, extension = file.partition(".")
     return (folder + slash + stem, extension.lower()) if stem and dot else None
 
 
 def is_used(path: str) -> bool:
-    """Whether a member can be part of a document."""
+    """Whether a member of this name can be part of a document."""
     parts = split_name(path)
     return parts is not None and parts[1].rsplit(".", 1)[-1] in USED
 
 
 def groups(file: Any, limits: LimitsConfig) -> Iterator[Group]:
-    """Groups of adjacent members, in the order of the archive.
+    """Groups of adjacent members in the order of the archive.
 
     Raises:
-        Damaged: it cannot be read further; the group that was open is lost with it and named as the error's `key`.
+        Damaged: the archive cannot be read further. The group that was being read is lost; the error's `key` names it.
     """
     group: Group | None = None
-    held = 0
+    size = 0
     source = members(file, is_used, limits.member_bytes)
     while True:
         try:
@@ -146,17 +152,19 @@ def groups(file: Any, limits: LimitsConfig) -> Iterator[Group]:
         if member is None or parts is None:
             return
         if group is None:
-            group, held = Group(parts[0]), 0
+            group, size = Group(parts[0]), 0
         if not is_used(member.name):
             group.others.append(parts[1])
             continue
-        held += member.size
+        size += member.size
         if parts[1] in group.members:
             group.reason = group.reason or f"it has two members .{parts[1]}"
         elif member.reason:
             group.reason = group.reason or f".{parts[1]}: {member.reason}"
-        elif held > limits.member_bytes:
-            group.reason = group.reason or f"its members hold more than {limits.member_bytes} bytes"
+        elif size > limits.member_bytes:
+            group.reason = (
+                group.reason or f"its members hold more than {limits.member_bytes} bytes (data.limits.member_bytes)"
+            )
         else:
             group.members[parts[1]] = member
 
@@ -164,11 +172,11 @@ def groups(file: Any, limits: LimitsConfig) -> Iterator[Group]:
 def read(patterns: Patterns, bad: list[BadRecord] | None = None, data: DataConfig | None = None) -> Iterator[Sample]:
     """Yield the samples of all shards in their order.
 
-    A group that cannot be used, or what is lost of a damaged shard, is appended to `bad` and skipped; with `bad`
-    absent it raises.
+    A group that cannot be used and the damage of a shard are appended to `bad` and skipped. Without `bad` they raise.
 
     Raises:
-        FileNotFoundError, ValueError: a shard is missing or, without `bad`, is not a readable tar file.
+        FileNotFoundError: a shard does not exist.
+        ValueError: without `bad`, a shard or a sample cannot be read.
     """
     data = data or DataConfig()
     for shard in expand(patterns):
@@ -189,18 +197,18 @@ def read(patterns: Patterns, bad: list[BadRecord] | None = None, data: DataConfi
 
 
 def worst_shards(quarantine: Path, most: int = 3) -> str:
-    """The shards that lost most samples, with their numbers, from a run's `quarantine.jsonl`."""
+    """The shards with the most bad samples and their counts, from a run's `quarantine.jsonl`."""
     counts = Counter(json.loads(line)["shard"] for line in quarantine.read_text().splitlines())
     return ", ".join(f"{shard}: {count}" for shard, count in counts.most_common(most))
 
 
 def damage(error: Damaged) -> str:
-    """What a damaged shard has lost, and the remedy."""
+    """The reason for a damaged shard, with the remedy."""
     return f"cannot be read to its end ({error}): fetch or write it again"
 
 
 def parse(shard: str, group: Group, data: DataConfig) -> Sample:
-    """One group as a `Sample`; raises `BadSample`."""
+    """The sample of a group; raises `BadSample`."""
     if group.reason:
         raise BadSample(group.reason)
     if not group.members:
@@ -208,24 +216,24 @@ def parse(shard: str, group: Group, data: DataConfig) -> Sample:
     return assemble(shard, group.key, group.data, data)
 
 
-def assemble(shard: str, key: str, found: Mapping[str, bytes], data: DataConfig) -> Sample:
-    """What the members of a key (extension to bytes) say as a document; raises `BadSample`."""
-    loaded = _json(found["json"]) if "json" in found else {}
+def assemble(shard: str, key: str, contents: Mapping[str, bytes], data: DataConfig) -> Sample:
+    """The sample of the members of a key (extension to bytes); raises `BadSample`."""
+    loaded = _json(contents["json"]) if "json" in contents else {}
     if isinstance(loaded, list):
-        return Sample(shard, key, _interleaved(loaded, key, found, data))
+        return Sample(shard, key, _interleaved(loaded, key, contents, data))
     meta = loaded if isinstance(loaded, dict) else {}
     caption = meta.get("caption")
-    if "txt" in found:
+    if "txt" in contents:
         try:
-            caption = found["txt"].decode("utf-8")
-        except ValueError as error:
-            raise BadSample(f"caption cannot be read: {error}") from None
+            caption = contents["txt"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample(f"caption cannot be read: .txt is not UTF-8 ({position(error)})") from None
     caption = "" if caption is None else _clean(caption, data)
-    array = next((found[name] for name in found if name.rsplit(".", 1)[-1] in ARRAYS), None)
-    image = next((found[name] for name in IMAGES if name in found), None)
+    array = next((contents[name] for name in contents if name.rsplit(".", 1)[-1] in ARRAYS), None)
+    image = next((contents[name] for name in IMAGES if name in contents), None)
     if image is None and array is None:
         if not caption:
-            raise BadSample(f"neither an image ({', '.join(IMAGES)}) nor text among members {sorted(found)}")
+            raise BadSample(f"neither an image ({', '.join(IMAGES)}) nor text among members {sorted(contents)}")
         return Sample(shard, key, (Text(caption),), meta=meta)
     picture = Picture(image or b"") if array is None else Picture(array, stored=True)
     if not picture.data:
@@ -238,14 +246,21 @@ def assemble(shard: str, key: str, found: Mapping[str, bytes], data: DataConfig)
 def _json(data: bytes) -> Any:
     try:
         return json.loads(data)
+    except UnicodeDecodeError as error:
+        raise BadSample(f"caption cannot be read: .json is not UTF-8 ({position(error)})") from None
     except (ValueError, RecursionError) as error:
-        raise BadSample(f"caption cannot be read: {error}") from None
+        raise BadSample(f"caption cannot be read: .json is not valid JSON ({error})") from None
 
 
-def _interleaved(listed: list[Any], key: str, found: Mapping[str, bytes], data: DataConfig) -> tuple[Segment, ...]:
-    """Segments of a `.json` list: a text, `{"text": ...}`, or `{"image": member}` with a member of the same key.
+def position(error: UnicodeDecodeError) -> str:
+    """The byte that cannot be decoded, and its position, for messages."""
+    return f"byte {error.object[error.start]:#04x} at position {error.start}"
 
-    An object may say `"learn": false`: the segment is given, and has no loss.
+
+def _interleaved(listed: list[Any], key: str, contents: Mapping[str, bytes], data: DataConfig) -> tuple[Segment, ...]:
+    """The segments of a `.json` list: a text, `{"text": ...}`, or `{"image": member}` with a member of the same key.
+
+    With `"learn": false` in such an object, the segment has no loss.
     """
     segments: list[Segment] = []
     for item in listed:
@@ -256,16 +271,16 @@ def _interleaved(listed: list[Any], key: str, found: Mapping[str, bytes], data: 
         if isinstance(image, str):
             extension = (split_name(image) or ("", image))[1] if image.startswith(key + ".") else image
             kind = extension.lower().rsplit(".", 1)[-1]
-            if extension.lower() not in found or kind not in (*IMAGES, *ARRAYS):
-                raise BadSample(f"segment {image!r} is no image among members {sorted(found)}")
-            segments.append(Picture(found[extension.lower()], kind in ARRAYS, learn))
+            if extension.lower() not in contents or kind not in (*IMAGES, *ARRAYS):
+                raise BadSample(f"segment {image!r} names no image among members {sorted(contents)}")
+            segments.append(Picture(contents[extension.lower()], kind in ARRAYS, learn))
         elif text is not None:
             if cleaned := _clean(text, data):
                 segments.append(Text(cleaned, learn))
         else:
             raise BadSample('a segment is neither text nor {"image": member}')
     if not segments:
-        raise BadSample("a list of no segments")
+        raise BadSample("its list of segments is empty")
     if not any(segment.learn for segment in segments):
         raise BadSample('nothing in it is learned: every segment has "learn": false')
     if sum(len(segment.text) for segment in segments if isinstance(segment, Text)) > data.limits.caption_chars:
@@ -277,14 +292,17 @@ def _clean(caption: object, data: DataConfig) -> str:
     if not isinstance(caption, str):
         raise BadSample(f"caption is {type(caption).__name__}, not text")
     if len(caption) > data.limits.caption_chars:
-        raise BadSample(f"caption of {len(caption)} characters (data.limits.caption_chars)")
-    # A lone surrogate, which JSON can spell, is no text: no tokenizer takes it.
+        raise BadSample(
+            f"caption of {len(caption)} characters is longer than {data.limits.caption_chars} "
+            "(data.limits.caption_chars)"
+        )
+    # JSON can contain a lone surrogate, which is not valid text for a tokenizer.
     caption = caption.encode("utf-8", "replace").decode("utf-8")
     return clean(caption) if data.clean_captions else caption.strip()
 
 
 def clean(caption: str) -> str:
-    """A caption from the web without HTML, links, control characters and repeated white space."""
+    """A caption without HTML, links, control characters and repeated white space."""
     caption = re.sub(r"<[^<>]{0,1000}>", " ", unescape(unescape(caption)))
     caption = re.sub(r"(?:https?://|www\.)\S+", " ", unicodedata.normalize("NFC", caption))
     letters = (letter if letter.isspace() or unicodedata.category(letter)[0] != "C" else "" for letter in caption)

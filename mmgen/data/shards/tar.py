@@ -1,7 +1,7 @@
-"""A tar reader for archives that are not trusted.
+"""A tar reader for untrusted archives.
 
-It reads forward, trusts no length, follows no link and hands out bytes: no path of an archive ever reaches the
-disk. ustar, GNU and pax archives are understood; links, devices and sparse members are named and left out.
+It reads forward, checks every length, follows no link and returns bytes: no path of an archive is written to disk. It
+reads ustar, GNU and pax archives. Links, devices and sparse members are reported and left out.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Protocol
 BLOCK = 512
 CHUNK = 1 << 20
 HEADER_BYTES = 1 << 20
-"""Largest extended header; real ones hold a path."""
+"""Largest size of an extended header; a legitimate one holds a path."""
 REGULAR = b"0\x007"
 KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
 
 
 class Damaged(ValueError):
-    """An archive that cannot be read beyond this point; what came before it is sound."""
+    """Raised for an archive that cannot be read further; earlier members are intact."""
 
     key = ""
-    """The sample that was being read, where there was one."""
+    """The key of the sample that was being read, if any."""
 
 
 class Readable(Protocol):
-    """What the reader needs of a file."""
+    """A file that can be read forward."""
 
     def read(self, size: int, /) -> bytes:
-        """Up to `size` bytes, none at the end."""
+        """Up to `size` bytes; empty at the end."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,22 @@ class Member:
 
     name: str
     offset: int
-    """Of its first byte in the uncompressed archive."""
+    """Offset of its first byte in the decompressed archive."""
     size: int
     data: bytes | None = None
-    """Its bytes, where they were wanted."""
+    """Its bytes, if they were requested."""
     reason: str = ""
-    """Why it has no bytes although they were wanted."""
+    """Why it has no bytes although they were requested."""
 
 
 class _Forward:
-    """A file read forward, with its offset."""
+    """A file that is read forward, with its offset."""
 
     def __init__(self, file: Readable) -> None:
         self.file, self.offset = file, 0
 
     def take(self, size: int) -> bytes:
-        """Exactly `size` bytes, or fewer at the end."""
+        """Exactly `size` bytes; fewer at the end."""
         parts = []
         while size > 0:
             part = self.file.read(min(size, CHUNK))
@@ -65,7 +65,7 @@ class _Forward:
         return b"".join(parts)
 
     def whole(self, size: int, what: str) -> bytes:
-        """`size` bytes of content without the padding behind them, which is read too."""
+        """`size` bytes of content; the padding after them is read and dropped."""
         data = self.take(size)
         if len(data) < size:
             raise Damaged(f"it ends inside {what}")
@@ -82,13 +82,13 @@ class _Forward:
 
 
 def members(file: Readable, wanted: Callable[[str], bool], most: int) -> Iterator[Member]:
-    """The regular members of an archive in their order; others that are wanted come with the reason they are left out.
+    """The regular members of an archive in their order; other members whose name is `wanted` have a `reason`.
 
-    Bytes are read only of members whose name is `wanted` and that hold at most `most` bytes, so at most that
-    much is in memory. The file is read to its end.
+    Bytes are read only for members whose name is `wanted` and that have at most `most` bytes, so memory is limited to
+    `most`. The file is read to its end.
 
     Raises:
-        Damaged: a header is wrong, the archive ends early, or something follows its end mark.
+        Damaged: a header is wrong, the archive ends early, or there is data after its end mark.
     """
     source = _Forward(file)
     fixed: dict[str, str] = {}
@@ -96,7 +96,7 @@ def members(file: Readable, wanted: Callable[[str], bool], most: int) -> Iterato
     while True:
         header = source.take(BLOCK)
         if not header:
-            raise Damaged(f"no end mark at {source.offset} bytes")
+            raise Damaged(f"no end mark at byte {source.offset}")
         if len(header) < BLOCK:
             raise Damaged("it ends inside a header")
         if not any(header):
@@ -107,8 +107,8 @@ def members(file: Readable, wanted: Callable[[str], bool], most: int) -> Iterato
         if kind in b"LKxgX":
             if size > HEADER_BYTES:
                 raise Damaged(f"an extended header of {size} bytes")
-            found = _extended(kind, source.whole(size, "an extended header"))
-            (fixed if kind == b"g" else once).update(found)
+            records = _extended(kind, source.whole(size, "an extended header"))
+            (fixed if kind == b"g" else once).update(records)
             continue
         fields = {**fixed, **once}
         once = {}
@@ -138,22 +138,24 @@ def members(file: Readable, wanted: Callable[[str], bool], most: int) -> Iterato
 
 
 def _expect_zeros(source: _Forward) -> None:
-    """Read what follows the end mark; a second archive there would be lost in silence."""
+    """Read the rest of the file after the end mark; a second archive there would be lost silently."""
     while part := source.take(CHUNK):
         if part.count(0) != len(part):
-            raise Damaged(f"data behind the end mark, before {source.offset} bytes")
+            raise Damaged(f"there is data after the end mark, before byte {source.offset}")
 
 
 def _check_sum(header: bytes, offset: int) -> None:
     blank = header[:148] + b" " * 8 + header[156:]
     total = sum(blank)
     signed = total - 256 * sum(byte > 127 for byte in blank)
-    if header[148:149] >= b"\x80" or _number(header[148:156]) not in (total, signed):
-        raise Damaged(f"no tar header at {offset} bytes")
+    digits = header[148:156].split(b"\0", 1)[0].strip()
+    octal = all(byte in b"01234567" for byte in digits)
+    if not octal or int(digits or b"0", 8) not in (total, signed):
+        raise Damaged(f"no tar header at byte {offset}")
 
 
 def _number(field: bytes) -> int:
-    """An octal number, or a binary one where the first bit is set."""
+    """The value of a numeric field: octal text, or binary if the first bit is set."""
     if field[0] & 0x80:
         value = int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
         if field[0] & 0x40:

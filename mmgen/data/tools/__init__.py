@@ -1,1 +1,1 @@
-"""What the `mmgen data` commands do."""
+"""The commands `mmgen data check`, `show`, `buckets` and `index`."""

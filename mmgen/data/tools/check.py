@@ -1,6 +1,6 @@
-"""`mmgen data check`: what is in the shards, what is lost, and whether the order keeps its promises.
+"""`mmgen data check`: the content of shards, their bad samples, and whether the order of documents keeps its promises.
 
-The checks of the order run the planner as every rank would; `FAULTS` make it wrong, to see them fail.
+The order is checked by running the planner as each rank does. `FAULTS` break it, to show that the checks fail.
 """
 
 from __future__ import annotations
@@ -8,22 +8,23 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from mmgen.config import Config
+from mmgen.data.dataset import Overlong, overlong_remedy
 from mmgen.data.loader import Corpus, planned_steps
 from mmgen.data.order import Plan, PlannedRow, Position
+from mmgen.data.progress import Log, Progress
 from mmgen.data.shards import store
-from mmgen.data.shards.index import ensure, ensure_all
+from mmgen.data.shards.index import ensure, ensure_all, pool_of
 from mmgen.data.shards.samples import BadRecord, BadSample
 from mmgen.data.shards.store import Patterns, expand
+from mmgen.data.tools.findings import folded, folded_bad, folded_overlong
 from mmgen.image.latent import AutoencoderFacts
 from mmgen.sequence.tokenizer import Tokenizer
 
@@ -31,20 +32,22 @@ FAULTS = ("per_rank_seed", "dropped_carry", "off_by_one", "duplicated_shard")
 WORLDS = (1, 2, 3, 4)
 STEPS = 24
 """Global steps that are compared between numbers of ranks."""
+RESUMES = (1, STEPS // 2, STEPS - 1)
+"""Steps at which a run is resumed."""
 COVERED = 1 << 20
-"""Documents of an epoch that are counted one by one."""
-FINDINGS = {
-    "duplicate_keys": "duplicate",
-    "duplicate_shards": "the same bytes as an earlier shard",
-    "unused_shards": "unused",
-}
+"""Number of documents of an epoch that are counted individually."""
+SPAN = 256
+"""Samples that a worker decodes before it returns."""
 SHOWN_KEYS = 1000
-"""Duplicate keys that a report names."""
-Tell = Callable[[str], None]
+"""Largest number of duplicate keys and overlong documents in the lists of `--json`."""
+SAME_NAMES = (
+    "Samples with equal shard names and keys share their random draws: give the shards of each folder another name "
+    "(`--name` of data_prep), or name each shard once"
+)
 
 
 class _Dropping(Plan):
-    """A fault: what a window leaves over is not carried into the next step."""
+    """A fault: the last row of each window is dropped."""
 
     def packed(self, epoch: int, window: int) -> list[PlannedRow]:
         return super().packed(epoch, window)[:-1]
@@ -54,26 +57,28 @@ class _Dropping(Plan):
 class CheckOptions:
     """How shards are checked."""
 
-    tell: Tell = lambda line: None
-    """Called with a line of progress."""
+    log: Log = lambda line: None
+    """Called with each line of progress."""
     decode: bool = True
-    """Decode every sample."""
+    """Whether every sample is decoded."""
     inject: str | None = None
     """One of `FAULTS`."""
     workers: int = 1
     world: int = 8
-    """Ranks whose shares are balanced."""
+    """Number of ranks whose shares are compared."""
     autoencoder: AutoencoderFacts | None = None
-    """What is known of the autoencoder of stored latents."""
+    """Facts of the autoencoder of stored latents."""
 
     def __post_init__(self) -> None:
         if self.inject is not None and self.inject not in FAULTS:
             raise ValueError(f"unknown fault '{self.inject}' (one of: {', '.join(FAULTS)})")
+        if self.world < 1:
+            raise ValueError(f"--world is {self.world}: it must be at least 1")
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What the samples hold."""
+    """Sums over all samples."""
 
     text_tokens: int
     images: int
@@ -82,22 +87,23 @@ class Totals:
 
 @dataclass(frozen=True)
 class Promises:
-    """What holds of the order in which documents are read."""
+    """Which promises of the order of documents are kept."""
 
     coverage_exact: bool
-    """Every epoch holds each sample once."""
+    """An epoch contains each sample once."""
     same_for_any_world: bool
+    """The order is the same for any number of ranks."""
     same_after_resume: bool
 
     @property
     def kept(self) -> bool:
-        """All of them hold."""
+        """Whether all of them are kept."""
         return self.coverage_exact and self.same_for_any_world and self.same_after_resume
 
 
 @dataclass(frozen=True)
 class Balance:
-    """How full the rows of an epoch are, and how even the shares of ranks."""
+    """How full the rows of an epoch are, and how equal the shares of the ranks."""
 
     rows: int
     fill: float
@@ -109,7 +115,7 @@ class Balance:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(ABC):
-    """What `mmgen data check` finds, however shards are read."""
+    """The findings of `mmgen data check`, for indexed shards and for streams."""
 
     samples: int
     shards: int
@@ -117,22 +123,26 @@ class Report(ABC):
     promises: Promises
     bad_samples: list[BadRecord]
     duplicate_keys: list[str]
+    overlong: list[Overlong]
+    """Documents that are longer than a row and would stop a run."""
+    overlong_remedy: str
 
     @property
     def holds(self) -> bool:
-        """Nothing is bad."""
-        return not self.bad_samples and not self.duplicate_keys and self.promises.kept
+        """Whether no problem was found."""
+        return not (self.bad_samples or self.duplicate_keys or self.overlong) and self.promises.kept
 
     @abstractmethod
     def details(self) -> dict[str, object]:
-        """Further figures."""
+        """Further figures by name."""
 
     def figures(self) -> dict[str, object]:
-        """Numbers and verdicts as one flat object."""
+        """All figures and verdicts as one flat dictionary."""
         return {
             "samples": self.samples,
             "bad": len(self.bad_samples),
             "duplicates": len(self.duplicate_keys),
+            "overlong": len(self.overlong),
             "shards": self.shards,
             "fingerprint": self.fingerprint,
             **self.details(),
@@ -141,24 +151,28 @@ class Report(ABC):
         }
 
     def lists(self) -> dict[str, list[str]]:
-        """Names of shards and keys that were found, by what was found."""
+        """Kind of finding to the names of its shards or keys."""
         return {"duplicate_keys": self.duplicate_keys[:SHOWN_KEYS]}
 
     def findings(self) -> Iterator[str]:
-        """What was found, a line each."""
-        for bad in self.bad_samples:
-            yield f"bad: {bad.shard}/{bad.key}: {bad.reason}"
-        for found, names in self.lists().items():
-            yield from (f"{FINDINGS[found]}: {name}" for name in names)
+        """The problems as lines for people: one line for each kind, with a count and examples."""
+        yield from folded_bad(self.bad_samples)
+        yield from folded("duplicate key", "duplicate keys", self.duplicate_keys, SAME_NAMES)
+        yield from folded_overlong(self.overlong, self.overlong_remedy)
 
     def as_dict(self) -> dict[str, object]:
-        """All of it for JSON."""
-        return {**self.figures(), "bad_samples": [bad.as_dict() for bad in self.bad_samples], **self.lists()}
+        """The whole report, for JSON."""
+        return {
+            **self.figures(),
+            "bad_samples": [bad.as_dict() for bad in self.bad_samples],
+            "overlong_documents": [asdict(document) for document in self.overlong[:SHOWN_KEYS]],
+            **self.lists(),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport(Report):
-    """Of shards that have an index."""
+    """The findings for shards that have an index."""
 
     totals: Totals
     balance: Balance
@@ -176,45 +190,59 @@ class CheckReport(Report):
         shards = {"duplicate_shards": self.duplicate_shards, "unused_shards": self.unused_shards}
         return {**super().lists(), **shards}
 
+    def findings(self) -> Iterator[str]:
+        yield from super().findings()
+        yield from folded(
+            "shard has the bytes of an earlier shard",
+            "shards have the bytes of an earlier shard",
+            self.duplicate_shards,
+        )
+        yield from folded(
+            "shard of these folders is named by no setting",
+            "shards of these folders are named by no setting",
+            self.unused_shards,
+        )
+
 
 def check(patterns: Patterns, tokenizer: Tokenizer, config: Config, options: CheckOptions) -> CheckReport:
-    """What is in some shards, what is lost, and whether the order keeps its promises.
+    """Check the content of shards, and whether the order of their documents keeps its promises.
+
+    Documents that are longer than a row are reported, and planned with the length of a row.
 
     Raises:
-        ValueError, FileNotFoundError: a missing shard, or no usable sample at all.
+        FileNotFoundError: a shard does not exist.
+        ValueError: there is no usable sample.
     """
-    shards, tell = expand(patterns), options.tell
+    shards, log = expand(patterns), options.log
     if options.inject == "duplicated_shard":
         patterns = [*patterns, shards[0]]
     config = config.model_copy(update={"data": config.data.model_copy(update={"cache_bytes": 0})})
-    ensure_all(shards, tokenizer, config.data, options.workers, _indexing(tell))
-    corpus = Corpus(patterns, tokenizer, config, options.autoencoder)
+    ensure_all(shards, tokenizer, config.data, options.workers, log)
+    corpus = Corpus(patterns, tokenizer, config, options.autoencoder, cut_overlong=True)
     bad = list(corpus.bad)
     if options.decode:
-        bad += undecodable(corpus, options.workers, tell)
-    seen, epoch = _epoch(_plan(corpus, 0, options.inject))
+        bad += undecodable(corpus, options.workers, log)
+    seen, epoch = _epoch(_plan(corpus, 0, options.inject), log)
     return CheckReport(
         samples=len(corpus.samples),
         shards=len(corpus.dataset.shards),
         fingerprint=corpus.dataset.fingerprint,
         totals=totals(corpus),
         promises=Promises(
-            _covered(seen, len(corpus.samples), len(corpus.dataset.counts)), *_same_order(corpus, options.inject)
+            _covered(seen, len(corpus.samples), len(corpus.dataset.counts)), *_same_order(corpus, options.inject, log)
         ),
         balance=_balance(epoch, options.world, config.data.row_length),
         duplicate_shards=copies(corpus),
         unused_shards=unused(corpus.dataset.shards, config),
         bad_samples=bad,
         duplicate_keys=duplicate_keys(corpus),
+        overlong=corpus.dataset.overlong_documents(),
+        overlong_remedy=overlong_remedy(config.data),
     )
 
 
-def _indexing(tell: Tell) -> Callable[[int, int], None]:
-    return lambda done, total: tell(f"indexed {done} of {total} shards")
-
-
 def totals(corpus: Corpus) -> Totals:
-    """What the samples hold."""
+    """Sums over all samples."""
     facts = [corpus.dataset.facts(shard) for shard in range(len(corpus.dataset.shards))]
     text, images, patches = (
         sum(int(getattr(part, name).sum()) for part in facts) for name in ("text", "images", "patches")
@@ -223,15 +251,15 @@ def totals(corpus: Corpus) -> Totals:
 
 
 def duplicate_keys(corpus: Corpus) -> list[str]:
-    """Samples whose shard name and key occur more than once, inside a shard or in two of one name."""
+    """Samples whose shard name and key occur more than once, in one shard or in two shards of the same name."""
     dataset = corpus.dataset
-    found = []
+    names = []
     for number, shard in enumerate(dataset.shards):
-        found += [f"{store.name(shard)}/{key}" for key in dataset.index(number).meta.duplicates]
+        names += [f"{store.name(shard)}/{key}" for key in dataset.index(number).meta.duplicates]
     hashes = np.concatenate([dataset.facts(number).hashes for number in range(len(dataset.shards))])
     order = np.argsort(hashes, kind="stable")
     twice = order[1:][hashes[order][1:] == hashes[order][:-1]]
-    return found + ["/".join(dataset.name(int(index))) for index in np.sort(twice)]
+    return names + ["/".join(dataset.name(int(index))) for index in np.sort(twice)]
 
 
 def copies(corpus: Corpus) -> list[str]:
@@ -242,13 +270,13 @@ def copies(corpus: Corpus) -> list[str]:
 
 
 def unused(shards: Sequence[str], config: Config) -> list[str]:
-    """Tar files that are beside the shards and that no setting names."""
+    """Tar files in the folders of the shards that no setting names."""
     named = {Path(shard).resolve() for shard in shards}
     for patterns in (config.data.train, config.data.val, config.eval.judge, config.eval.test, config.eval.heldout):
         named |= {Path(shard).resolve() for shard in (expand(patterns) if patterns else [])}
     folders = {Path(shard).resolve().parent for shard in shards if not store.is_url(shard)}
-    beside = {path for folder in folders for path in folder.glob("*.tar*") if store.is_shard(path.name)}
-    return sorted(str(path) for path in beside - named)
+    present = {path for folder in folders for path in folder.glob("*.tar*") if store.is_shard(path.name)}
+    return sorted(str(path) for path in present - named)
 
 
 _CORPUS: list[Corpus] = []
@@ -265,26 +293,23 @@ def _look(span: tuple[int, int]) -> list[BadRecord]:
     return bad
 
 
-def undecodable(corpus: Corpus, workers: int, tell: Tell) -> list[BadRecord]:
-    """Every sample that the index takes for sound but that cannot be decoded."""
+def undecodable(corpus: Corpus, workers: int, log: Log) -> list[BadRecord]:
+    """Every sample that is usable according to the index but cannot be decoded."""
     _CORPUS[:] = [corpus]  # inherited by the workers
-    bounds = [*range(0, len(corpus.samples), 2048), len(corpus.samples)]
-    spans = list(pairwise(bounds))
+    count = len(corpus.samples)
+    spans = [(first, min(first + SPAN, count)) for first in range(0, count, SPAN)]
     bad: list[BadRecord] = []
-    if workers < 2:
-        for span in spans:
-            bad += _look(span)
-            tell(f"decoded {span[1]} of {len(corpus.samples)} samples")
-        return bad
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        for span, found in zip(spans, pool.map(_look, spans), strict=True):
-            bad += found
-            tell(f"decoded {span[1]} of {len(corpus.samples)} samples")
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress("decoding", "samples", count, log))
+        results = stack.enter_context(pool_of(workers)).map(_look, spans) if workers > 1 else map(_look, spans)
+        for span, records in zip(spans, results, strict=True):
+            bad += records
+            progress.done = span[1]
     return bad
 
 
 def _plan(corpus: Corpus, rank: int, inject: str | None) -> Plan:
-    """The plan as a rank makes it, with a fault where one is injected."""
+    """The plan as a rank makes it, with the injected fault, if any."""
     plan = corpus.plan
     kind = _Dropping if inject == "dropped_carry" else Plan
     mixture = plan.mixture
@@ -293,17 +318,22 @@ def _plan(corpus: Corpus, rank: int, inject: str | None) -> Plan:
     return kind(mixture, plan.window, plan.row_length, plan.lengths)
 
 
-def _same_order(corpus: Corpus, inject: str | None) -> tuple[bool, bool]:
-    """Whether ranks of any number see one global order, and whether resumed runs do."""
+def _same_order(corpus: Corpus, inject: str | None, log: Log) -> tuple[bool, bool]:
+    """Whether the global order is the same for any number of ranks, and whether it is the same after resuming."""
+    with Progress("comparing orders", "runs", len(WORLDS) + len(RESUMES), log, quiet=True) as progress:
+        return _compared(corpus, inject, progress)
+
+
+def _compared(corpus: Corpus, inject: str | None, progress: Progress) -> tuple[bool, bool]:
     rows, last = corpus.config.train.batch_rows, STEPS
     whole = list(planned_steps(_plan(corpus, 0, inject), rows, 0, last, Position()))
     reference = [_digest(step.rows) for step in whole]
     worlds = []
-    for world in WORLDS:
+    for world in progress.each(WORLDS):
         shares = (_seen(_plan(corpus, rank, inject), rows, last, rank, world) for rank in range(world))
         worlds.append([_dealt(parts) for parts in zip(*shares, strict=True)] == reference)
     resumed = []
-    for at in (1, last // 2, last - 1):
+    for at in progress.each(RESUMES):
         after = whole[at - 1 + (inject == "off_by_one")].after
         rest = planned_steps(_plan(corpus, 0, inject), rows, at, last, after)
         resumed.append([_digest(step.rows) for step in rest] == reference[at:])
@@ -316,29 +346,31 @@ def _seen(plan: Plan, rows: int, last: int, rank: int, world: int) -> Iterator[l
 
 
 def _dealt(shares: Sequence[list[PlannedRow]]) -> str:
-    """Digest of a global step put together from what each rank holds."""
+    """Digest of a global step that is reassembled from the shares of all ranks."""
     world = len(shares)
     return _digest([shares[i % world][i // world] for i in range(sum(map(len, shares)))])
 
 
 def _digest(rows: Sequence[PlannedRow]) -> str:
-    said = repr([[(d.epoch, d.index, d.length, d.images, d.form) for d in row] for row in rows])
-    return hashlib.sha256(said.encode()).hexdigest()
+    facts = repr([[(d.epoch, d.index, d.length, d.images, d.form) for d in row] for row in rows])
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def _epoch(plan: Plan) -> tuple[Counter[int], list[PlannedRow]]:
-    """How often each sample occurs in an epoch, and its rows (the first part of it where there are very many)."""
+def _epoch(plan: Plan, log: Log) -> tuple[Counter[int], list[PlannedRow]]:
+    """The count of each sample in an epoch, and the epoch's rows; of a very large epoch its first part."""
     rows, seen = [], Counter[int]()
-    for row in plan.epoch_rows(0):
-        rows.append(row)
-        seen.update(document.index for document in row)
-        if len(seen) >= COVERED:
-            break
+    with Progress("planning an epoch", "samples", min(plan.count, COVERED), log, quiet=True) as progress:
+        for row in plan.epoch_rows(0):
+            rows.append(row)
+            seen.update(document.index for document in row)
+            progress.done = len(seen)
+            if len(seen) >= COVERED:
+                break
     return seen, rows
 
 
 def _covered(seen: Counter[int], count: int, sources: int) -> bool:
-    if sources > 1:  # a mixture repeats small sources and leaves large ones
+    if sources > 1:  # a mixture repeats small sources and skips a part of large ones
         return sum(seen.values()) == count
     return max(seen.values()) == 1 and (len(seen) == count or len(seen) >= COVERED)
 
@@ -360,7 +392,7 @@ def _balance(rows: list[PlannedRow], world: int, row_length: int) -> Balance:
 
 
 def greedy_fill(lengths: Sequence[int], row_length: int) -> float:
-    """Fill of rows that take documents in the given order and close at the first that does not fit."""
+    """Fill of rows that take documents in the given order; a row is closed at the first document that does not fit."""
     rows, used = 1, 0
     for length in lengths:
         if used + length > row_length:
@@ -371,7 +403,7 @@ def greedy_fill(lengths: Sequence[int], row_length: int) -> float:
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What `mmgen data index` finds."""
+    """The result of `mmgen data index`."""
 
     shards: int
     samples: int
@@ -380,20 +412,20 @@ class IndexReport:
     fingerprint: str
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The fields as a dictionary, for JSON."""
         return asdict(self)
 
 
-def index_shards(patterns: Patterns, tokenizer: Tokenizer, config: Config, workers: int, tell: Tell) -> IndexReport:
-    """Index all shards."""
+def index_shards(patterns: Patterns, tokenizer: Tokenizer, config: Config, workers: int, log: Log) -> IndexReport:
+    """Index all shards that have no index."""
     shards = expand(patterns)
-    ensure_all(shards, tokenizer, config.data, workers, _indexing(tell))
-    found = [ensure(shard, tokenizer, config.data) for shard in shards]
-    facts = "\n".join(f"{store.name(s)} {index.meta.sha256}" for s, index in zip(shards, found, strict=True))
+    ensure_all(shards, tokenizer, config.data, workers, log)
+    indexes = [ensure(shard, tokenizer, config.data) for shard in shards]
+    facts = "\n".join(f"{store.name(s)} {index.meta.sha256}" for s, index in zip(shards, indexes, strict=True))
     return IndexReport(
         shards=len(shards),
-        samples=sum(index.count for index in found),
-        bad=sum(len(index.meta.bad) for index in found),
-        duplicates=sum(len(index.meta.duplicates) for index in found),
+        samples=sum(index.count for index in indexes),
+        bad=sum(len(index.meta.bad) for index in indexes),
+        duplicates=sum(len(index.meta.duplicates) for index in indexes),
         fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
     )

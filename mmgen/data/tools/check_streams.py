@@ -1,6 +1,6 @@
-"""`mmgen data check` where `data.streams` reads shards forward: the same promises, without an index.
+"""`mmgen data check` for shards that `data.streams` reads forward: the same promises, without an index.
 
-Everything is read twice: once plainly, for what there is, once through the streams, as every rank would.
+Every shard is read twice: once directly, to list its samples, and once through the streams, as each rank reads it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,33 @@ from dataclasses import dataclass
 from itertools import islice
 
 from mmgen.config import Config
+from mmgen.data.dataset import Overlong, overlong_remedy
 from mmgen.data.order import Cursor, PlannedDocument, PlannedRow
+from mmgen.data.progress import Progress
 from mmgen.data.shards.samples import BadRecord, BadSample, read
-from mmgen.data.streams import HeldDocument, StreamCorpus, StreamRow, Streams, Window
-from mmgen.data.tools.check import STEPS, CheckOptions, Promises, Report
+from mmgen.data.streams import ReadSample, StreamCorpus, StreamDocument, StreamRow, Streams, Window
+from mmgen.data.tools.check import RESUMES, STEPS, CheckOptions, Promises, Report
 from mmgen.sequence.tokenizer import Tokenizer
 
 Rows = dict[int, list[StreamRow]]
 """Rows of each stream."""
 
 
-class _Dropping(Streams):
-    """A fault: what a window leaves over is not carried into the next step."""
+class _Collecting(Streams):
+    """Streams that collect documents longer than a row, and plan them with the length of a row."""
+
+    def __init__(self, shards: Sequence[str], tokenizer: Tokenizer, config: Config) -> None:
+        super().__init__(shards, tokenizer, config)
+        self.overlong: list[Overlong] = []
+
+    def indexed(self, samples: Sequence[ReadSample]) -> Window:
+        window = Window(samples, self.tokenizer, self.config, cut_overlong=True)
+        self.overlong += window.overlong_documents()
+        return window
+
+
+class _Dropping(_Collecting):
+    """A fault: the last row of each window is dropped."""
 
     def packed(self, stream: int, at: Cursor, window: Window) -> list[PlannedRow]:
         return super().packed(stream, at, window)[:-1]
@@ -31,7 +46,7 @@ class _Dropping(Streams):
 
 @dataclass(frozen=True, kw_only=True)
 class StreamReport(Report):
-    """Of shards that are read in streams."""
+    """The findings for shards that are read in streams."""
 
     streams: int
     rows: int
@@ -42,72 +57,82 @@ class StreamReport(Report):
 
 
 def check_streams(tokenizer: Tokenizer, config: Config, options: CheckOptions) -> StreamReport:
-    """What is in the training shards, what is lost, and whether their streams keep their promises.
+    """Check the content of the training shards, and whether their streams keep the promises of the order.
 
     Raises:
-        ValueError, FileNotFoundError: a missing shard, or no usable sample at all.
+        FileNotFoundError: a shard does not exist.
+        ValueError: there is no usable sample, or there are fewer shards than streams.
     """
-    inject, tell = options.inject, options.tell
+    inject, log = options.inject, options.log
     corpus = StreamCorpus(config.data.train, tokenizer, config, options.autoencoder)
     shards = corpus.dataset.shards
     if inject == "duplicated_shard":
         shards = [*shards, shards[0]]
     bad: list[BadRecord] = []
-    there = Counter((sample.shard, sample.key) for sample in read(shards, bad, config.data))
-    tell(f"read {len(shards)} shards")
-    duplicates = sorted("/".join(name) for name, count in there.items() if count > 1)
+    samples = Progress(f"reading {len(shards)} shards", "samples", log=log).over(read(shards, bad, config.data))
+    present = Counter((sample.shard, sample.key) for sample in samples)
+    duplicates = sorted("/".join(name) for name, count in present.items() if count > 1)
 
-    def streams_of(rank: int) -> Streams:
-        kind = _Dropping if inject == "dropped_carry" else Streams
+    def streams_of(rank: int) -> _Collecting:
+        kind = _Dropping if inject == "dropped_carry" else _Collecting
         other = config.run.model_copy(update={"seed": rank})
         seeded = config.model_copy(update={"run": other}) if inject == "per_rank_seed" and rank else config
         return kind(shards, tokenizer, seeded)
 
-    seen, positions, rows = Counter[tuple[str, str]](), 0, 0
-    for stream in range(config.data.streams):
-        for row in _epoch(streams_of(0), stream):
-            rows, positions = rows + 1, positions + sum(document.length for document in row)
-            seen.update(corpus.name(document) for document in row)
-            if options.decode:
-                bad += undecodable(corpus, row)
-        tell(f"read stream {stream + 1} of {config.data.streams}")
+    seen, positions, rows, overlong = Counter[tuple[str, str]](), 0, 0, set[Overlong]()
+    with Progress("reading streams", "samples", sum(present.values()), log) as progress:
+        for stream in range(config.data.streams):
+            streams = streams_of(0)
+            for row in _epoch(streams, stream):
+                rows, positions = rows + 1, positions + sum(document.length for document in row)
+                seen.update(corpus.name(document) for document in row)
+                if options.decode:
+                    bad += undecodable(corpus, row)
+                progress.done += len(row)
+            overlong.update(streams.overlong)
+    with Progress("comparing orders", "runs", log=log, quiet=True) as progress:
+        same = _same_order(streams_of, config, inject == "off_by_one", progress)
     return StreamReport(
-        samples=sum(there.values()),
+        samples=sum(present.values()),
         shards=len(shards),
         streams=config.data.streams,
         fingerprint=corpus.dataset.fingerprint,
-        promises=Promises(seen == there and not duplicates, *_same_order(streams_of, config, inject == "off_by_one")),
+        promises=Promises(seen == present and not duplicates, *same),
         rows=rows,
         fill=positions / max(1, rows * config.data.row_length),
         bad_samples=bad,
         duplicate_keys=duplicates,
+        overlong=sorted(overlong, key=lambda document: (document.shard, document.key)),
+        overlong_remedy=overlong_remedy(config.data),
     )
 
 
 def _epoch(streams: Streams, stream: int) -> list[PlannedRow]:
     """The rows of a stream's first epoch."""
-    found = []
+    rows = []
     for row in streams.rows(stream, Cursor()):
         if row.documents[0].epoch:
             break
-        found.append(row.documents)
-    return found
+        rows.append(row.documents)
+    return rows
 
 
 def undecodable(corpus: StreamCorpus, row: PlannedRow) -> list[BadRecord]:
     """The documents of a row that cannot be decoded."""
-    found: list[BadRecord] = []
+    bad: list[BadRecord] = []
     for document in row:
         try:
             corpus.segments(document)
         except BadSample as error:
             shard, key = corpus.name(document)
-            found.append(BadRecord(shard, key, str(error)))
-    return found
+            bad.append(BadRecord(shard, key, str(error)))
+    return bad
 
 
-def _same_order(streams_of: Callable[[int], Streams], config: Config, late: bool) -> tuple[bool, bool]:
-    """Whether ranks of any number see one global order, and whether resumed runs do."""
+def _same_order(
+    streams_of: Callable[[int], Streams], config: Config, late: bool, progress: Progress
+) -> tuple[bool, bool]:
+    """Whether the global order is the same for any number of ranks, and whether it is the same after resuming."""
     count, share = config.data.streams, config.train.batch_rows // config.data.streams
     last = STEPS * share
 
@@ -121,13 +146,13 @@ def _same_order(streams_of: Callable[[int], Streams], config: Config, late: bool
     reference = digests(whole)[:last]
     worlds = [n for n in range(1, count + 1) if count % n == 0][:4]
     ranks: list[bool] = []
-    for n in worlds:
+    for n in progress.each(worlds):
         parts: Rows = {}
         for rank in range(n):
             parts |= taken(streams_of(rank), range(rank, count, n), {}, last)
         ranks.append(digests(parts) == reference)
     resumed = []
-    for step in (1, STEPS // 2, STEPS - 1):
+    for step in progress.each(RESUMES):
         at = {v: whole[v][step * share - 1 + late].after for v in range(count)}
         rest = taken(streams_of(0), range(count), at, last - step * share)
         resumed.append(digests(rest) == reference[step * share :])
@@ -140,6 +165,6 @@ def _digest(rows: Sequence[PlannedRow]) -> str:
 
 
 def _facts(document: PlannedDocument) -> tuple[object, ...]:
-    assert isinstance(document, HeldDocument)
+    assert isinstance(document, StreamDocument)
     sample = document.sample
     return document.epoch, sample.shard, sample.key, document.length, document.images, document.form

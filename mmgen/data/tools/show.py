@@ -1,4 +1,4 @@
-"""`mmgen data show`: packed rows as the model sees them."""
+"""`mmgen data show`: pictures of packed rows as the model sees them, with their text and attention mask."""
 
 from __future__ import annotations
 
@@ -20,32 +20,40 @@ from mmgen.sequence.tokenizer import Tokenizer
 
 SCALE = 4
 SIDE = 128
-"""Smallest side of a decoded image in the picture."""
+"""Smallest side in pixels of a decoded image in the picture."""
 FRAME = 4
 GIVEN = (255, 140, 0)
-"""Colour of what is given and not learned."""
+"""Colour of segments that are given and not learned."""
 
 
 @dataclass(frozen=True)
 class ShownRow:
-    """What a row holds."""
+    """The content of a row."""
 
     picture: Path
     samples: list[str]
     row: str
-    """In words."""
+    """The content in words."""
     images: int
-    """Copies of images."""
+    """Number of copies of images."""
     positions: int
     bad: Sequence[BadRecord]
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The fields as a dictionary, for JSON."""
         return {**asdict(self), "picture": str(self.picture)}
 
 
 def show(corpus: Corpus, count: int, out: Path) -> list[ShownRow]:
-    """Write a PNG for each of the first `count` rows, its mask beside its images, and describe what it holds."""
+    """Write a PNG with the mask and the images of each of the first `count` rows, and describe the rows.
+
+    Raises:
+        ValueError: `count` is less than 1, or `out` is a file.
+    """
+    if count < 1:
+        raise ValueError(f"{count} rows are requested: ask for at least one")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
     out.mkdir(parents=True, exist_ok=True)
     shown: list[ShownRow] = []
     planned = next(planned_steps(corpus.plan, count, 0, 1, Position()))
@@ -57,30 +65,31 @@ def show(corpus: Corpus, count: int, out: Path) -> list[ShownRow]:
         path = out / f"row-{i:03d}.png"
         picture(batch, images, given_S).save(path)
         names = ["/".join(corpus.dataset.name(document.index)) for document in row]
-        words = spelled(batch, corpus.tokenizer, given_S)
+        words = in_words(batch, corpus.tokenizer, given_S)
         shown.append(ShownRow(path, names, words, len(images), step.positions, step.bad))
     return shown
 
 
 def given(batch: Batch, tokenizer: Tokenizer) -> NDArray[np.bool_]:
-    """The positions [S] of the first row whose segment is given and not learned, read off the labels.
+    """Whether each position [S] of the first row belongs to a segment that is given and not learned.
 
-    A text token is learned where it is the label of the position before it, and an image where its BOI is.
+    This follows from the labels: a text token is learned if it is the label of the previous position, and an image is
+    learned if its BOI is.
     """
     ids, label, document, block = (
         a[0].tolist() for a in (batch.ids_BS, batch.label_BS, batch.document_BS, batch.block_BS)
     )
-    found = np.zeros(len(ids), dtype=bool)
+    given_S = np.zeros(len(ids), dtype=bool)
     for i in range(1, len(ids)):
         if document[i] < 0 or document[i] != document[i - 1]:
             continue
         inside = block[i] >= 0 or ids[i] == tokenizer.eoi or ids[i - 1] == tokenizer.boi
-        found[i] = found[i - 1] if inside else label[i - 1] == IGNORE
-    return found
+        given_S[i] = given_S[i - 1] if inside else label[i - 1] == IGNORE
+    return given_S
 
 
 def decoded(corpus: Corpus, batch: Batch, given_S: NDArray[np.bool_]) -> list[Image.Image]:
-    """The images of a row, each copy of them; those that are given have a frame."""
+    """The images of a row, one for each copy; given images have a frame."""
     images = []
     for block in batch.image_I.unique().tolist():
         here = batch.image_I == block
@@ -95,19 +104,19 @@ def decoded(corpus: Corpus, batch: Batch, given_S: NDArray[np.bool_]) -> list[Im
 
 
 def enlarged(image: Image.Image) -> Image.Image:
-    """A small image at a size that people can see, its pixels as squares."""
+    """A small image, enlarged to at least `SIDE` pixels, its pixels as squares."""
     factor = max(1, SIDE // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def spelled(batch: Batch, tokenizer: Tokenizer, given_S: NDArray[np.bool_]) -> str:
-    """A row in words: text as text, special tokens by name, patches as their number; `given(...)` is not learned."""
+def in_words(batch: Batch, tokenizer: Tokenizer, given_S: NDArray[np.bool_]) -> str:
+    """A row in words: text, names of special tokens, and numbers of patches; `given(...)` marks what is not learned."""
     names = {tokenizer.bos: "BOS", tokenizer.eos: "EOS", tokenizer.boi: "BOI", tokenizer.eoi: "EOI"}
     names |= {token: f"{rows}x{columns}" for token, (rows, columns) in tokenizer.grid.items()}
     ids, block, document = (a[0].tolist() for a in (batch.ids_BS, batch.block_BS, batch.document_BS))
 
     def run_of(i: int) -> tuple[int, int, str, bool]:
-        """What a position has in common with its neighbours that are spelled with it."""
+        """A value that is equal for adjacent positions that are described together."""
         if document[i] < 0:
             return -1, -1, "empty", False
         special = f"{names[ids[i]]} {i}" if block[i] < 0 and ids[i] in names else ""
@@ -129,7 +138,10 @@ def spelled(batch: Batch, tokenizer: Tokenizer, given_S: NDArray[np.bool_]) -> s
 
 
 def picture(batch: Batch, images: Sequence[Image.Image], given_S: NDArray[np.bool_]) -> Image.Image:
-    """The attention mask (white: query row sees key column; orange: a given one does), the images at its right."""
+    """The attention mask with the images on its right.
+
+    A point is white if the query (its row) sees the key (its column), and orange if the query is also given.
+    """
     seen = dense_visible(batch.sites)[0].numpy()
     colours = np.where(given_S[:, None, None], np.array(GIVEN), np.array([255, 255, 255]))
     mask = Image.fromarray((seen[..., None] * colours).astype(np.uint8))

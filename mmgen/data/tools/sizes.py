@@ -1,4 +1,4 @@
-"""`mmgen data buckets`: which image sizes to declare, chosen from the sizes that an index holds."""
+"""`mmgen data buckets`: propose the image sizes to declare, from the sizes of the images in the index."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from mmgen.image.resize import nearest_size
 from mmgen.sequence.tokenizer import Tokenizer
 
 OBLONG = 4
-"""Largest ratio of the sides of a size that is proposed."""
+"""Largest ratio of the sides of a proposed size."""
 Size = tuple[int, int]
 """(height, width) in pixels."""
 Floats = NDArray[np.float64]
 
 
 def image_sizes(patterns: Patterns, tokenizer: Tokenizer, config: Config) -> Counter[Size]:
-    """How many images of each size the shards hold, from their indexes, which are made where they are missing."""
-    shards, found = expand(patterns), Counter[Size]()
+    """The number of images of each size, from the indexes of the shards; missing indexes are made."""
+    shards, images = expand(patterns), Counter[Size]()
     ensure_all(shards, tokenizer, config.data)
     for shard in shards:
         index = ensure(shard, tokenizer, config.data)
         here = index.column("kind_s") == IMAGE
         sizes = np.stack([index.column("height_s")[here], index.column("width_s")[here]], axis=1)
         kinds, counts = np.unique(sizes, axis=0, return_counts=True)
-        found.update({(h, w): n for (h, w), n in zip(kinds.tolist(), counts.tolist(), strict=True)})
-    return found
+        images.update({(h, w): n for (h, w), n in zip(kinds.tolist(), counts.tolist(), strict=True)})
+    return images
 
 
 def candidates(pixels: int, patch_size: int) -> list[Size]:
-    """Sizes of whole patches with at most `pixels` pixels, as large as they come at each height and width.
+    """The largest sizes of whole patches with at most `pixels` pixels, one for each height and each width.
 
     Raises:
-        ValueError: not one patch fits.
+        ValueError: a single patch has more pixels.
     """
     patches = pixels // patch_size**2
     sides = range(1, math.isqrt(OBLONG * patches) + 1)
@@ -53,17 +53,18 @@ def candidates(pixels: int, patch_size: int) -> list[Size]:
 
 
 def kept(sizes_N2: NDArray[np.int64], declared: Sequence[Size]) -> Floats:
-    """Share of each image's area that is left once it is scaled to cover its declared size and cropped to it."""
+    """The share of each image's area that remains after it is scaled to cover its declared size and cropped."""
     chosen = np.array(declared, dtype=np.float64)[nearest_size(sizes_N2, declared)]
-    given = np.asarray(sizes_N2, dtype=np.float64)
-    return np.asarray(np.exp(-np.abs(np.log(given[:, 0] / given[:, 1]) - np.log(chosen[:, 0] / chosen[:, 1]))))
+    own_N2 = np.asarray(sizes_N2, dtype=np.float64)
+    return np.asarray(np.exp(-np.abs(np.log(own_N2[:, 0] / own_N2[:, 1]) - np.log(chosen[:, 0] / chosen[:, 1]))))
 
 
 def choose_sizes(counts: Counter[Size], pixels: int, patch_size: int, most: int) -> list[Size]:
-    """At most `most` of the candidates, such that cropping takes least from the images; fewer where more do not help.
+    """At most `most` of the candidates, chosen so that cropping removes least area; fewer if more do not help.
 
-    An image goes to the nearest logarithm of its ratio of sides, and loses 1 - exp(-distance) of its area. Between two
-    neighbours of the choice nothing depends on the others, so dynamic programming over the sorted candidates is exact.
+    An image is assigned to the size with the nearest logarithm of the aspect ratio, and loses 1 - exp(-distance) of its
+    area. The loss between two adjacent sizes of the choice does not depend on the other sizes, so dynamic programming
+    over the sorted candidates is exact.
     """
     offered = candidates(pixels, patch_size)
     at_C = np.log([h / w for h, w in offered])
@@ -73,7 +74,7 @@ def choose_sizes(counts: Counter[Size], pixels: int, patch_size: int, most: int)
     sum_CN = np.concatenate([np.zeros((len(offered), 1)), np.cumsum(lost_CN, axis=1)], axis=1)
 
     def between(low: int, high: int) -> float:
-        """What the images from candidate `low` to candidate `high` lose where nothing between them is chosen."""
+        """The loss of the images between candidates `low` and `high` if no candidate between them is chosen."""
         start, middle, end = np.searchsorted(x_N, [at_C[low], (at_C[low] + at_C[high]) / 2, at_C[high]])
         return float(sum_CN[low, middle] - sum_CN[low, start] + sum_CN[high, end] - sum_CN[high, middle])
 
@@ -99,29 +100,30 @@ def choose_sizes(counts: Counter[Size], pixels: int, patch_size: int, most: int)
 
 @dataclass(frozen=True)
 class Proposal:
-    """Image sizes to declare, and what they keep of the images."""
+    """Image sizes to declare, and the share of the images' area that they keep."""
 
     images: int
     image_sizes: list[Size]
     area_kept: float
     area_kept_now: float
-    """By the sizes that are declared now."""
+    """The share that the sizes declared now keep."""
     enlarged: float
     """Share of images that are smaller than their size."""
     shares: list[float]
-    """Of images, for each size."""
+    """Share of images that are assigned to each size."""
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The fields as a dictionary, for JSON."""
         shares = {f"{h}x{w}": share for (h, w), share in zip(self.image_sizes, self.shares, strict=True)}
         return {**asdict(self), "image_sizes": [list(size) for size in self.image_sizes], "shares": shares}
 
 
 def propose(patterns: Patterns, tokenizer: Tokenizer, config: Config, most: int, pixels: Size) -> Proposal:
-    """Sizes for `model.patcher.image_sizes`, and what they keep of the images, beside what the present ones keep.
+    """Propose `model.patcher.image_sizes`, and compare the area that they keep with that of the present sizes.
 
     Raises:
-        ValueError, FileNotFoundError: a shard is missing, there are no images, or no patch fits.
+        FileNotFoundError: a shard does not exist.
+        ValueError: there are no images, or a single patch has more than `pixels` pixels.
     """
     counts = image_sizes(patterns, tokenizer, config)
     if not counts:

@@ -1,4 +1,4 @@
-"""What the pictures of a data set show. A new task is a file beside these and a line in `TASKS`."""
+"""Tasks: how the captions and pictures of a data set are read. A new task is a file here and a line in `TASKS`."""
 
 from mmgen.evaluate.tasks.digits import Digits
 from mmgen.evaluate.tasks.interface import Mark, Object, Pixels, Task, Truth

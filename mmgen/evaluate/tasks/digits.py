@@ -1,4 +1,4 @@
-"""One grey digit fills the picture."""
+"""The task `digits`: pictures of one grey digit."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from mmgen.evaluate.tasks.interface import CELL, NAMES, Mark, Object, Pixels, Ta
 
 
 class Digits(Task):
-    """One grey digit fills the picture."""
+    """Pictures of 8x8 pixels, filled by one grey digit; captions name it (`a 7`, `seven`)."""
 
     def parse(self, caption: str) -> frozenset[Object] | None:
-        found = [NAMES[word] for word in re.findall(r"[a-z]+|\d", caption.lower()) if word in NAMES]
-        return frozenset({Object(found[0])}) if len(found) == 1 else None
+        digits = [NAMES[word] for word in re.findall(r"[a-z]+|\d", caption.lower()) if word in NAMES]
+        return frozenset({Object(digits[0])}) if len(digits) == 1 else None
 
     def marks(self, pixels: Pixels) -> list[Mark] | None:
         return [Mark(pixels.reshape(CELL, CELL))]

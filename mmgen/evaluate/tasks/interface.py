@@ -1,4 +1,4 @@
-"""What a task is: the objects of a picture, and rules that read them from captions and pixels and compose them."""
+"""The interface of a task: rules that read objects from captions and pixels, and that compose pictures of objects."""
 
 from __future__ import annotations
 
@@ -11,49 +11,52 @@ from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
 CELL = 8
-"""Side of a digit in pixels."""
+"""Height and width of a digit in pixels."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NAMES = {**{word: i for i, word in enumerate(WORDS)}, **{str(i): i for i in range(10)}}
-"""Digits by what captions call them."""
+"""Digits by their names in captions."""
 
 
 @dataclass(frozen=True)
 class Object:
-    """One digit of a picture."""
+    """One digit of a picture; the fields are keys of the list `objects` in the JSON of a sample."""
 
     digit: int
     colour: str | None = None
     place: str | None = None
+    """The quadrant, such as `top left`."""
 
     def as_dict(self) -> dict[str, int | str]:
-        """For a shard's JSON."""
+        """Return the object as JSON, without the fields that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A digit found in a picture, before a judge has named it: its grey levels [8, 8], colour and place."""
+    """A digit in a picture, before the judge classifies it."""
 
     grey: Pixels
+    """Grey pixel values [8, 8]."""
     colour: str | None = None
     place: str | None = None
+    """The quadrant."""
 
 
 class Task(ABC):
-    """How captions and pictures of a data set are read and composed."""
+    """Reads the captions and pictures of a data set, and composes pictures for the baselines."""
 
     @abstractmethod
     def parse(self, caption: str) -> frozenset[Object] | None:
-        """The objects a caption names, or None where it names none or contradicts itself."""
+        """Return the objects that a caption names, or None if it names none or contradicts itself."""
 
     @abstractmethod
     def marks(self, pixels: Pixels) -> list[Mark] | None:
-        """The digits a picture shows, or None where something is neither drawn nor blank."""
+        """Return the digits that a picture shows, or None if some part is too bright for blank and too dark for ink."""
 
     @abstractmethod
     def compose(self, digits: Sequence[tuple[Pixels, Object]]) -> Pixels:
-        """A picture of grey digits [8, 8] at their places in their colours."""
+        """Return a picture of grey digits [8, 8], each with the colour and in the quadrant of its object."""
 
 
 Truth = frozenset[Object]
-"""Everything that a picture shows."""
+"""All objects of a picture."""

@@ -1,4 +1,4 @@
-"""Coloured digits in the quadrants of a black picture."""
+"""The task `scenes`: coloured digits in the quadrants of a black picture."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ PLACES: dict[str, tuple[int, int]] = {
     "bottom left": (1, 0),
     "bottom right": (1, 1),
 }
-# A quadrant holds a digit where its brightest pixel reaches INK, and is empty where none reaches BLANK; between
-# the two the picture is wrong either way. Every real digit peaks at 255 and every real empty quadrant at 0.
 INK, BLANK = 128, 64
+"""A quadrant contains a digit if its brightest pixel reaches INK, and is empty if no pixel reaches BLANK.
+
+Between the two the picture cannot be read. The brightest pixel of a real digit is 255, that of a real empty quadrant 0.
+"""
 
 
 class Scenes(Task):
-    """Coloured digits in the quadrants of a black picture."""
+    """Pictures of 16x16 pixels with one coloured digit in some quadrants; captions name digit, colour and quadrant."""
 
     def parse(self, caption: str) -> frozenset[Object] | None:
         colours, places = "|".join(COLOURS), "|".join(PLACES)
@@ -51,17 +53,17 @@ class Scenes(Task):
     def marks(self, pixels: Pixels) -> list[Mark] | None:
         marks = []
         for place, (row, column) in PLACES.items():
-            cell = pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL].astype(np.float64)
-            peak = cell.max()
+            quadrant = pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL].astype(np.float64)
+            peak = quadrant.max()
             if peak < BLANK:
                 continue
             if peak < INK:
                 return None
-            # Colour: the palette direction that explains the ink best. Grey: the projection onto it.
-            ink = cell.reshape(-1, 3).T @ cell.reshape(-1, 3)
+            # The colour is the palette direction with the most energy of the pixels; grey is the projection onto it.
+            ink = quadrant.reshape(-1, 3).T @ quadrant.reshape(-1, 3)
             palette = {name: np.array(rgb) / np.linalg.norm(rgb) for name, rgb in COLOURS.items()}
             colour = max(palette, key=lambda name: palette[name] @ ink @ palette[name])
-            grey = cell @ palette[colour] / (np.linalg.norm(COLOURS[colour]) / 255)
+            grey = quadrant @ palette[colour] / (np.linalg.norm(COLOURS[colour]) / 255)
             marks.append(Mark(np.clip(np.rint(grey), 0, 255).astype(np.uint8), colour, place))
         return marks
 
@@ -70,13 +72,17 @@ class Scenes(Task):
 
 
 def paint(digits: Sequence[tuple[Pixels, Object]]) -> Pixels:
-    """Grey digits [8, 8] in their colours in their quadrants of a black 16x16 RGB picture."""
+    """Paint grey digits [8, 8] with their colours into their quadrants of a black picture [16, 16, 3].
+
+    Raises:
+        ValueError: an object has no known colour or quadrant.
+    """
     picture = np.zeros((2 * CELL, 2 * CELL, 3), dtype=np.uint8)
     for grey, thing in digits:
         if thing.colour not in COLOURS or thing.place not in PLACES:
-            raise ValueError(f"{thing} needs a colour of {list(COLOURS)} and a place of {list(PLACES)}")
+            raise ValueError(f"{thing} needs a `colour` of {list(COLOURS)} and a `place` of {list(PLACES)}")
         row, column = PLACES[thing.place]
         tint = np.array(COLOURS[thing.colour]) / 255
-        cell = np.rint(grey[:, :, None] * tint).astype(np.uint8)
-        picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = cell
+        coloured = np.rint(grey[:, :, None] * tint).astype(np.uint8)
+        picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = coloured
     return picture

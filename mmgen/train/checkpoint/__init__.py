@@ -1,1 +1,1 @@
-"""Checkpoints: reading, writing, averages and export."""
+"""Checkpoints: writing, reading, averaged weights of any width, and export."""

@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder."""
+"""Exports a checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from mmgen.train.checkpoint.read import load_model, read_trainer
 
 
 def export(run: Path, folder: Path, out: Path, weights: str) -> None:
-    """Write config.json, model.safetensors and the tokenizer; `MMGenModel.from_pretrained` and `AutoTokenizer` read it.
+    """Write config.json, model.safetensors and the tokenizer, for `MMGenModel.from_pretrained` and `AutoTokenizer`.
 
-    `weights` names what the checkpoint has (`ema`, `weight`, ...), or `power:WIDTH` for a power-function average of any
-    relative width, made from all kept checkpoints.
+    `weights` is a kind of weights in the checkpoint `folder` (`ema`, `weight`, ...), or `power:WIDTH` for a
+    power-function EMA of any relative width, computed from all kept checkpoints of `run`.
 
     Raises:
-        ValueError: a file is damaged, or the weights are not there.
+        ValueError: a file is damaged, or the checkpoint has no such weights.
     """
-    wanted = weights.partition(":")
-    model, tokenizer = load_model(folder, "weight" if wanted[1] else weights)
-    if wanted[1]:
-        if wanted[0] != "power":
-            raise ValueError(f"weights '{weights}' are unknown: say ema, weight, a stored average, or power:WIDTH")
-        posthoc.fill(model, run, folder, float(wanted[2]))
+    kind, separator, width = weights.partition(":")
+    model, tokenizer = load_model(folder, "weight" if separator else weights)
+    if separator:
+        if kind != "power":
+            raise ValueError(
+                f"unknown weights '{weights}': set sample.weights to ema, weight, another stored EMA, or power:WIDTH"
+            )
+        posthoc.fill(model, run, folder, float(width))
     model.save_pretrained(out)
     tokenizer.save(out / "tokenizer.json")
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}

@@ -1,7 +1,7 @@
-"""State on disk: named fragments `kind|parameter|start` in safetensors, one file per rank, readable by any number.
+"""State on disk: safetensors files of fragments `kind|parameter|start`, which any number of processes can read.
 
-`kind` is weight, exp_avg, exp_avg_sq or the name of an average; `start` is the first element in the flattened
-parameter. Buffers are `buffer|name|0`, and a rank's random state is `rng|RANK|0`.
+There is one file per rank. `kind` is weight, exp_avg, exp_avg_sq or the name of averaged weights; `start` is the first
+element in the flattened parameter. Buffers are `buffer|name|0`, and a rank's random state is `rng|RANK|0`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ CHUNK = 16 * 2**20
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write contiguous CPU tensors as a safetensors file, synced to disk; returns its SHA-256.
+    """Write contiguous CPU tensors as a safetensors file and sync it to disk; returns its SHA-256.
 
-    The library's own writer copies every tensor once more and holds Python's lock, so training would stop meanwhile.
+    The writer of the safetensors library copies every tensor and holds Python's lock, so training would have to wait.
     """
     header: dict[str, dict[str, object]] = {}
     at = 0
@@ -54,36 +54,36 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 class Store:
-    """The fragments of a checkpoint folder, whoever wrote them."""
+    """The fragments of a checkpoint folder, from all ranks that wrote it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = {path.name: safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))}
         self._index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
         for file, opened in self._files.items():
-            for key in opened.keys():  # noqa: SIM118 - no mapping
+            for key in opened.keys():  # noqa: SIM118 - not a mapping
                 if key.count("|") == 2:
                     kind, name, start = key.split("|")
                     numel = math.prod(opened.get_slice(key).get_shape())
                     self._index[kind, name].append((int(start), int(start) + numel, file, key))
 
     def names(self, kind: str) -> list[str]:
-        """Parameters that have this kind of state."""
-        return [name for found, name in self._index if found == kind]
+        """Names of the parameters that have this kind of state."""
+        return [name for stored, name in self._index if stored == kind]
 
     def kinds(self) -> set[str]:
-        """Every kind of state that is there."""
+        """All kinds of state in the checkpoint."""
         return {kind for kind, _ in self._index}
 
     def numel(self, kind: str, name: str) -> int:
-        """Elements of a parameter, as stored; 0 where it is not."""
+        """Number of stored elements of a parameter; 0 if it is not stored."""
         return max((end for _, end, _, _ in self._index.get((kind, name), [])), default=0)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a flattened parameter.
+        """Elements [start, start + numel) of a flattened parameter, joined from fragments of any ranks.
 
         Raises:
-            ValueError: some of them are not in the checkpoint.
+            ValueError: some of the elements are not in the checkpoint.
         """
         parts: list[tuple[int, Tensor]] = []
         for begin, end, file, key in self._index.get((kind, name), []):
@@ -104,7 +104,11 @@ class Store:
         return self.read(kind, name, 0, self.numel(kind, name))
 
     def fill(self, model: torch.nn.Module, kind: str, transform: Callable[[str], Tensor] | None = None) -> None:
-        """Copy whole parameters and buffers into a model in one process; `kind` falls back to plain weights."""
+        """Copy whole parameters and buffers into a model on one process.
+
+        A parameter without this kind of state gets its plain weights. `transform` returns the values of a parameter by
+        name, instead of the stored ones.
+        """
         for name, p in model.named_parameters():
             chosen = kind if (kind, name) in self._index else "weight"
             p.data.copy_((self.whole(chosen, name) if transform is None else transform(name)).view_as(p))

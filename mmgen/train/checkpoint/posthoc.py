@@ -1,4 +1,4 @@
-"""Averages of any width after training, from kept power-function averages (Karras et al. 2024, EDM2, section 3.2)."""
+"""EMA of any width after training, from stored power-function EMAs (Karras et al. 2024, EDM2, section 3.2)."""
 
 from __future__ import annotations
 
@@ -19,26 +19,31 @@ Floats = NDArray[np.float64]
 
 
 def inner(t_a: Floats, gamma_a: Floats, t_b: Floats, gamma_b: Floats) -> Floats:
-    """Inner products of averaging profiles tau^gamma (gamma + 1) / t^(gamma + 1) on [0, t] (ibid., eq. 132)."""
+    """Inner products of averaging profiles tau^gamma (gamma + 1) / t^(gamma + 1) on [0, t] (eq. 132)."""
     ratio = (t_a / t_b) ** np.where(t_a < t_b, gamma_b, -gamma_a)
     return (gamma_a + 1) * (gamma_b + 1) * ratio / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
 
 
 def solve(steps: Floats, widths: Floats, step: float, width: float) -> Floats:
-    """Weights of stored averages (one step and width each) whose sum is nearest to the profile of `width` at `step`."""
+    """Weights of stored averages whose sum is nearest to the profile of `width` at `step`, by least squares.
+
+    `steps` and `widths` [N] give the step and the relative width of each stored average.
+    """
     gamma: Floats = np.array([power_exponent(w) for w in widths])
     t = steps.astype(np.float64)
-    rows = inner(t[:, None], gamma[:, None], t[None], gamma[None])
-    wanted = inner(t, gamma, np.full_like(t, step), np.full_like(t, power_exponent(width)))
-    weights: Floats = np.linalg.pinv(rows) @ wanted
+    gram = inner(t[:, None], gamma[:, None], t[None], gamma[None])
+    target = inner(t, gamma, np.full_like(t, step), np.full_like(t, power_exponent(width)))
+    weights: Floats = np.linalg.pinv(gram) @ target
     return weights
 
 
 def fill(model: MMGenModel, run: Path, folder: Path, width: float) -> None:
-    """Give a model the average of relative width `width` at the step of checkpoint `folder`, from all that are kept.
+    """Fill a model with the EMA of relative width `width` at the step of checkpoint `folder`.
+
+    It is computed from the power-function EMAs of all kept checkpoints of `run` up to that step.
 
     Raises:
-        ValueError: fewer than two averages are stored (train.ema_power, train.keep_every).
+        ValueError: fewer than two of them are stored (train.ema_power, train.keep_every).
     """
     last = _steps(folder)
     stored = []
@@ -49,8 +54,8 @@ def fill(model: MMGenModel, run: Path, folder: Path, width: float) -> None:
             stored += [(store, kind, _steps(path), float(kind.removeprefix(PREFIX))) for kind in kinds]
     if len(stored) < 2:
         raise ValueError(
-            f"{run} keeps {len(stored)} power-function averages: train with train.ema_power (two widths, such as 0.05 "
-            "and 0.1) and train.keep_every"
+            f"{run} holds {len(stored)} power-function EMAs, and power:WIDTH needs two or more: train with "
+            "train.ema_power (two widths, such as 0.05 and 0.1) and train.keep_every"
         )
     weights = solve(np.array([s for _, _, s, _ in stored]), np.array([w for *_, w in stored]), last, width)
 

@@ -1,4 +1,4 @@
-"""Reading checkpoints: which one to continue from, whether it is whole and fits, and its model.
+"""Reads checkpoints: finds the one to continue from, verifies it, compares its settings, and loads its weights.
 
 A checkpoint folder holds config.json (the model), tokenizer.json, trainer.json (step, data position, settings), one
 state-RANK.safetensors per process with named fragments (`fragments.py`), and manifest.json with the SHA-256 of each
@@ -30,31 +30,33 @@ from mmgen.train.state import TrainerState
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose files were verified, and its trainer.json."""
+    """A checkpoint folder whose files are verified, and its trainer.json."""
 
     folder: Path
     state: TrainerState
 
 
 def latest(run: Path) -> Path | None:
-    """The checkpoint that `latest` names, else the newest one of a run folder; None where there is none."""
-    found = candidates(run)
-    return found[0] if found else None
+    """The checkpoint that `latest` points to, else the newest one of a run folder; None if there is none."""
+    folders = candidates(run)
+    return folders[0] if folders else None
 
 
 def candidates(run: Path) -> list[Path]:
-    """All checkpoints of a run, in the order in which they should be tried: `latest`, then from new to old."""
+    """All checkpoints of a run in the order to try them: `latest` first, then from the newest to the oldest."""
     link = run / "checkpoints" / "latest"
     steps = sorted(link.parent.glob("step-*"), key=_number, reverse=True)
     first = [link.resolve()] if link.exists() else []
     return first + [path for path in steps if path.resolve() not in first]
 
 
-def newest_good(run: Path, say: Callable[[str], None] | None = None, ranks: Ranks | None = None) -> Checkpoint | None:
-    """The first candidate that is whole; every rank checks a share of the files.
+def newest_good(
+    run: Path, report: Callable[[str], None] | None = None, ranks: Ranks | None = None
+) -> Checkpoint | None:
+    """The first candidate without damage, or None if the run has no checkpoint; each rank verifies some of the files.
 
     Raises:
-        ValueError: there are checkpoints, and all are damaged; starting anew would overwrite the run.
+        ValueError: all checkpoints are damaged; a run started from step 1 would overwrite them.
     """
     ranks = ranks or Ranks()
     problems: list[str] = []
@@ -65,18 +67,20 @@ def newest_good(run: Path, say: Callable[[str], None] | None = None, ranks: Rank
             state = read_trainer(folder, ranks.rank, ranks.world)
         except ValueError as error:
             problem = str(error)
-        found = [text for text in ranks.gather_objects(problem) if text]
-        if state is not None and not found:
+        damage = [text for text in ranks.gather_objects(problem) if text]
+        if state is not None and not damage:
             return Checkpoint(folder, state)
-        problems.append(found[0])
-        (say or ranks.say)(f"{found[0]}; trying an older one")
+        problems.append(damage[0])
+        (report or ranks.print)(f"{damage[0]}; trying an older one")
     if problems:
-        raise ValueError(f"no checkpoint of {run} is whole: {problems[0]}. Choose another run.dir to start anew")
+        raise ValueError(
+            f"all checkpoints of {run} are damaged: {problems[0]}. Choose another run.dir to start a new run"
+        )
     return None
 
 
 def clean(run: Path) -> None:
-    """Remove what a killed save left behind."""
+    """Remove temporary files that a killed save left."""
     for path in (run / "checkpoints").glob(".*.tmp"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -85,7 +89,9 @@ def clean(run: Path) -> None:
 
 
 def read_trainer(folder: Path, rank: int = 0, world: int = 1) -> TrainerState:
-    """Verify files against the manifest (the share of `rank`) and read trainer.json.
+    """Verify the files of a checkpoint against its manifest, and read trainer.json.
+
+    With several ranks, each verifies every `world`-th file.
 
     Raises:
         ValueError: a file is missing or damaged; the message names it.
@@ -103,8 +109,8 @@ def read_trainer(folder: Path, rank: int = 0, world: int = 1) -> TrainerState:
         raise ValueError(f"{folder / 'trainer.json'} cannot be read ({error})") from None
 
 
-def check_same_run(found: Checkpoint, config: Config, tokenizer: Tokenizer) -> None:
-    """Raise ValueError where the tokenizer, or settings that shape weights or data order, are not the checkpoint's."""
+def check_same_run(stored: Checkpoint, config: Config, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if the tokenizer, or a setting that affects weights or data order, has changed."""
 
     def shape(settings: Config) -> dict[str, object]:
         return {
@@ -114,40 +120,40 @@ def check_same_run(found: Checkpoint, config: Config, tokenizer: Tokenizer) -> N
             "train": {"batch_rows": settings.train.batch_rows},
         }
 
-    _refuse(differences(shape(config), shape(_settings(found))), found.folder)
-    check_same_model(found, config)
-    path = found.folder / "tokenizer.json"
+    _refuse(differences(shape(config), shape(_settings(stored))), stored.folder)
+    check_same_model(stored, config)
+    path = stored.folder / "tokenizer.json"
     if Tokenizer.load(path, config.model.patcher.grids) != tokenizer:
         raise ValueError(
-            f"{config.data.tokenizer} is not the tokenizer of the checkpoint {found.folder}: its ids would mean other "
-            f"words. Copy {path} back, or choose another run.dir to start a new run"
+            f"{config.data.tokenizer} is not the tokenizer of the checkpoint {stored.folder}: the same ids mean other "
+            f"words. Copy {path} to {config.data.tokenizer}, or choose another run.dir to start a new run"
         )
 
 
-def check_same_data(found: Checkpoint, fingerprint: str) -> None:
-    """Raise ValueError where the training shards are not the checkpoint's: the order of documents rests on them."""
-    if found.state.data not in ("", fingerprint):
+def check_same_data(stored: Checkpoint, fingerprint: str) -> None:
+    """Raise ValueError if the training shards, which determine the order of documents, differ from the checkpoint's."""
+    if stored.state.data not in ("", fingerprint):
         raise ValueError(
-            f"the training shards are not those of the checkpoint {found.folder}: names or contents changed, and with "
-            "them the order of documents. Put them back, or start a new run from its weights (train.init_from)"
+            f"the training shards are not those of the checkpoint {stored.folder}: names or contents have changed, and "
+            "so has the order of documents. Restore the shards, or start a new run from its weights (train.init_from)"
         )
 
 
-def check_same_model(found: Checkpoint, config: Config) -> None:
-    """Raise ValueError where the model or the objective that is asked for is not the checkpoint's."""
-    _refuse(differences(_model_shape(config), _model_shape(_settings(found))), found.folder)
-    facts, vae = found.state.autoencoder, config.model.patcher.vae
+def check_same_model(stored: Checkpoint, config: Config) -> None:
+    """Raise ValueError if the settings of the model or the objective differ from the checkpoint's."""
+    _refuse(differences(_model_shape(config), _model_shape(_settings(stored))), stored.folder)
+    facts, vae = stored.state.autoencoder, config.model.patcher.vae
     for name in ("mean", "std"):
-        wanted = getattr(vae, name)
-        if facts is not None and wanted is not None and wanted != getattr(facts, name):
-            changed = f"model.patcher.vae.{name} ({wanted} here, {getattr(facts, name)} there)"
-            _refuse([changed], found.folder)
+        value = getattr(vae, name)
+        if facts is not None and value is not None and value != getattr(facts, name):
+            changed = f"model.patcher.vae.{name} ({value} here, {getattr(facts, name)} there)"
+            _refuse([changed], stored.folder)
 
 
 def _model_shape(settings: Config) -> dict[str, object]:
-    """Settings that shape the model. The sections of objectives that are not chosen do not.
+    """Settings that affect the model, without the sections of objectives that are not chosen.
 
-    Statistics of latents are facts of the run: what settings say of them is compared with those.
+    Statistics of latents are left out: they are facts of the run, and `check_same_model` compares them.
     """
     model = settings.model.model_dump(mode="json")
     for name in ("mean", "std"):
@@ -158,27 +164,28 @@ def _model_shape(settings: Config) -> dict[str, object]:
 
 
 def known_facts(config: Config) -> AutoencoderFacts | None:
-    """What the run's newest checkpoint knows of its autoencoder; None for a run that has none yet, and for pixels."""
+    """Facts of the autoencoder from the run's newest checkpoint; None without a checkpoint, and for pixels."""
     folder = latest(config.run.dir)
     return stored_facts(folder) if folder else None
 
 
 def stored_facts(folder: Path) -> AutoencoderFacts | None:
-    """What a checkpoint knows of its autoencoder, without a look at its other files; raises ValueError."""
+    """Facts of the autoencoder from a checkpoint's trainer.json; raises ValueError if it cannot be read."""
     try:
         return TrainerState.from_json((folder / "trainer.json").read_text()).autoencoder
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / 'trainer.json'} cannot be read ({error})") from None
 
 
-def _settings(found: Checkpoint) -> Config:
-    """The settings stored with a checkpoint; those that are younger than it have their defaults."""
+def _settings(stored: Checkpoint) -> Config:
+    """The settings stored with a checkpoint; settings that were added later have their defaults."""
     try:
-        return Config.model_validate(found.state.config)
+        return Config.model_validate(stored.state.config)
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
         raise ValueError(
-            f"the checkpoint {found.folder} was written with settings that this version does not know: {fields}"
+            f"the checkpoint {stored.folder} has settings that this version of mmgen does not have: {fields}. "
+            "Use the version that wrote it"
         ) from None
 
 
@@ -190,23 +197,24 @@ def _refuse(changed: list[str], folder: Path) -> None:
         )
 
 
-def restore(found: Checkpoint, engine: Engine) -> None:
-    """Load weights, moments, averages and buffers into an engine.
+def restore(stored: Checkpoint, engine: Engine) -> None:
+    """Load weights, moments, averaged weights and buffers into an engine.
 
-    Each rank reads what overlaps its own fragments; who wrote them, and under which stage, does not matter.
+    Each rank reads the stored fragments that overlap its own. The checkpoint may come from another number of processes
+    and another ZeRO stage.
 
     Raises:
         ValueError: the checkpoint lacks some of the weights.
     """
-    store = Store(found.folder)
+    store = Store(stored.folder)
     kinds = store.kinds()
     if "exp_avg" in kinds:
-        engine.create_state(found.state.optimizer_steps)
+        engine.create_state(stored.state.optimizer_steps)
     states = engine.optimizer.state
     with torch.no_grad():
         for fragment in engine.fragments:
-            held = {kind: t for kind, t in states.get(fragment.flat, {}).items() if kind in kinds}
-            for kind, tensor in {**held, "weight": fragment.flat}.items():
+            moments = {kind: t for kind, t in states.get(fragment.flat, {}).items() if kind in kinds}
+            for kind, tensor in {**moments, "weight": fragment.flat}.items():
                 if kind == "weight" or store.numel(kind, fragment.name):
                     read = store.read(kind, fragment.name, fragment.start, fragment.numel)
                     fragment.of(tensor).copy_(read)
@@ -217,7 +225,7 @@ def restore(found: Checkpoint, engine: Engine) -> None:
 
 
 def restore_random(folder: Path, ranks: Ranks, step: int) -> None:
-    """Let this rank's random numbers go on; another number of ranks than before gets new ones, fixed by the step."""
+    """Restore this rank's random state; if the number of ranks has changed, seed it with the step and the rank."""
     store = Store(folder)
     if len(store.names("rng")) == ranks.world:
         torch.set_rng_state(store.whole("rng", str(ranks.rank)))
@@ -228,10 +236,13 @@ def restore_random(folder: Path, ranks: Ranks, step: int) -> None:
 
 
 def start_from(folder: Path, engine: Engine) -> list[str]:
-    """Weights of another run's checkpoint (its averaged ones) into a new run; returns the parameters that stay fresh.
+    """Copy weights of another run's checkpoint into a new run: its EMA, or its plain weights if it has no EMA.
+
+    Returns the names of parameters that keep their fresh values, because the checkpoint has no parameter of that name
+    and size.
 
     Raises:
-        ValueError: it is no checkpoint, is damaged, or has no parameter of this model.
+        ValueError: the folder is not a checkpoint, is damaged, or has no parameter of this model.
     """
     read_trainer(folder)
     store = Store(folder)
@@ -242,7 +253,7 @@ def start_from(folder: Path, engine: Engine) -> list[str]:
         if sizes.get(name) != getattr(p, "ds_numel", p.numel()):
             fresh.append(name)
     if len(fresh) == len(list(engine.model.parameters())):
-        raise ValueError(f"train.init_from {folder} has no parameter of this model's names and sizes")
+        raise ValueError(f"train.init_from {folder} has no parameter with the name and size of one of this model's")
     with torch.no_grad():
         for fragment in engine.fragments:
             if fragment.name not in fresh:
@@ -253,10 +264,12 @@ def start_from(folder: Path, engine: Engine) -> list[str]:
 
 
 def load_model(folder: Path, weights: bool | str = True) -> tuple[MMGenModel, Tokenizer]:
-    """The model and tokenizer of a checkpoint, by default with averaged weights; or with those of another name.
+    """The model, in evaluation mode, and the tokenizer of a checkpoint.
+
+    `weights` is True for the EMA, False for plain weights, or the name of weights in the checkpoint.
 
     Raises:
-        ValueError: a file is damaged, or there are no weights of that name.
+        ValueError: a file is damaged, or the checkpoint has no weights of that name.
     """
     read_trainer(folder)
     store = Store(folder)
@@ -274,10 +287,10 @@ def _number(path: Path) -> int:
 
 
 def differences(one: object, other: object, prefix: str = "") -> list[str]:
-    """Dotted names under which two nested mappings differ."""
+    """Descriptions `name (value here, value there)` of all dotted names under which two nested mappings differ."""
     if isinstance(one, dict) and isinstance(other, dict):
-        found: list[str] = []
+        names: list[str] = []
         for key in sorted({*one, *other}):
-            found += differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else str(key))
-        return found
+            names += differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return names
     return [] if one == other else [f"{prefix} ({one!r} here, {other!r} there)"]

@@ -1,8 +1,9 @@
-"""Writing checkpoints while training goes on.
+"""Writes checkpoints in a thread, while training continues.
 
-A save copies this rank's fragments to host memory (the only time that training waits), and a thread writes, hashes and
-syncs them under a temporary name. Once every rank reports its file, which costs no message of its own, rank 0 writes
-the manifest, renames the folder and moves `latest`. One save is in flight at a time, and its buffers are used again.
+A save copies this rank's fragments to host memory; training waits for this copy only. A thread then writes, hashes and
+syncs the file under a temporary name. Each step's message between ranks also reports whose file is written. Once all
+are, rank 0 writes the manifest, renames the folder and moves `latest`. One save is written at a time, and all saves use
+the same buffers.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from mmgen.train.state import TrainerState
 
 
 class Saver:
-    """Saves of one run, into `folder/step-N`; all ranks call it alike."""
+    """Writes the checkpoints of one run to `folder/step-N`; every rank must make the same calls."""
 
-    def __init__(self, folder: Path, engine: Engine, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
-        self.folder, self.engine, self.tokenizer, self.say = folder, engine, tokenizer, say
+    def __init__(self, folder: Path, engine: Engine, tokenizer: Tokenizer, report: Callable[[str], None]) -> None:
+        self.folder, self.engine, self.tokenizer, self.report = folder, engine, tokenizer, report
         self._host = HostCopy(engine)
         self._save: Save | None = None
 
     def begin(self, state: TrainerState) -> None:
-        """Copy the state of the engine and start writing it; an earlier save is finished first."""
+        """Copy the state of the engine and start writing it, after an earlier save is finished."""
         self.finish()
         ranks, save = self.engine.ranks, Save(self.folder, state.step)
         if ranks.rank == 0:
             with save.noting_errors():
                 shutil.rmtree(save.temporary, ignore_errors=True)
                 save.temporary.mkdir(parents=True)
-        ranks.sums([0.0])  # no rank writes before the folder is there
+        ranks.sums([0.0])  # a barrier: no rank writes before the folder exists
         tensors, texts = self._host.take(), dict[str, str]()
         if ranks.rank == 0:
             texts = {"trainer.json": state.to_json(), "config.json": self.engine.model.config.to_json_string()}
@@ -63,25 +64,25 @@ class Saver:
 
     @property
     def progress(self) -> tuple[float, float]:
-        """(1 while this rank's part is not written, 1 where it could not be written), to be summed over ranks."""
+        """Two numbers to be summed over ranks: 1 while this rank's part is not written, and 1 if writing it failed."""
         save = self._save
         if save is None:
             return 1.0, 0.0
         return float(not save.done), float(save.done and save.error is not None)
 
     def poll(self, unwritten: float, failed: float) -> None:
-        """Publish the save in flight once all ranks have written, and say why where it is lost.
+        """Publish the save once all ranks have written their parts, or print why it failed.
 
-        `unwritten` and `failed` count ranks: the sums of their `progress`.
+        `unwritten` and `failed` are the sums of `progress` over ranks.
         """
         if problem := self._conclude(unwritten, failed):
-            self.say(problem)
+            self.report(problem)
 
     def finish(self, must: bool = False) -> None:
-        """Wait for the save in flight, on all ranks.
+        """Wait on all ranks until the save is published. A failure is printed, unless `must` is set.
 
         Raises:
-            OSError: it could not be written, and `must` is set; else this is only reported.
+            OSError: `must` is set and the save could not be written.
         """
         if self._save is None:
             return
@@ -90,18 +91,18 @@ class Saver:
         if problem and must:
             raise OSError(problem)
         if problem:
-            self.say(problem)
+            self.report(problem)
 
     def _conclude(self, unwritten: float, failed: float) -> str | None:
-        """Publish what all ranks have written; returns what went wrong."""
+        """Publish the save if all ranks have written their parts; returns a message if one of them failed."""
         save, ranks = self._save, self.engine.ranks
         if save is None or unwritten:
             return None
         save.join()
         self._save = None
         digests: dict[str, str] = {}
-        for found in ranks.gather_objects(save.digests):
-            digests |= found
+        for written in ranks.gather_objects(save.digests):
+            digests |= written
         if ranks.rank == 0 and not failed:
             with save.noting_errors():
                 publish(save, digests, self.engine.config.train)
@@ -110,7 +111,7 @@ class Saver:
             return None
         if ranks.rank == 0:
             shutil.rmtree(save.temporary, ignore_errors=True)
-        return f"checkpoint {save.name} could not be written ({errors[0]}); the one before it is as it was"
+        return f"checkpoint {save.name} could not be written ({errors[0]}); the previous one is unchanged"
 
 
 class Save:
@@ -126,11 +127,11 @@ class Save:
         self._thread: threading.Thread | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Do the work in a thread, unless an error was noted before."""
+        """Do the work in a thread, unless an error was recorded before."""
 
         def run() -> None:
             with contextlib.suppress(AttributeError, OSError):
-                # Below training's priority where the two share processors (Linux takes a thread's number here).
+                # Training has priority if both share processors. Linux accepts the number of a thread here.
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
             with self.noting_errors():
                 if self.error is None:
@@ -147,7 +148,7 @@ class Save:
 
     @contextlib.contextmanager
     def noting_errors(self) -> Iterator[None]:
-        """Keep an error until it can be shared with all ranks; a thread that died silently would hang them."""
+        """Record an error until all ranks can exchange it; if a thread only died, the other ranks would hang."""
         try:
             yield
         except Exception as error:
@@ -155,15 +156,15 @@ class Save:
 
 
 class HostCopy:
-    """A rank's state in host memory, in buffers that every save uses again."""
+    """Copies a rank's state to host memory, into buffers that all saves share."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._buffers: dict[str, Tensor] = {}
 
     def take(self) -> dict[str, Tensor]:
-        """Copy this rank's fragments, buffers and random state; the only time that training waits for a save."""
-        found: dict[str, Tensor] = {}
+        """Copy this rank's fragments, buffers and random state; training waits for this part of a save only."""
+        state: dict[str, Tensor] = {}
         rank, states = self.engine.ranks.rank, self.engine.optimizer.state
         for fragment in self.engine.fragments:
             if not fragment.owned:
@@ -171,25 +172,25 @@ class HostCopy:
             kinds = {"weight": fragment.flat}
             kinds |= {kind: t for kind, t in states.get(fragment.flat, {}).items() if torch.is_tensor(t) and t.ndim}
             for kind, tensor in kinds.items():
-                found[f"{kind}|{fragment.name}|{fragment.start}"] = fragment.of(tensor)
+                state[f"{kind}|{fragment.name}|{fragment.start}"] = fragment.of(tensor)
         if rank == 0:
             stored = self.engine.model.state_dict()
-            found |= {f"buffer|{n}|0": b for n, b in self.engine.model.named_buffers() if n in stored}
-        found[f"rng|{rank}|0"] = torch.get_rng_state()
+            state |= {f"buffer|{n}|0": b for n, b in self.engine.model.named_buffers() if n in stored}
+        state[f"rng|{rank}|0"] = torch.get_rng_state()
         if torch.cuda.is_available():
-            found[f"rng_cuda|{rank}|0"] = torch.cuda.get_rng_state()
-        for key, tensor in found.items():
+            state[f"rng_cuda|{rank}|0"] = torch.cuda.get_rng_state()
+        for key, tensor in state.items():
             if key not in self._buffers:
                 dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
                 self._buffers[key] = torch.empty(tensor.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
             self._buffers[key].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return {key: self._buffers[key] for key in found}
+        return {key: self._buffers[key] for key in state}
 
 
 def publish(save: Save, digests: dict[str, str], settings: TrainConfig) -> None:
-    """Give a written save its name, move `latest` to it, and delete checkpoints that need not be kept."""
+    """Rename a written save, move `latest` to it, and delete checkpoints that are no longer kept."""
     folder, manifest = save.final.parent, save.temporary / "manifest.json"
     manifest.write_text(json.dumps(digests, indent=1))
     sync(manifest)
@@ -211,14 +212,14 @@ def publish(save: Save, digests: dict[str, str], settings: TrainConfig) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; at no moment is a part of it left under its name."""
+    """Delete a checkpoint, renaming it first, so that no incomplete checkpoint ever has its name."""
     gone = folder.with_name(f".{folder.name}.gone.tmp")
     os.replace(folder, gone)
     shutil.rmtree(gone)
 
 
 def sha256(path: Path) -> str:
-    """Digest of a file."""
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

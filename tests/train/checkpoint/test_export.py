@@ -1,4 +1,4 @@
-"""What becomes of checkpoints: exports, starts of other runs, averages of any width; which ones are kept."""
+"""Uses of checkpoints: exports, `train.init_from`, EMA of any width; and which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmgen.train.optimizer import AveragingAdamW, power, power_exponent
 
 
 @pytest.mark.parametrize("average", ["ema", "weight", "ema_0.5", "power_0.1", "power:0.12"])
-def test_export_is_read_by_transformers(config: Config, tmp_path: Path, average: str) -> None:
+def test_transformers_reads_an_export(config: Config, tmp_path: Path, average: str) -> None:
     config = override(config, {"train": {"ema_more": [0.5], "ema_power": [0.1, 0.2], "keep_every": 3}})
     train(config)
     found = checkpoint.latest(config.run.dir)
@@ -38,14 +38,16 @@ def test_export_is_read_by_transformers(config: Config, tmp_path: Path, average:
     assert tokenizer.eos_token_id == ours.eos
 
 
-def test_export_from_the_command_line(config: Config, tmp_path: Path) -> None:
+def test_export_command(config: Config, tmp_path: Path) -> None:
     train(config)
     assert export_command(config=config, out=tmp_path / "out") == 0
     with pytest.raises(ValueError, match="no weights 'ema_0.3'.*it has ema, weight"):
         export_command(config=override(config, {"sample": {"weights": "ema_0.3"}}), out=tmp_path / "no")
 
 
-def test_a_new_run_starts_from_weights(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_new_run_starts_from_the_weights_of_another(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     train(config)
     found = checkpoint.latest(config.run.dir)
     other = {"run": {"dir": str(tmp_path / "next")}, "train": {"init_from": str(found), "lr": 1e-12, "steps": 1}}
@@ -59,14 +61,14 @@ def test_a_new_run_starts_from_weights(config: Config, tmp_path: Path, capsys: p
     assert "these start fresh: objective." in capsys.readouterr().out
 
 
-def test_kept_checkpoints_stay(config: Config) -> None:
+def test_checkpoints_of_keep_every_are_kept(config: Config) -> None:
     train(override(config, {"train": {"steps": 8, "save_every": 1, "keep_last": 1, "keep_every": 3}}))
     names = {path.name for path in checkpoint.candidates(config.run.dir)}
     assert names == {"step-3", "step-6", "step-8"}
 
 
-def test_power_averages_and_any_width_after_training() -> None:
-    """Against the integral of the profile, and a width that was not tracked from two that were."""
+def test_power_function_ema_of_any_width_after_training() -> None:
+    """Compare with the integral of the profile, and compute a width that was not tracked from two that were."""
     for width in (0.05, 0.1, 0.25):
         gamma = power_exponent(width)
         tau = np.linspace(0, 1, 200_001)[1:]
@@ -87,7 +89,7 @@ def test_power_averages_and_any_width_after_training() -> None:
     assert weights.sum() == pytest.approx(1, abs=0.01)
 
 
-def test_several_averages_follow_their_recursions() -> None:
+def test_several_emas_follow_their_recursions() -> None:
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(5))
     decays = {"ema": lambda n: 0.9, "power_0.1": power(0.1)}

@@ -1,4 +1,4 @@
-"""Runs and exports that earlier versions wrote still load, continue and draw the same images."""
+"""Runs and exports of earlier versions still load, continue and draw the same images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = ["mar", "latent"]
 
 @pytest.fixture
 def version1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the files of version 1, as the working directory: their paths are relative."""
+    """A copy of the files of version 1 as the working directory, because their paths are relative."""
     folder = tmp_path / "version1"
     shutil.copytree(FIXTURES, folder, symlinks=True)
     monkeypatch.chdir(folder)
@@ -36,7 +36,7 @@ def version1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_is_known_as_trained_and_continues(version1: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+def test_an_old_run_is_recognised_and_continues(version1: Path, capsys: pytest.CaptureFixture, name: str) -> None:
     code, out, err = run(capsys, "train", "--config", f"{name}.yaml")
     assert (code, out.split(":")[0]) == (0, f"{name} is trained"), err
     code, _, err = run(capsys, "train", "--config", f"{name}.yaml", "--train.steps", "3")
@@ -50,7 +50,7 @@ def test_a_run_is_known_as_trained_and_continues(version1: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_draws_the_same_image(version1: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+def test_an_old_run_draws_the_same_image(version1: Path, capsys: pytest.CaptureFixture, name: str) -> None:
     code, out, err = run(capsys, "sample", "a picture", "--config", f"{name}.yaml", "--json")
     assert code == 0, err
     (drawn,) = json.loads(out)["samples"]
@@ -61,7 +61,7 @@ def test_a_run_draws_the_same_image(version1: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_run_and_export_have_the_averaged_weights(version1: Path, name: str) -> None:
+def test_old_runs_and_exports_have_the_averaged_weights(version1: Path, name: str) -> None:
     latest = version1 / name / "checkpoints" / "latest"
     store = Store(latest)
     averaged = {parameter: store.whole("ema", parameter) for parameter in store.names("ema")}
@@ -72,7 +72,7 @@ def test_run_and_export_have_the_averaged_weights(version1: Path, name: str) -> 
         assert all(torch.equal(weight, averaged[parameter]) for parameter, weight in found.items())
 
 
-def test_a_state_comes_back_from_its_json() -> None:
+def test_a_trainer_state_is_restored_from_its_json() -> None:
     text = (FIXTURES / "mar" / "checkpoints" / "step-2" / "trainer.json").read_text()
     state = TrainerState.from_json(text)
     assert json.loads(state.to_json()) == json.loads(text)
@@ -83,7 +83,7 @@ def test_a_state_comes_back_from_its_json() -> None:
     assert TrainerState.from_json(measured.to_json()) == measured
 
 
-def test_facts_of_an_autoencoder_are_found_among_old_settings() -> None:
+def test_autoencoder_facts_are_read_from_old_settings() -> None:
     state = TrainerState.from_json((FIXTURES / "latent" / "checkpoints" / "step-2" / "trainer.json").read_text())
     old = state.config["model"]["patcher"]["vae"]
     assert state.autoencoder == AutoencoderFacts(old["fingerprint"], old["mean"], old["std"])
@@ -91,7 +91,7 @@ def test_facts_of_an_autoencoder_are_found_among_old_settings() -> None:
 
 
 def test_missing_keys_have_defaults_and_unknown_ones_are_ignored() -> None:
-    oldest = {"step": 3, "config": {}, "position": {"epoch": 1}, "optimizer_steps": 2, "unheard_of": [1]}
+    oldest = {"step": 3, "config": {}, "position": {"epoch": 1}, "optimizer_steps": 2, "unknown": [1]}
     state = TrainerState.from_json(json.dumps(oldest))
     assert state == TrainerState(step=3, config={}, position=Position(epoch=1), optimizer_steps=2)
     assert (state.left_out, state.train_seconds, state.born, state.data) == ((), 0.0, None, "")
@@ -100,7 +100,7 @@ def test_missing_keys_have_defaults_and_unknown_ones_are_ignored() -> None:
 
 
 def settings_of(file: str, patcher: dict) -> str:
-    """A copy of a configuration with other settings of its patcher."""
+    """Write a copy of a configuration with other settings of its autoencoder; returns its path."""
     written = yaml.safe_load(Path(file).read_text())
     written["model"]["patcher"]["vae"] |= patcher
     Path("changed.yaml").write_text(yaml.safe_dump(written))
@@ -110,7 +110,7 @@ def settings_of(file: str, patcher: dict) -> str:
 def test_statistics_that_a_user_sets_are_compared_with_those_of_the_run(
     version1: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Earlier versions stored them filled in; a run whose user set them explicitly goes on."""
+    """Earlier versions stored measured statistics as settings; a run with explicit settings equal to them continues."""
     facts = read_trainer(version1 / "latent" / "checkpoints" / "step-2").autoencoder
     assert facts is not None
     same = settings_of("latent.yaml", {"mean": facts.mean, "std": facts.std})
@@ -123,14 +123,16 @@ def test_statistics_that_a_user_sets_are_compared_with_those_of_the_run(
 
 
 @pytest.mark.parametrize("words", [["data", "show", "1"], ["data", "check"], ["check", "parity"]])
-def test_tools_know_the_autoencoder_of_a_run(version1: Path, capsys: pytest.CaptureFixture, words: list[str]) -> None:
-    """The statistics were measured when the run started, and neither settings nor the autoencoder's files hold them."""
+def test_tools_use_the_latent_statistics_of_a_run(
+    version1: Path, capsys: pytest.CaptureFixture, words: list[str]
+) -> None:
+    """The statistics were measured when the run started; neither the settings nor the autoencoder's files hold them."""
     code, _, err = run(capsys, *words, "--config", "latent.yaml", "--json")
     assert code == 0, err
 
 
-def test_weights_of_a_run_come_with_its_statistics(version1: Path, capsys: pytest.CaptureFixture) -> None:
-    """A run that starts from weights normalises latents as those weights know them, whatever its own images are."""
+def test_init_from_takes_over_the_latent_statistics(version1: Path, capsys: pytest.CaptureFixture) -> None:
+    """A run that starts from weights normalises latents as the run of those weights did, whatever its images are."""
     shard = write_tar(version1 / "other.tar", pairs(6, seed=5))
     start = ["--train.init_from", "latent/checkpoints/step-2", "--data.train", shard, "--run.dir", "next"]
     code, _, err = run(capsys, "train", "--config", "latent.yaml", *start)
@@ -139,7 +141,7 @@ def test_weights_of_a_run_come_with_its_statistics(version1: Path, capsys: pytes
     assert old == new
 
 
-def test_the_section_that_is_not_chosen_changes_nothing(version1: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_section_of_another_objective_is_ignored(version1: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["sample", "a picture", "--config", "mar.yaml", "--json"]
     code, _, err = run(capsys, *words, "--objective.transfusion.cap", 0.3)
     assert code == 0, err

@@ -1,0 +1,94 @@
+"""Errors of the command line, of settings and of files, in sentences that name the cause and what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from cyclopts.exceptions import (
+    CoercionError,
+    CycloptsError,
+    MissingArgumentError,
+    RepeatArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
+from pydantic import ValidationError
+
+from mmgen.config import nearest
+from mmgen.config_io import explain, type_name
+
+NOUNS = {"int": "a whole number", "float": "a number", "bool": "true or false", "Path": "a path"}
+"""Types of options in words."""
+
+
+def sentence(error: Exception) -> str:
+    """An error in the words of a command's user."""
+    if isinstance(error, ValidationError):
+        return "\n".join(dict.fromkeys(explain(item) for item in error.errors()))
+    if isinstance(error, CycloptsError):
+        return _usage(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return _system(error)
+    return str(error) or type(error).__name__
+
+
+def _usage(error: CycloptsError) -> str:
+    """What is wrong with the words of the command line."""
+    if isinstance(error.__cause__, ValidationError):
+        return sentence(error.__cause__)
+    command = " ".join(error.command_chain or ())
+    more = f"`mmgen {command} --help`" if command else "`mmgen --help`"
+    if isinstance(error, UnknownCommandError):
+        typed = (error.unused_tokens or [""])[0]
+        names = [name for name in error.app or () if not name.startswith("-")]
+        full = f"{command} {typed}".strip()
+        return f"unknown command '{full}'{_suggest(typed, names)} (one of: {', '.join(names)})"
+    if isinstance(error, UnknownOptionError):
+        typed = error.token.keyword or error.token.value
+        flags = {name for argument in error.argument_collection if argument.parse for name in argument.names}
+        options = [flag[2:] for flag in sorted({*flags, "--config"}, key=lambda flag: "-" in flag[2:])]
+        near = nearest(typed.lstrip("-"), options)
+        hint = f", did you mean --{near}?" if near else f": {more} lists options, and `mmgen settings` lists settings"
+        return f"unknown option {typed}{hint}"
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        name = error.keyword or next((t.keyword for t in error.argument.tokens if t.keyword), error.argument.name)
+        count = error.argument.token_count()[0]
+        values = "a value" if count == 1 else f"{count} values"
+        return f"{name} needs {values}: see {more}" if name.startswith("-") else f"{name} is missing: see {more}"
+    if isinstance(error, CoercionError) and error.token is not None:
+        noun = NOUNS.get(type_name(error.target_type), type_name(error.target_type))
+        name = error.token.keyword or (error.argument.name if error.argument else "the argument")
+        return f"{name}: '{error.token.value}' is not {noun}"
+    if isinstance(error, UnusedCliTokensError):
+        typed = " ".join(error.unused_tokens or ())
+        return f"unexpected argument '{typed}': see {more}"
+    if isinstance(error, RepeatArgumentError):
+        return f"{error.token.keyword} is given more than once: keep one of them"
+    error.verbose = False
+    return str(error)
+
+
+def _suggest(typed: str, names: list[str]) -> str:
+    near = nearest(typed, names)
+    return f", did you mean '{near}'?" if near else ""
+
+
+def _system(error: OSError) -> str:
+    """An error of the operating system, with the path and a way out."""
+    path = error.filename2 or error.filename
+    where = f"{os.fsdecode(path)}" if isinstance(path, str | bytes | Path) else ""
+    reasons = {
+        errno.ENOENT: "does not exist: correct the path, or make it first",
+        errno.EEXIST: "is a file where a folder is needed: choose another path",
+        errno.ENOTDIR: "has a file where a folder is needed: choose another path",
+        errno.EISDIR: "is a folder where a file is needed: choose another path",
+        errno.EACCES: "cannot be opened, as you have no permission: change it with chmod, or choose another path",
+        errno.EPERM: "cannot be opened, as you have no permission: change it with chmod, or choose another path",
+        errno.EROFS: "is on a file system that cannot be written: choose another path",
+        errno.ENOSPC: "cannot be written, as the disk is full: free some space, or choose another path",
+    }
+    reason = reasons.get(error.errno or 0)
+    return f"{where} {reason}" if where and reason else str(error)
