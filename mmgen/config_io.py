@@ -248,7 +248,7 @@ def expectation(kind: object, metadata: Iterable[object] = ()) -> str:
     """What a value of a type must be, in words: `a whole number above 0`, `one of none, cpu, nvme or null`."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        bounds = [found for item in inner[1:] for found in (item.metadata if isinstance(item, FieldInfo) else [item])]
+        bounds = [bound for item in inner[1:] for bound in (item.metadata if isinstance(item, FieldInfo) else [item])]
         return expectation(inner[0], bounds)
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
@@ -274,8 +274,8 @@ def _bounds(metadata: Iterable[object]) -> str:
     if limits.keys() == {"ge", "le"}:
         return f" from {limits['ge']} to {limits['le']}"
     words = {"gt": "above {}", "ge": "of {} or more", "lt": "below {}", "le": "of {} or less"}
-    found = " and ".join(word.format(limits[name]) for name, word in words.items() if name in limits)
-    return found and f" {found}"
+    joined = " and ".join(word.format(limits[name]) for name, word in words.items() if name in limits)
+    return joined and f" {joined}"
 
 
 def _example(field: FieldInfo) -> str:
