@@ -259,7 +259,9 @@ def expectation(kind: object, metadata: Iterable[object] = ()) -> str:
     if origin is tuple:
         return f"a list [{', '.join(expectation(item) for item in inner)}]"
     if section := section_of(kind):
-        return f"a mapping with the keys {', '.join(section.model_fields)}"
+        keys = list(section.model_fields)
+        shown = f"the keys {', '.join(keys)}" if len(keys) < 7 else f"keys such as {', '.join(keys[:3])}"
+        return f"a mapping with {shown}"
     if kind in (int, float):
         return ("a whole number" if kind is int else "a number") + _bounds(metadata)
     words: dict[object, str] = {bool: "true or false", str: "text", Path: "a path", types.NoneType: "null"}
@@ -287,7 +289,7 @@ def _example(field: FieldInfo) -> str:
 
 
 def _shortened(value: object, length: int = 80) -> str:
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
