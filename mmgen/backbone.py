@@ -103,9 +103,7 @@ class RowCache(Cache):
         self._lanes, self._slots = lanes, self.length[lanes].unsqueeze(1) + torch.arange(width, device=lanes.device)
         self._reach = int(self._slots.max()) + 1
         if self._reach > self.capacity:
-            raise ValueError(
-                f"a sequence of {self._reach} positions exceeds the capacity of the decoder, {self.capacity}"
-            )
+            raise ValueError(f"a sequence of {self._reach} positions exceeds the decoder's capacity of {self.capacity}")
         return self._slots
 
     @property

@@ -248,7 +248,7 @@ def expectation(kind: object, metadata: Iterable[object] = ()) -> str:
     """What a value of a type must be, in words: `a whole number above 0`, `one of none, cpu, nvme or null`."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        bounds = [found for item in inner[1:] for found in (item.metadata if isinstance(item, FieldInfo) else [item])]
+        bounds = [bound for item in inner[1:] for bound in (item.metadata if isinstance(item, FieldInfo) else [item])]
         return expectation(inner[0], bounds)
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
@@ -259,7 +259,9 @@ def expectation(kind: object, metadata: Iterable[object] = ()) -> str:
     if origin is tuple:
         return f"a list [{', '.join(expectation(item) for item in inner)}]"
     if section := section_of(kind):
-        return f"a mapping with the keys {', '.join(section.model_fields)}"
+        keys = list(section.model_fields)
+        shown = f"the keys {', '.join(keys)}" if len(keys) < 7 else f"keys such as {', '.join(keys[:3])}"
+        return f"a mapping with {shown}"
     if kind in (int, float):
         return ("a whole number" if kind is int else "a number") + _bounds(metadata)
     words: dict[object, str] = {bool: "true or false", str: "text", Path: "a path", types.NoneType: "null"}
@@ -274,8 +276,8 @@ def _bounds(metadata: Iterable[object]) -> str:
     if limits.keys() == {"ge", "le"}:
         return f" from {limits['ge']} to {limits['le']}"
     words = {"gt": "above {}", "ge": "of {} or more", "lt": "below {}", "le": "of {} or less"}
-    found = " and ".join(word.format(limits[name]) for name, word in words.items() if name in limits)
-    return found and f" {found}"
+    joined = " and ".join(word.format(limits[name]) for name, word in words.items() if name in limits)
+    return joined and f" {joined}"
 
 
 def _example(field: FieldInfo) -> str:
@@ -287,7 +289,7 @@ def _example(field: FieldInfo) -> str:
 
 
 def _shortened(value: object, length: int = 80) -> str:
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

@@ -88,13 +88,13 @@ class MARLayout(ImageLayout):
 
     def __init__(self, settings: ObjectiveConfig, patch_length: int) -> None:
         super().__init__(settings, patch_length)
-        self.own = settings.mar
-        self.copies = 1 if self.own.causal else 2
+        self.section = settings.mar
+        self.copies = 1 if self.section.causal else 2
         if settings.bidirectional is None:
-            self.bidirectional = not self.own.causal
+            self.bidirectional = not self.section.causal
 
     def blocks(self, site: ImageSite, rng: np.random.Generator) -> list[Block]:
-        n, k = site.grid[0] * site.grid[1], self.own.draws_per_patch
+        n, k = site.grid[0] * site.grid[1], self.section.draws_per_patch
         time = self.settings.time
         even = (rng.permutation(n * k) + rng.random()) / (n * k) if time.stratified else rng.random(n * k)
         t = choose(TIMES, time.distribution, "objective.time.distribution")(torch.from_numpy(even), time.mu, time.sigma)
@@ -103,15 +103,15 @@ class MARLayout(ImageLayout):
             "eps": rng.standard_normal((n, k, self.patch_length), dtype=np.float32),
             "masked": np.zeros(n, dtype=np.float32),
         }
-        if self.own.causal:
+        if self.section.causal:
             return [Block(self.order(site.grid, rng), draws, bidirectional=False)]
-        hidden = rng.permutation(n)[: math.ceil(n * mask_ratio(site.quantile, self.own.mask_ratio))]
+        hidden = rng.permutation(n)[: math.ceil(n * mask_ratio(site.quantile, self.section.mask_ratio))]
         draws["masked"][hidden] = 1
         noised = Block(np.arange(n), draws, self.bidirectional, noised=True, loss=draws["masked"] > 0)
         return [noised, self.context(site.grid)]
 
     def context(self, grid: Grid) -> Block:
-        n, k = grid[0] * grid[1], self.own.draws_per_patch
+        n, k = grid[0] * grid[1], self.section.draws_per_patch
         clean: dict[str, Floats] = {
             "t": np.ones((n, k), dtype=np.float32),
             "eps": np.zeros((n, k, self.patch_length), dtype=np.float32),
@@ -121,7 +121,7 @@ class MARLayout(ImageLayout):
 
     def order(self, grid: Grid, rng: np.random.Generator) -> NDArray[np.int64]:
         n = grid[0] * grid[1]
-        return rng.permutation(n) if self.own.order == "random" else np.arange(n)
+        return rng.permutation(n) if self.section.order == "random" else np.arange(n)
 
 
 class MARObjective(ImageObjective):
@@ -131,18 +131,18 @@ class MARObjective(ImageObjective):
 
     def __init__(self, settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> None:
         super().__init__(settings, patcher, width)
-        self.own = settings.mar
+        self.section = settings.mar
         self.flow = ImageFlow(settings)
         self.enter = build_projection(patcher, width).entry()
-        if self.own.causal and self.enter.mixes:
+        if self.section.causal and self.enter.mixes:
             raise ValueError(
                 f"model.patcher.projection '{patcher.projection}' mixes the patches of an image, so in the order "
-                f"'{self.own.order}' a patch would depend on later patches: set objective.mar.order to masked, or "
+                f"'{self.section.order}' a patch would depend on later patches: set objective.mar.order to masked, or "
                 "model.patcher.projection to linear"
             )
         self.place = CellEmbedding(width)  # the name in checkpoints
-        self.head = PatchHead(patcher.patch_length, width, self.own.head)
-        if self.own.causal:
+        self.head = PatchHead(patcher.patch_length, width, self.section.head)
+        if self.section.causal:
             self.next_place = CellEmbedding(width)
         else:
             self.mask_vector = nn.Parameter(torch.randn(width) * width**-0.5)
@@ -160,7 +160,7 @@ class MARObjective(ImageObjective):
 
     def embed(self, batch: Batch) -> Embedded:
         at_J = batch.at_I[batch.loss_at_J]
-        if not self.own.causal:
+        if not self.section.causal:
             values = self._hidden(batch.x_IP, batch.draws["masked"] > 0, batch.cells) + self.place(batch.cell_I2)
             return Embedded(batch.at_I, values, at_J, batch)
         values = self._enter(batch.x_IP, batch.cells)
@@ -178,7 +178,7 @@ class MARObjective(ImageObjective):
         j = batch.loss_at_J
         state_J1W = self.head.state(hidden_JD).unsqueeze(1)
         x_JP = batch.x_IP[j]
-        if self.own.head.kind == "mse":
+        if self.section.head.kind == "mse":
             return (self._regress(state_J1W, x_JP.unsqueeze(1)) - x_JP.unsqueeze(1)).square().mean(dim=(1, 2))
         t_JK, eps_JKP = batch.draws["t"][j].to(x_JP.dtype), batch.draws["eps"][j].to(x_JP.dtype)
         x_JKP = x_JP.unsqueeze(1).expand_as(eps_JKP)
@@ -194,7 +194,7 @@ class MARObjective(ImageObjective):
         return out
 
     def generate(self, spec: ImageSpec) -> Drawing:
-        return self._next_patches(spec) if self.own.causal else self._unmask(spec)
+        return self._next_patches(spec) if self.section.causal else self._unmask(spec)
 
     def _unmask(self, spec: ImageSpec) -> Drawing:
         """Reveal patches in random order, several per step. Known patches are visible from the start."""
@@ -258,7 +258,7 @@ class MARObjective(ImageObjective):
         """
         state_GRnW = self.head.state(hidden_GRnD)
         scale = guidance_at(share, spec.sample)
-        if self.own.head.kind == "mse":
+        if self.section.head.kind == "mse":
             x = self._regress(state_GRnW, eps_RnP.expand(len(state_GRnW), -1, -1, -1))
             mean = x[1] + scale * (x[0] - x[1]) if len(x) > 1 else x[0]
             return mean if given is None else torch.where(given.mask_RN.unsqueeze(-1), given.x_RNP, mean)
@@ -273,7 +273,7 @@ class MARObjective(ImageObjective):
 
     def replay(self, replay: Replay) -> None:
         """Draw an image again: from one forward pass for a causal order, from one per unmasking step for `masked`."""
-        if self.own.causal:
+        if self.section.causal:
             self._replay_next_patches(replay)
         else:
             self._replay_unmasking(replay)

@@ -34,16 +34,16 @@ class TransfusionLayout(ImageLayout):
 
     def __init__(self, settings: ObjectiveConfig, patch_length: int) -> None:
         super().__init__(settings, patch_length)
-        self.own = settings.transfusion
-        self.copies = 2 if self.own.context == "clean_copy" else 1
+        self.section = settings.transfusion
+        self.copies = 2 if self.section.context == "clean_copy" else 1
 
     def blocks(self, site: ImageSite, rng: np.random.Generator) -> list[Block]:
         time = self.settings.time
         quantile = torch.scalar_tensor(site.quantile, dtype=torch.float64)
         t = float(choose(TIMES, time.distribution, "objective.time.distribution")(quantile, time.mu, time.sigma))
         # An image whose caption was dropped trains the unconditional model, so it needs every t.
-        if self.own.context == "capped" and site.text_after and not site.text_before:
-            t = self.own.cap + (1 - self.own.cap) * t
+        if self.section.context == "capped" and site.text_after and not site.text_before:
+            t = self.section.cap + (1 - self.section.cap) * t
         n = site.grid[0] * site.grid[1]
         draws = {
             "t": np.full(n, t, dtype=np.float32),

@@ -147,15 +147,15 @@ def _encoded(pixels_UL: Tensor, grids: Sequence[Grid], patcher: Patcher) -> Tens
         return patcher.encode_pixels(whole_MNL, grids[0]).flatten(0, 1)
     counts = [rows * columns for rows, columns in grids]
     images = pixels_UL.split(counts)
-    found: list[Tensor | None] = [None] * len(grids)
+    encoded: list[Tensor | None] = [None] * len(grids)
     for grid in dict.fromkeys(grids):
         of_grid = [number for number, other in enumerate(grids) if other == grid]
         encoded_MNP = patcher.encode_pixels(torch.stack([images[number] for number in of_grid]), grid)
         for number, x_NP in zip(of_grid, encoded_MNP, strict=True):
-            found[number] = x_NP
+            encoded[number] = x_NP
     ready = patcher.ready
     nothing = torch.from_numpy(np.zeros((0, ready.length), ready.dtype)).to(pixels_UL.device)
-    return torch.cat([nothing, *(x_NP for x_NP in found if x_NP is not None)])
+    return torch.cat([nothing, *(x_NP for x_NP in encoded if x_NP is not None)])
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,9 @@ class Discrete(ImageObjective):
 
     def __init__(self, settings, patcher, width: int) -> None:
         super().__init__(settings, patcher, width)
-        self.own = settings.section
-        self.enter, self.place = nn.Embedding(self.own.codes, width), CellEmbedding(width)
-        self.head = nn.Linear(width, self.own.codes)
+        self.section = settings.section
+        self.enter, self.place = nn.Embedding(self.section.codes, width), CellEmbedding(width)
+        self.head = nn.Linear(width, self.section.codes)
 
     def embed(self, batch: Batch) -> Embedded:
         has_next = torch.zeros(len(batch.image_I), dtype=torch.bool, device=batch.image_I.device)
@@ -102,7 +102,7 @@ class Discrete(ImageObjective):
             scores = self.head(hidden_GRD)
             if len(scores) > 1:
                 scores = scores[1:] + spec.sample.guidance_scale * (scores[:1] - scores[1:])
-            noise = self.own.temperature * spec.noise(scores[0])
+            noise = self.section.temperature * spec.noise(scores[0])
             codes.append((scores[0] + noise).argmax(-1))
             if i + 1 < n:
                 cell = self.place(torch.tensor([divmod(i + 1, spec.grid[1])])).expand(rows, -1)
@@ -131,7 +131,7 @@ def test_it_trains_and_draws_through_the_real_loop(discrete: Config) -> None:
     assert image[-1] < 0.95 * np.log(8), "better than uniform: the captions' pictures are learned"
     model, tokenizer = load_model(discrete.run.dir / "checkpoints" / "latest")
     assert isinstance(model.objective, Discrete)
-    assert model.objective.own == DiscreteSettings(codes=8)
+    assert model.objective.section == DiscreteSettings(codes=8)
     requests = [Request(["picture 1"], "image", 1), Request(["picture 2"], "image", 2, (3, 2)), Request(["continue"])]
     results = Decoder(model, tokenizer, discrete.sample).generate(requests)
     assert [result.images[0].size for result in results[:2]] == [(4, 4), (4, 6)]
