@@ -101,17 +101,16 @@ def write(target: Path, shard: str, config: Config, patcher: LatentPatcher, half
     """Write one shard of latents; returns the number of samples that were left out."""
     part, bad, index = target.with_name(target.name + ".part"), list[BadRecord](), find(shard, config.data)
     source = samples(shard, config, bad)
-    progress = Progress(f"encoding {store.name(shard)}", "samples", index.count if index else None)
+    progress = Progress(f"encoding {store.name(shard)}", "images", index.meta.pictures if index else None)
     with (
         progress,
         part.open("wb") as file,
         TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as sink,
     ):
         while chunk := list(islice(source, AHEAD * config.model.patcher.vae.batch)):
-            encode(chunk, patcher, half)
+            encode(chunk, patcher, half, progress)
             for sample in chunk:
                 sink.write(sample)
-            progress.done += len(chunk)
     part.rename(target)
     for line in folded_bad(bad):
         log(f"left out: {line}")
@@ -180,19 +179,21 @@ def relisted(data: bytes) -> bytes:
     return json.dumps(changed).encode()
 
 
-def encode(chunk: list[Sample], patcher: LatentPatcher, half: bool) -> None:
+def encode(chunk: list[Sample], patcher: LatentPatcher, half: bool, progress: Progress) -> None:
     """Replace each image by the bytes of its latent; images of equal size are encoded in one batch."""
     sizes: dict[tuple[int, ...], list[tuple[Sample, str]]] = defaultdict(list)
     for sample in chunk:
         for name, value in sample.items():
             if isinstance(value, np.ndarray):
                 sizes[value.shape].append((sample, name))
-    note = {"vae": patcher.fingerprint}
-    for places in sizes.values():
-        pixels = np.stack([sample[name] for sample, name in places])
-        latents = patcher.latents(torch.from_numpy(pixels).permute(0, 3, 1, 2)).cpu().numpy()
-        for (sample, name), latent in zip(places, latents.astype(np.float16 if half else np.float32), strict=True):
-            sample[name] = save({"latent": np.ascontiguousarray(latent)}, metadata=note)
+    note, size = {"vae": patcher.fingerprint}, patcher.settings.vae.batch
+    for images in sizes.values():
+        for batch in (images[i : i + size] for i in range(0, len(images), size)):
+            pixels = np.stack([sample[name] for sample, name in batch])
+            latents = patcher.latents(torch.from_numpy(pixels).permute(0, 3, 1, 2)).cpu().numpy()
+            for (sample, name), latent in zip(batch, latents.astype(np.float16 if half else np.float32), strict=True):
+                sample[name] = save({"latent": np.ascontiguousarray(latent)}, metadata=note)
+            progress.done += len(batch)
 
 
 if __name__ == "__main__":

@@ -180,8 +180,8 @@ def _write_shard(
     part, done, left = target.with_name(target.name + ".part"), 0, 0
     with part.open("wb") as file:
         with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as sink:
-            for place, item in enumerate(chunk):
-                key = f"{prefix}-{place:06d}"
+            for number, item in enumerate(chunk):
+                key = f"{prefix}-{number:06d}"
                 try:
                     members = sample(item)
                     _check(key, members)

@@ -275,19 +275,19 @@ class Dataset(Measured):
 
     def name(self, index: int) -> tuple[str, str]:
         """Shard name and key of a sample."""
-        shard, place = self.where(index)
-        return store.name(self.shards[shard]), self.index(shard).key(place)
+        shard, number = self.where(index)
+        return store.name(self.shards[shard]), self.index(shard).key(number)
 
     def sample(self, index: int) -> Sample:
         """A sample whose images are still encoded; raises `BadSample`."""
-        shard, place = self.where(index)
-        return load(self.shards[shard], self.index(shard), place, self.config.data)
+        shard, number = self.where(index)
+        return load(self.shards[shard], self.index(shard), number, self.config.data)
 
     def grids_of(self, index: int) -> list[tuple[int, int]]:
         """The patch grids of the images of a sample."""
-        shard, place = self.where(index)
+        shard, number = self.where(index)
         ends = self.index(shard).column("segment_end_n")
-        here = slice(int(ends[place - 1]) if place else 0, int(ends[place]))
+        here = slice(int(ends[number - 1]) if number else 0, int(ends[number]))
         return [(rows, columns) for rows, columns in self.grids(shard)[here].tolist() if rows]
 
     def gather(self, indices: Ints) -> Facts:
@@ -296,8 +296,8 @@ class Dataset(Measured):
         order = np.argsort(shards, kind="stable")
         numbers, bounds = np.unique(shards[order], return_index=True)
         parts = [
-            self.facts(int(shard)).take(indices[places] - self.starts[shard])
-            for shard, places in zip(numbers, np.split(order, bounds[1:]), strict=True)
+            self.facts(int(shard)).take(indices[selected] - self.starts[shard])
+            for shard, selected in zip(numbers, np.split(order, bounds[1:]), strict=True)
         ]
         back = np.empty_like(order)
         back[order] = np.arange(len(order))

@@ -56,8 +56,8 @@ def uniform(keys: Hashes, *parts: object) -> NDArray[np.float64]:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def permuted(places: Ints, count: int, *parts: object) -> Ints:
-    """The images of `places` under a permutation of [0, count) that is keyed by `parts` and never stored.
+def permuted(numbers: Ints, count: int, *parts: object) -> Ints:
+    """The images of `numbers` under a permutation of [0, count) that is keyed by `parts` and never stored.
 
     A Feistel network on the next larger power of four, applied until the result is below `count` (cycle walking,
     Black and Rogaway 2002).
@@ -72,7 +72,7 @@ def permuted(places: Ints, count: int, *parts: object) -> Ints:
             left, right = right, left ^ (mix(right ^ key) & mask)
         return (left << half) | right
 
-    values = once(places.astype(np.uint64))
+    values = once(numbers.astype(np.uint64))
     while (outside := values >= np.uint64(count)).any():
         values[outside] = once(values[outside])
     return values.astype(np.int64)
@@ -84,13 +84,13 @@ def epoch_order(count: int, seed: object, epoch: int, where: range | None = None
     Blocks of `block` neighbours are permuted. The offset of the blocks changes from epoch to epoch.
     """
     where = range(count) if where is None else where
-    places = np.arange(where.start, where.stop, dtype=np.int64)
+    numbers = np.arange(where.start, where.stop, dtype=np.int64)
     whole = count // block
     if not whole:
         block, whole = 1, count
-    inside = places < whole * block
-    moved = places.copy()
-    moved[inside] = permuted(places[inside] // block, whole, seed, "order", epoch) * block + places[inside] % block
+    inside = numbers < whole * block
+    moved = numbers.copy()
+    moved[inside] = permuted(numbers[inside] // block, whole, seed, "order", epoch) * block + numbers[inside] % block
     shift = int(chances(seed, "shift", epoch)[0] * count)
     return (moved + shift) % count
 
@@ -132,12 +132,12 @@ class Position:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Position of one stream: the next row is row `row` of window `window`, which begins at `place` and `group`."""
+    """Position of one stream: the next row is row `row` of window `window`, which begins at `shard` and `group`."""
 
     epoch: int = 0
     window: int = 0
     row: int = 0
-    place: int = 0
+    shard: int = 0
     """Index of the shard in the stream's list of this epoch."""
     group: int = 0
     """Index of the sample in its shard, bad ones included."""
@@ -222,11 +222,11 @@ class Mixture:
             name = self.seed if not source else f"{self.seed} {source}"
             at = begin
             while at < end:
-                epoch, place = divmod(at, count)
-                n = min(end - at, count - place)
+                epoch, offset = divmod(at, count)
+                n = min(end - at, count - offset)
                 part = here[at - begin : at - begin + n]
                 epochs[part] = epoch
-                order = epoch_order(count, name, epoch, range(place, place + n), self.block)
+                order = epoch_order(count, name, epoch, range(offset, offset + n), self.block)
                 indices[part] = order + self.starts[source]
                 at += n
         return epochs, indices

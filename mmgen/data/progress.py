@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -16,8 +17,9 @@ INTERVAL = 10.0
 
 
 def to_stderr(line: str) -> None:
-    """Print one line on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    """Print one line on standard error; with several processes on a machine, from the first one alone."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -74,7 +74,7 @@ class ReadSample:
 class Met:
     """The next sample in a shard of a stream, usable or bad."""
 
-    place: int
+    shard: int
     """Index of the shard in the stream's list."""
     group: int
     """Index of the following sample in the shard."""
@@ -144,9 +144,9 @@ class Streams:
         """A hash of the names of the shards in their order; their contents are not read."""
         return hashlib.sha256("\n".join(map(store.name, self.shards)).encode()).hexdigest()
 
-    def shard(self, stream: int, place: int, epoch: int) -> str | None:
-        """The shard at index `place` of a stream's list; None after its last."""
-        at, count = stream + place * self.count, len(self.shards)
+    def shard(self, stream: int, number: int, epoch: int) -> str | None:
+        """The shard at index `number` of a stream's list; None after its last."""
+        at, count = stream + number * self.count, len(self.shards)
         if at >= count:
             return None
         return self.shards[int(epoch_order(count, f"{self.seed} shards", epoch, range(at, at + 1))[0])]
@@ -199,7 +199,7 @@ class Streams:
         samples: list[ReadSample] = []
         following = replace(at, window=at.window + 1, row=0)
         for met in source:
-            following = replace(following, place=met.place, group=met.group, met=following.met + (at.epoch == 0))
+            following = replace(following, shard=met.shard, group=met.group, met=following.met + (at.epoch == 0))
             if isinstance(met.sample, BadRecord):
                 bad.append(met.sample)
                 continue
@@ -210,11 +210,11 @@ class Streams:
 
     def _epoch(self, stream: int, at: Cursor) -> Iterator[Met]:
         """The samples of a stream from `at` to the end of its epoch."""
-        place, first = at.place, at.group
-        while (shard := self.shard(stream, place, at.epoch)) is not None:
+        number, first = at.shard, at.group
+        while (shard := self.shard(stream, number, at.epoch)) is not None:
             for group, sample in self._shard(shard, first):
-                yield Met(place, group, sample)
-            place, first = place + 1, 0
+                yield Met(number, group, sample)
+            number, first = number + 1, 0
 
     def _shard(self, shard: str, first: int) -> Iterator[tuple[int, ReadSample | BadRecord]]:
         """The samples of a shard after its first `first` ones; an interrupted read is retried from the same sample."""

@@ -6,8 +6,12 @@ import time
 
 import pytest
 
+from mmgen.config import Config
 from mmgen.data import progress
 from mmgen.data.progress import Progress
+from mmgen.data.tools.check import CheckOptions, check
+from mmgen.data.tools.check_streams import check_streams
+from mmgen.sequence.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +56,26 @@ def test_a_quiet_phase_reports_only_if_it_is_long() -> None:
     for _ in Progress("reading", "samples", log=lines.append, quiet=True).over("abc"):
         time.sleep(0.06)
     assert lines[-1] == "reading: 3 samples"
+
+
+def test_only_the_first_process_of_a_machine_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    list(Progress("reading", "samples").over("abc"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    list(Progress("reading", "samples").over("abc"))
+    assert capsys.readouterr().err == "reading: 3 samples\n"
+
+
+def test_each_phase_of_the_check_reports(config: Config, streamed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "INTERVAL", 0.001)
+    lines: list[str] = []
+    check(config.data.train, Tokenizer.of(config), config, CheckOptions(lines.append))
+    check_streams(Tokenizer.of(streamed), streamed, CheckOptions(lines.append))
+    phases = {line.split(":")[0] for line in lines}
+    assert phases >= {"indexing", "decoding", "planning an epoch", "comparing orders", "reading streams"}
+    assert "reading 7 shards" in phases
+    assert "decoding: 40 of 40 samples" in lines
 
 
 def test_no_last_line_after_an_error() -> None:

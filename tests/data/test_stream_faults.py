@@ -162,11 +162,11 @@ def test_resuming_reads_one_shard_and_one_window(tmp_path: Path, monkeypatch: py
     stream = store.stream
     monkeypatch.setattr(store, "stream", lambda shard, limits: (opens.append(shard), stream(shard, limits))[1])
     cursors = [row.after for row in islice(streams.rows(0, Cursor()), 120)]
-    assert cursors[-1].place > 10
+    assert cursors[-1].shard > 10
     for cursor in cursors[::9]:
         opens.clear()
         next(streams.rows(0, cursor))
-        assert opens[0] == streams.shard(0, cursor.place, cursor.epoch)
+        assert opens[0] == streams.shard(0, cursor.shard, cursor.epoch)
         assert len(opens) <= 3, "shards hold at least 5 samples, a window 10"
 
 

@@ -193,13 +193,13 @@ class CheckReport(Report):
     def findings(self) -> Iterator[str]:
         yield from super().findings()
         yield from folded(
-            "shard has the bytes of an earlier shard",
-            "shards have the bytes of an earlier shard",
+            "copy of an earlier shard",
+            "copies of earlier shards",
             self.duplicate_shards,
         )
         yield from folded(
-            "shard of these folders is named by no setting",
-            "shards of these folders are named by no setting",
+            "unused shard, which no setting names",
+            "unused shards, which no setting names",
             self.unused_shards,
         )
 
