@@ -163,22 +163,23 @@ def rows_of_commands() -> Iterable[tuple[str, ...]]:
 
 RESULTS = {
     "t2i_accuracy": "accuracy of images drawn from captions",
+    "t2i_accuracy_w1": "the same, without guidance",
     "t2i_accuracy_heldout_combination": "the same, combinations not in the training set",
+    "t2i_ceiling": "accuracy of the judge on real images",
     "i2t_accuracy": "accuracy of captions of images",
     "within_class_variance_ratio": "variety within a class (real images: 1)",
     "parameters": "parameters",
     "train_seconds": "seconds of training",
 }
-"""Rows of the README's table, which are copied from the table of all scores in configs/README.md."""
+COLUMNS = ("scenes, Transfusion", "digits, Transfusion", "digits, MAR `masked`", "digits, MAR `raster`")
+"""The rows and columns of the README's table, which are copied from the table of all scores in configs/README.md."""
 
 
 def rows_of_results() -> Iterable[tuple[str, ...]]:
     lines = (ROOT / "configs" / "README.md").read_text().splitlines()
     cells = {line.split("|")[1].strip().strip("`"): line for line in lines if line.startswith("|")}
-    first = lines.index(cells["t2i_accuracy"])
-    while lines[first - 1].startswith("|"):
-        first -= 1
-    yield "", *(cell.strip() for cell in lines[first].strip("|").split("|")[1:])
+    assert cells["score"].count("|") == len(COLUMNS) + 2
+    yield "", *COLUMNS
     for key, label in RESULTS.items():
         yield label, *(cell.strip() for cell in cells[key].strip("|").split("|")[1:])
 
