@@ -23,6 +23,8 @@ from mmgen.config_io import load, override
 
 USAGE = 2
 """Exit code of an error in what the user gave."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells give it; `mmgen train` saves first and ends with 75."""
 
 
 def main() -> None:
@@ -31,6 +33,12 @@ def main() -> None:
     _choose_accelerator()
     try:
         code = launch(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # as in `mmgen settings | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except (FloatingPointError, ChildProcessError) as error:
         code = complain(str(error), 1)
     except (cyclopts.CycloptsError, ValueError, OSError, ImportError) as error:

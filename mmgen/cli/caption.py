@@ -47,5 +47,7 @@ def _opened(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.copy()
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image: give a PNG, JPEG or another picture file") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error.strerror or error}") from None

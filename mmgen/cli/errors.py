@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 
 from cyclopts.exceptions import (
@@ -15,6 +16,7 @@ from cyclopts.exceptions import (
     UnknownOptionError,
     UnusedCliTokensError,
 )
+from cyclopts.exceptions import ValidationError as InvalidError
 from pydantic import ValidationError
 
 from mmgen.config import nearest
@@ -32,7 +34,7 @@ def sentence(error: Exception) -> str:
         return _usage(error)
     if isinstance(error, OSError) and error.errno is not None:
         return _system(error)
-    return str(error) or type(error).__name__
+    return re.sub(r"\[Errno \d+\] ", "", str(error)) or type(error).__name__
 
 
 def _usage(error: CycloptsError) -> str:
@@ -54,14 +56,16 @@ def _usage(error: CycloptsError) -> str:
         hint = f", did you mean --{near}?" if near else f": {more} lists options, and `mmgen settings` lists settings"
         return f"unknown option {typed}{hint}"
     if isinstance(error, MissingArgumentError) and error.argument is not None:
-        name = error.keyword or next((t.keyword for t in error.argument.tokens if t.keyword), error.argument.name)
+        if not error.keyword:
+            return f"{_name(error)} is missing: see {more}"
         count = error.argument.token_count()[0]
-        values = "a value" if count == 1 else f"{count} values"
-        return f"{name} needs {values}: see {more}" if name.startswith("-") else f"{name} is missing: see {more}"
+        return f"{error.keyword} needs {'a value' if count == 1 else f'{count} values'}: see {more}"
     if isinstance(error, CoercionError) and error.token is not None:
         noun = NOUNS.get(type_name(error.target_type), type_name(error.target_type))
-        name = error.token.keyword or (error.argument.name if error.argument else "the argument")
-        return f"{name}: '{error.token.value}' is not {noun}"
+        return f"{_name(error)}: '{error.token.value}' is not {noun}"
+    if isinstance(error, InvalidError):
+        value = error.argument.tokens[0].value if error.argument and error.argument.tokens else error.value
+        return f"{_name(error)} {error.exception_message} (got {value})"
     if isinstance(error, UnusedCliTokensError):
         typed = " ".join(error.unused_tokens or ())
         return f"unexpected argument '{typed}': see {more}"
@@ -69,6 +73,13 @@ def _usage(error: CycloptsError) -> str:
         return f"{error.token.keyword} is given more than once: keep one of them"
     error.verbose = False
     return str(error)
+
+
+def _name(error: CycloptsError) -> str:
+    """The option that an error is about, as it was typed; an argument without an option's name in capitals."""
+    tokens = [*(error.argument.tokens if error.argument else []), getattr(error, "token", None)]
+    typed = next((token.keyword for token in tokens if token and token.keyword), None)
+    return typed or (error.argument.name.lstrip("-").upper() if error.argument else "the argument")
 
 
 def _suggest(typed: str, names: list[str]) -> str:
@@ -91,4 +102,6 @@ def _system(error: OSError) -> str:
         errno.ENOSPC: "cannot be written, as the disk is full: free some space, or choose another path",
     }
     reason = reasons.get(error.errno or 0)
-    return f"{where} {reason}" if where and reason else str(error)
+    if where:
+        return f"{where} {reason}" if reason else f"{where}: {error.strerror}"
+    return error.strerror or str(error)

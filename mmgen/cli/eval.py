@@ -23,6 +23,13 @@ def evaluate(*, config: EvalSettings = Config(), as_json: Json = False) -> int:
     from mmgen.evaluate.report import evaluate as score
 
     trained = load_run(config)
+    for key, shards in (
+        ("data.train", config.data.train),
+        ("eval.test", config.eval.test),
+        ("eval.judge", config.eval.judge),
+    ):
+        if not shards:
+            raise ValueError(f"{key} is empty: the task '{config.eval.task}' needs labelled shards there")
     show(score(trained.model, trained.tokenizer, config, trained.trainer, log).flat(), as_json)
     log(f"report: {config.run.dir / 'report.json'}   pictures: {config.run.dir / 'samples' / 'evaluation.png'}")
     return 0

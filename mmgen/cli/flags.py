@@ -30,13 +30,23 @@ class Uses:
     sections: tuple[str, ...] = tuple(Config.model_fields)
 
 
+def at_least(minimum: int) -> Callable[[object, int], None]:
+    """A check of an option's value, for `Parameter(validator=...)`."""
+
+    def check(_type: object, value: int) -> None:
+        if value < minimum:
+            raise ValueError(f"must be at least {minimum}")
+
+    return check
+
+
 Settings = Annotated[Config, Uses()]
 RunSettings = Annotated[Config, Uses(("run", "sample"))]
 """Settings of a command on a trained run, whose model and objective are stored with it."""
 DataSettings = Annotated[Config, Uses(("run", "data", "model", "objective"))]
 Json = Annotated[bool, Parameter(name="--json", help="Print the result as one JSON document.", negative="")]
 Folder = Annotated[Path, Parameter(help="Folder that the images are written to.")]
-Rounds = Annotated[int, Parameter(help="Repetitions; the compared variants take turns in each.")]
+Rounds = Annotated[int, Parameter(help="Repetitions; the compared variants take turns in each.", validator=at_least(1))]
 
 
 class Overrides(BaseModel):

@@ -92,15 +92,28 @@ def read_trainer(folder: Path, rank: int = 0, world: int = 1) -> TrainerState:
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a checkpoint of mmgen ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{folder} is not a checkpoint of mmgen: no manifest.json ({error.strerror})") from None
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{folder} is not a checkpoint of mmgen: its manifest.json is damaged")
     for name, digest in sorted(manifest.items())[rank::world]:
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise ValueError(f"checkpoint file {folder / name} is missing or damaged")
+    return _trainer_state(folder / "trainer.json")
+
+
+def _trainer_state(path: Path) -> TrainerState:
     try:
-        return TrainerState.from_json((folder / "trainer.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'trainer.json'} cannot be read ({error})") from None
+        return TrainerState.from_json(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, item["loc"])) or "all" for item in error.errors())
+        raise ValueError(f"{path} is damaged: these keys are wrong or missing: {keys}") from None
+    except ValueError:
+        raise ValueError(f"{path} is damaged: it is not JSON") from None
 
 
 def check_same_run(found: Checkpoint, config: Config, tokenizer: Tokenizer) -> None:
@@ -165,10 +178,7 @@ def known_facts(config: Config) -> AutoencoderFacts | None:
 
 def stored_facts(folder: Path) -> AutoencoderFacts | None:
     """What a checkpoint knows of its autoencoder, without a look at its other files; raises ValueError."""
-    try:
-        return TrainerState.from_json((folder / "trainer.json").read_text()).autoencoder
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'trainer.json'} cannot be read ({error})") from None
+    return _trainer_state(folder / "trainer.json").autoencoder
 
 
 def _settings(found: Checkpoint) -> Config:
