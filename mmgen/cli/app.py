@@ -61,6 +61,8 @@ def launch(words: Sequence[str]) -> int:
             given = bound.arguments.get("config")
             changes = given.model_dump(exclude_unset=True) if isinstance(given, Overrides) else {}
             bound.arguments["config"] = override(base, changes)
+        if "config_file" in inspect.signature(command).parameters:
+            bound.arguments["config_file"] = config
         return int(command(*bound.args, **bound.kwargs) or 0)
 
     return int(app.meta(words, exit_on_error=False, print_error=False, result_action="return_value") or 0)

@@ -10,6 +10,7 @@ from mmgen.cli.bench import generation, samplers, step
 from mmgen.cli.caption import caption
 from mmgen.cli.check import parity
 from mmgen.cli.data import buckets, check, index, show_rows
+from mmgen.cli.demo import demo
 from mmgen.cli.eval import evaluate
 from mmgen.cli.export import export
 from mmgen.cli.lab import list_experiments, run_experiments
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "sample": sample,
     "caption": caption,
     "eval": evaluate,
+    "demo": demo,
     "ablate": ablate,
     "export": export,
     "settings": settings,

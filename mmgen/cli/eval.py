@@ -20,7 +20,8 @@ def evaluate(*, config: EvalSettings = Config(), as_json: Json = False) -> int:
     Example:
         mmgen eval --config configs/scenes.yaml --eval.samples 200
     """
-    from mmgen.evaluate.report import evaluate as score
+    log(f"loading the newest checkpoint of {config.run.dir}")
+    from mmgen.evaluate.report import evaluate as score  # after the line, because it imports torch
 
     trained = load_run(config)
     for key, shards in (

@@ -44,6 +44,8 @@ Settings = Annotated[Config, Uses()]
 RunSettings = Annotated[Config, Uses(("run", "sample"))]
 """Settings of a command on a trained run, whose model and objective are stored with it."""
 DataSettings = Annotated[Config, Uses(("run", "data", "model", "objective"))]
+ConfigFile = Annotated[Path | None, Parameter(parse=False)]
+"""Type of a parameter `config_file`: the file of `--config`, for a command that prints it."""
 Json = Annotated[bool, Parameter(name="--json", help="Print the result as one JSON document.", negative="")]
 Folder = Annotated[Path, Parameter(help="Folder that the images are written to.")]
 Rounds = Annotated[int, Parameter(help="Repetitions; the compared variants take turns in each.", validator=at_least(1))]
