@@ -48,8 +48,7 @@ def train(config: Config) -> int:
     if found:
         checkpoint.check_same_run(found, config, tokenizer)
         if found.state.step >= config.train.steps:
-            done = f"{found.state.step} of {config.train.steps} steps"
-            ranks.say(f"{config.run.dir} is trained: {done} (raise train.steps to go on)")
+            ranks.say(checkpoint.describe_finished(found, config))
             finish()
             return 0
     with closing(Watchdog(config.train.timeout, ranks.rank)) as watchdog:

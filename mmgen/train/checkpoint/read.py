@@ -157,6 +157,22 @@ def check_same_model(found: Checkpoint, config: Config) -> None:
             _refuse([changed], found.folder)
 
 
+def describe_finished(stored: Checkpoint, config: Config) -> str:
+    """Lines for a run that has all its steps: settings that differ from the stored ones, and how to train longer."""
+    state = stored.state
+    lines = [
+        f"{config.run.dir} is trained: it is finished at step {state.step}, and train.steps is {config.train.steps}."
+    ]
+    here, there = (
+        {**settings.model_dump(mode="json", exclude={"eval"}), "run": {"seed": settings.run.seed}}
+        for settings in (config, _settings(stored))
+    )
+    if changed := differences(here, there):
+        lines.append(f"These settings differ from those of the run, and have no effect: {'; '.join(changed)}.")
+    lines.append(f"To continue this run, set train.steps above {state.step}. To train a new run, set another run.dir.")
+    return "\n".join(lines)
+
+
 def _model_shape(settings: Config) -> dict[str, object]:
     """Settings that shape the model. The sections of objectives that are not chosen do not.
 
