@@ -27,7 +27,7 @@ while read -r -t 9 line || [ $$? -gt 128 ]; do \
 done; }
 endef
 
-# `--no-deps`: the list is complete but for torch, and azula, an oracle of the tests, does without the torchvision that it asks for.
+# `--no-deps`: the list has all packages except torch, and azula, which the tests compare with, works without torchvision.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	if $(PYTHON) -c "import torch" 2>/dev/null; then \
 	  $(PYTHON) -m venv --system-site-packages $(VENV); \

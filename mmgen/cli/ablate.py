@@ -1,4 +1,4 @@
-"""`mmgen ablate`."""
+"""The command `mmgen ablate`: trains and scores a grid of settings and seeds."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def ablate(
 
 
 def table(found: Comparison) -> Table:
-    """One column per arm."""
+    """The table that is printed: a row per score, a column per arm."""
     from mmgen.ablate import SCORES, VAL_PLACES
 
     shown = Table("", *found.arms, title=f"equal {found.equal}, seeds {found.seeds}: mean ± 95% interval")
     for score in SCORES:
         shown.add_row(score, *(_cell(arm.get(score)) for arm in found.arms.values()))
-    for place, label in ((0, "first"), (-1, "last")):
-        cells = [_cell(arm.get(VAL_PLACES), place) for arm in found.arms.values()]
-        shown.add_row(f"val_loss_image, {label} place", *cells)
+    for cell, label in ((0, "first"), (-1, "last")):
+        cells = [_cell(arm.get(VAL_PLACES), cell) for arm in found.arms.values()]
+        shown.add_row(f"val_loss_image, {label} cell", *cells)
     return shown
 
 
-def _cell(value: Interval | Intervals | None, place: int = 0) -> str:
-    """An interval, or the one of a place, as text; nothing for what an arm does not report."""
+def _cell(value: Interval | Intervals | None, cell: int = 0) -> str:
+    """A mean with its interval as text; of a list, that of one cell; empty for a score that the arm does not report."""
     from mmgen.ablate import Intervals
 
     if value is None:
         return ""
-    each = value.at(place) if isinstance(value, Intervals) else value
+    each = value.at(cell) if isinstance(value, Intervals) else value
     return f"{rounded(each.mean, 4)}{plus_minus(each.half_width)}"

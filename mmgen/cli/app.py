@@ -1,4 +1,4 @@
-"""From the words of a command line to a command with its settings, and from errors to exit codes."""
+"""The program `mmgen`: parses the command line, runs the command, and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mmgen.config import Config
 from mmgen.config_io import load, override
 
 USAGE = 2
-"""Exit code of an error in what the user gave."""
+"""Exit code of a wrong command line, setting or file."""
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells give it; `mmgen train` saves first and ends with 75."""
+"""Exit code after Ctrl-C, as in shells. `mmgen train` saves a checkpoint and ends with 75 instead."""
 
 
 def main() -> None:
-    """Entry point: run the command of the command line and exit with its code."""
+    """Run the command of the command line and exit with its code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _choose_accelerator()
     try:
@@ -47,7 +47,12 @@ def main() -> None:
 
 
 def launch(words: Sequence[str]) -> int:
-    """Read the YAML file, put the overrides on top, and run the command; returns its exit code."""
+    """Run a command with the settings of its YAML file and its flags; returns its exit code.
+
+    Raises:
+        CycloptsError: the words are no command with its options.
+        ValueError: a setting is wrong.
+    """
     app = build()
 
     @app.meta.default
@@ -96,7 +101,7 @@ def build() -> App:
 
 
 def complain(message: str, code: int = USAGE) -> int:
-    """Print an error for people and return the exit code."""
+    """Print an error message on standard error and return the exit code."""
     log(f"mmgen: error: {message}")
     return code
 

@@ -1,4 +1,4 @@
-"""`mmgen bench`."""
+"""The commands `mmgen bench ...`: speed of a training step, generation, data and solvers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def data(
 def samplers(*, rounds: Rounds = 15, as_json: Json = False) -> int:
     """Time what each solver adds to the network that it calls.
 
-    The network is a stand-in that takes a millisecond or more per call.
+    The network is artificial and takes a millisecond or more per call.
 
     Example:
         mmgen bench samplers --rounds 3

@@ -1,4 +1,4 @@
-"""`mmgen caption`."""
+"""The command `mmgen caption`: writes captions of images."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def caption(
     from mmgen.generate.decoder import Decoder, Request
 
     if not images:
-        raise ValueError("no image is given: name at least one file")
+        raise ValueError("no image is given: name one or more image files")
     opened = [_opened(path) for path in images]
     trained = load_run(config)
     decoder = Decoder(trained.model, trained.tokenizer, config.sample)
     results = decoder.generate([Request([image], "text") for image in opened])
-    said = [{"image": str(path), "caption": result.text} for path, result in zip(images, results, strict=True)]
+    captions = [{"image": str(path), "caption": result.text} for path, result in zip(images, results, strict=True)]
     if as_json:
-        print_json({"captions": said})
+        print_json({"captions": captions})
     else:
-        for item in said:
+        for item in captions:
             print(f"{item['image']}: {item['caption']}")
     return 0
 

@@ -39,7 +39,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "lab list": list_experiments,
     "lab run": run_experiments,
 }
-"""The words of a command to its function, whose parameters are the flags and whose result is the exit code."""
+"""The name of each command and its function: parameters are arguments and flags, the result is the exit code."""
 
 GROUPS = {
     "bench": "Measure speed: training step, generation, data and solvers.",

@@ -1,4 +1,4 @@
-"""`mmgen data`."""
+"""The commands `mmgen data ...`: index, check and show shards, and propose image sizes."""
 
 from __future__ import annotations
 

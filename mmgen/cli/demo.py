@@ -1,4 +1,4 @@
-"""`mmgen demo`."""
+"""The command `mmgen demo`: draws a caption, captions the image and prints scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of the command line, of settings and of files, in sentences that name the cause and what to do."""
+"""Error messages: each names the cause and what to do, and contains no text of a library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOUNS = {"int": "a whole number", "float": "a number", "bool": "true or false", 
 
 
 def sentence(error: Exception) -> str:
-    """An error in the words of a command's user."""
+    """The message of an error, for the user of a command."""
     if isinstance(error, ValidationError):
         return "\n".join(dict.fromkeys(explain(item) for item in error.errors()))
     if isinstance(error, CycloptsError):
@@ -38,7 +38,7 @@ def sentence(error: Exception) -> str:
 
 
 def _usage(error: CycloptsError) -> str:
-    """What is wrong with the words of the command line."""
+    """The message of a wrong command, option or value on the command line."""
     if isinstance(error.__cause__, ValidationError):
         return sentence(error.__cause__)
     command = " ".join(error.command_chain or ())
@@ -76,7 +76,7 @@ def _usage(error: CycloptsError) -> str:
 
 
 def _name(error: CycloptsError) -> str:
-    """The option that an error is about, as it was typed; an argument without an option's name in capitals."""
+    """The name of a wrong option as it was typed; a positional argument in capitals, as in help."""
     tokens = [*(error.argument.tokens if error.argument else []), getattr(error, "token", None)]
     typed = next((token.keyword for token in tokens if token and token.keyword), None)
     return typed or (error.argument.name.lstrip("-").upper() if error.argument else "the argument")
@@ -88,7 +88,7 @@ def _suggest(typed: str, names: list[str]) -> str:
 
 
 def _system(error: OSError) -> str:
-    """An error of the operating system, with the path and a way out."""
+    """The message of an error of the operating system, with the path."""
     path = error.filename2 or error.filename
     where = f"{os.fsdecode(path)}" if isinstance(path, str | bytes | Path) else ""
     reasons = {

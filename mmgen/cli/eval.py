@@ -1,4 +1,4 @@
-"""`mmgen eval`."""
+"""The command `mmgen eval`: scores a trained run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mmgen export`."""
+"""The command `mmgen export`: writes a trained run as a Hugging Face folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mmgen lab`."""
+"""The commands `mmgen lab ...`: lists and runs the experiments of the flow laboratory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mmgen sample`."""
+"""The command `mmgen sample`: draws images from captions."""
 
 from __future__ import annotations
 
