@@ -31,10 +31,11 @@ from typing import Literal, TypeGuard
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmgen.config import Config
+from mmgen.config import Config, nearest
 from mmgen.config_io import explain, load, merged, override
 from mmgen.data.latents import find_facts
 from mmgen.data.streams import training_corpus
@@ -119,13 +120,18 @@ def read(path: Path) -> tuple[AblationFile, list[Arm]]:
         FileNotFoundError: the tokenizer or shards of the base do not exist.
     """
     try:
-        file = AblationFile.model_validate(yaml.safe_load(path.read_text()))
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path} is no mapping: write the keys {', '.join(AblationFile.model_fields)}")
+        file = AblationFile.model_validate(raw)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a YAML file: it is not text in UTF-8") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {explain(item, AblationFile)}" for item in error.errors())) from None
+        raise ValueError("\n".join(f"{path}: {_explained(item)}" for item in error.errors())) from None
     base = load(file.base)
     arms: list[Arm] = []
     for name, changes in _cells(file):
@@ -135,6 +141,18 @@ def read(path: Path) -> tuple[AblationFile, list[Arm]]:
             raise ValueError(f"{path}: arm '{name}': {error}") from None
         arms.append(_equal(name, config, file.equal, arms[0] if arms else None))
     return file, arms
+
+
+def _explained(error: ErrorDetails) -> str:
+    """An error in the keys of an ablation's file as a sentence."""
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "missing":
+        return f"the key '{key}' is missing"
+    if error["type"] == "extra_forbidden":
+        near = nearest(key, list(AblationFile.model_fields))
+        hint = f"did you mean '{near}'?" if near else f"the keys are {', '.join(AblationFile.model_fields)}"
+        return f"unknown key '{key}', {hint}"
+    return explain(error, AblationFile)
 
 
 def _cells(file: AblationFile) -> list[tuple[str, dict[str, object]]]:

@@ -11,10 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 
-from mmgen.config import BackboneConfig
+from mmgen.config import BackboneConfig, nearest
 from mmgen.sequence.attention import Sites, dense_visible, flex_rule
 
 ATTENTION = "mmgen"
@@ -144,8 +152,13 @@ def backbone_config(settings: BackboneConfig, vocabulary: int) -> dict[str, Any]
     if settings.pretrained is not None:
         try:
             config = AutoConfig.from_pretrained(settings.pretrained)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model.backbone '{settings.pretrained}' cannot be loaded: {error}") from None
+        except OSError:
+            raise ValueError(
+                f"model.backbone.pretrained '{settings.pretrained}' cannot be loaded: it is no local folder of a "
+                "transformers model, and no model of that name is in the cache or can be downloaded"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"model.backbone.pretrained '{settings.pretrained}' cannot be loaded: {error}") from None
         config.vocab_size = max(vocabulary, config.vocab_size)
         return dict(config.to_dict())
     heads, kv_heads, hidden = settings.num_attention_heads, settings.num_key_value_heads, settings.hidden_size
@@ -161,21 +174,38 @@ def backbone_config(settings: BackboneConfig, vocabulary: int) -> dict[str, Any]
         "initializer_range": 0.5 * settings.hidden_size**-0.5,
     }
     sizes = {**width, **sizes, **settings.extra}
+    known = settings.model_type in CONFIG_MAPPING
+    if not known or CONFIG_MAPPING[settings.model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        near = nearest(settings.model_type, [decoder.model_type for decoder in MODEL_FOR_CAUSAL_LM_MAPPING])
+        hint = f"did you mean '{near}'?" if near else "such as 'qwen3'"
+        raise ValueError(
+            f"unknown model.backbone.model_type '{settings.model_type}': give a decoder of transformers, {hint}"
+        )
     try:
         fresh = AutoConfig.for_model(settings.model_type, vocab_size=vocabulary, tie_word_embeddings=True, **sizes)
-    except ValueError as error:
-        raise ValueError(f"unknown model.backbone.model_type '{settings.model_type}': {error}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.backbone cannot be built with these settings: {error}") from None
     return dict(fresh.to_dict())
 
 
 def build_backbone(config: dict[str, Any]) -> PreTrainedModel:
-    """A decoder with random weights and the attention of mmgen, from a configuration dictionary."""
+    """A decoder with random weights and mmgen's attention, from a configuration dictionary.
+
+    Raises:
+        ValueError: transformers cannot build a decoder with these fields.
+    """
     fields = {name: value for name, value in config.items() if name != "model_type"}
     model_config = AutoConfig.for_model(config["model_type"], **fields)
     refuse_windows(model_config)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        model_config, attn_implementation=ATTENTION, dtype=torch.float32
-    )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model_config, attn_implementation=ATTENTION, dtype=torch.float32
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"a decoder of type '{config['model_type']}' cannot be built: {str(error).splitlines()[0]} "
+            "(check model.backbone.model_type and model.backbone.extra)"
+        ) from error
     return model
 
 

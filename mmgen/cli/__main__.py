@@ -1,4 +1,4 @@
-"""`python -m mmgen.cli`."""
+"""The entry point of `python -m mmgen.cli`, which is the same program as `mmgen`."""
 
 from mmgen.cli import main
 

@@ -1,4 +1,4 @@
-"""`mmgen ablate`."""
+"""The command `mmgen ablate`: trains and scores a grid of settings and seeds."""
 
 from __future__ import annotations
 

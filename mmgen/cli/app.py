@@ -1,4 +1,4 @@
-"""From the words of a command line to a command with its settings, and from errors to exit codes."""
+"""The program `mmgen`: parses the command line, runs the command, and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,23 @@ from mmgen.config import Config
 from mmgen.config_io import load, override
 
 USAGE = 2
-"""Exit code of an error in what the user gave."""
+"""Exit code of a wrong command line, setting or file."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as in shells. `mmgen train` saves a checkpoint and ends with 75 instead."""
 
 
 def main() -> None:
-    """Entry point: run the command of the command line and exit with its code."""
+    """Run the command of the command line and exit with its code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _choose_accelerator()
     try:
         code = launch(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # as in `mmgen settings | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except (FloatingPointError, ChildProcessError) as error:
         code = complain(str(error), 1)
     except (cyclopts.CycloptsError, ValueError, OSError, ImportError) as error:
@@ -39,7 +47,12 @@ def main() -> None:
 
 
 def launch(words: Sequence[str]) -> int:
-    """Read the YAML file, put the overrides on top, and run the command; returns its exit code."""
+    """Run a command with the settings of its YAML file and its flags; returns its exit code.
+
+    Raises:
+        CycloptsError: the words are no command with its options.
+        ValueError: a setting is wrong.
+    """
     app = build()
 
     @app.meta.default
@@ -53,6 +66,8 @@ def launch(words: Sequence[str]) -> int:
             given = bound.arguments.get("config")
             changes = given.model_dump(exclude_unset=True) if isinstance(given, Overrides) else {}
             bound.arguments["config"] = override(base, changes)
+        if "config_file" in inspect.signature(command).parameters:
+            bound.arguments["config_file"] = config
         return int(command(*bound.args, **bound.kwargs) or 0)
 
     return int(app.meta(words, exit_on_error=False, print_error=False, result_action="return_value") or 0)
@@ -86,7 +101,7 @@ def build() -> App:
 
 
 def complain(message: str, code: int = USAGE) -> int:
-    """Print an error for people and return the exit code."""
+    """Print an error message on standard error and return the exit code."""
     log(f"mmgen: error: {message}")
     return code
 

@@ -1,4 +1,4 @@
-"""`mmgen bench`."""
+"""The commands `mmgen bench ...`: speed of a training step, generation, data and solvers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from mmgen.cli.flags import Json, Rounds, Settings
+from mmgen.cli.flags import Json, Rounds, Settings, at_least
 from mmgen.cli.show import log, show
 from mmgen.config import Config
 
@@ -43,7 +43,7 @@ def data(
     *,
     config: Settings = Config(),
     rounds: Rounds = 5,
-    samples: Annotated[int, Parameter(help="Samples that each repetition reads.")] = 2000,
+    samples: Annotated[int, Parameter(help="Samples that each repetition reads.", validator=at_least(1))] = 2000,
     as_json: Json = False,
 ) -> int:
     """Time reading shards against webdataset; packing, resuming.
@@ -62,7 +62,7 @@ def data(
 def samplers(*, rounds: Rounds = 15, as_json: Json = False) -> int:
     """Time what each solver adds to the network that it calls.
 
-    The network is a stand-in that takes a millisecond or more per call.
+    The network is artificial and takes a millisecond or more per call.
 
     Example:
         mmgen bench samplers --rounds 3

@@ -1,4 +1,4 @@
-"""`mmgen caption`."""
+"""The command `mmgen caption`: writes captions of images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def caption(
     from mmgen.generate.decoder import Decoder, Request
 
     if not images:
-        raise ValueError("no image is given: name at least one file")
+        raise ValueError("no image is given: name one or more image files")
     opened = [_opened(path) for path in images]
     trained = load_run(config)
     decoder = Decoder(trained.model, trained.tokenizer, config.sample)
@@ -64,5 +64,7 @@ def _opened(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.copy()
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image: give a PNG, JPEG or another picture file") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""`mmgen check`."""
+"""The command `mmgen check parity`: compares sampling with training."""
 
 from __future__ import annotations
 

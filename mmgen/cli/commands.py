@@ -10,6 +10,7 @@ from mmgen.cli.bench import generation, samplers, step
 from mmgen.cli.caption import caption
 from mmgen.cli.check import parity
 from mmgen.cli.data import buckets, check, index, show_rows
+from mmgen.cli.demo import demo
 from mmgen.cli.eval import evaluate
 from mmgen.cli.export import export
 from mmgen.cli.lab import list_experiments, run_experiments
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "sample": sample,
     "caption": caption,
     "eval": evaluate,
+    "demo": demo,
     "ablate": ablate,
     "export": export,
     "settings": settings,
@@ -37,7 +39,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "lab list": list_experiments,
     "lab run": run_experiments,
 }
-"""The words of a command to its function, whose parameters are the flags and whose result is the exit code."""
+"""The name of each command and its function: parameters are arguments and flags, the result is the exit code."""
 
 GROUPS = {
     "bench": "Measure speed: training step, generation, data and solvers.",

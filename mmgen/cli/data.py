@@ -1,4 +1,4 @@
-"""`mmgen data`."""
+"""The commands `mmgen data ...`: index, check and show shards, and propose image sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from mmgen.cli.flags import DataSettings, Folder, Json
+from mmgen.cli.flags import DataSettings, Folder, Json, at_least
 from mmgen.cli.show import log, print_json, show
 from mmgen.config import Config, SourceConfig
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mmgen.sequence.tokenizer import Tokenizer
 
 Shards = Annotated[str, Parameter(help="Shard files; by default those of data.train and data.val.")]
-Workers = Annotated[int, Parameter(help="Worker processes; 0 starts one per core.")]
+Workers = Annotated[int, Parameter(help="Worker processes; 0 starts one per core.", validator=at_least(0))]
 
 
 def index(*shards: Shards, config: DataSettings = Config(), workers: Workers = 0, as_json: Json = False) -> int:
@@ -36,7 +36,7 @@ def index(*shards: Shards, config: DataSettings = Config(), workers: Workers = 0
 def buckets(
     *shards: Shards,
     config: DataSettings = Config(),
-    n: Annotated[int, Parameter(help="Largest number of sizes.")] = 5,
+    n: Annotated[int, Parameter(help="Largest number of sizes.", validator=at_least(1))] = 5,
     pixels: Annotated[str, Parameter(help="Height and width; no size has a larger area.")] = "256x256",
     as_json: Json = False,
 ) -> int:
@@ -50,8 +50,8 @@ def buckets(
     from mmgen.data.tools.sizes import propose
 
     sides = pixels.split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides) or n < 1:
-        raise ValueError(f"--pixels {pixels} --n {n}: give a height and a width such as 256x256, and at least one size")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"--pixels: '{pixels}' is not a height and a width such as 256x256")
     show(propose(*_chosen(shards, config), config, n, (int(sides[0]), int(sides[1]))).as_dict(), as_json)
     return 0
 
@@ -60,7 +60,9 @@ def check(
     *shards: Shards,
     config: DataSettings = Config(),
     decode: Annotated[bool, Parameter(help="Also decode every image.")] = True,
-    world: Annotated[int, Parameter(help="Number of processes for which the balance of shares is checked.")] = 8,
+    world: Annotated[
+        int, Parameter(help="Processes for which the balance of shares is checked.", validator=at_least(1))
+    ] = 8,
     inject: Annotated[
         str | None,
         Parameter(help="Break the order on purpose: per_rank_seed, dropped_carry, off_by_one or duplicated_shard."),
@@ -92,7 +94,7 @@ def check(
 
 
 def show_rows(
-    count: Annotated[int, Parameter(help="Number of rows.")] = 4,
+    count: Annotated[int, Parameter(help="Number of rows.", validator=at_least(1))] = 4,
     *shards: Shards,
     config: DataSettings = Config(),
     out: Folder = Path("runs/data"),

@@ -1,9 +1,10 @@
-"""Errors of the command line, of settings and of files, in sentences that name the cause and what to do."""
+"""Error messages: each names the cause and what to do, and contains no text of a library."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 
 from cyclopts.exceptions import (
@@ -15,6 +16,7 @@ from cyclopts.exceptions import (
     UnknownOptionError,
     UnusedCliTokensError,
 )
+from cyclopts.exceptions import ValidationError as InvalidError
 from pydantic import ValidationError
 
 from mmgen.config import nearest
@@ -25,18 +27,18 @@ NOUNS = {"int": "a whole number", "float": "a number", "bool": "true or false", 
 
 
 def sentence(error: Exception) -> str:
-    """An error in the words of a command's user."""
+    """The message of an error, for the user of a command."""
     if isinstance(error, ValidationError):
         return "\n".join(dict.fromkeys(explain(item) for item in error.errors()))
     if isinstance(error, CycloptsError):
         return _usage(error)
     if isinstance(error, OSError) and error.errno is not None:
         return _system(error)
-    return str(error) or type(error).__name__
+    return re.sub(r"\[Errno \d+\] ", "", str(error)) or type(error).__name__
 
 
 def _usage(error: CycloptsError) -> str:
-    """What is wrong with the words of the command line."""
+    """The message of a wrong command, option or value on the command line."""
     if isinstance(error.__cause__, ValidationError):
         return sentence(error.__cause__)
     command = " ".join(error.command_chain or ())
@@ -54,14 +56,16 @@ def _usage(error: CycloptsError) -> str:
         hint = f", did you mean --{near}?" if near else f": {more} lists options, and `mmgen settings` lists settings"
         return f"unknown option {typed}{hint}"
     if isinstance(error, MissingArgumentError) and error.argument is not None:
-        name = error.keyword or next((t.keyword for t in error.argument.tokens if t.keyword), error.argument.name)
+        if not error.keyword:
+            return f"{_name(error)} is missing: see {more}"
         count = error.argument.token_count()[0]
-        values = "a value" if count == 1 else f"{count} values"
-        return f"{name} needs {values}: see {more}" if name.startswith("-") else f"{name} is missing: see {more}"
+        return f"{error.keyword} needs {'a value' if count == 1 else f'{count} values'}: see {more}"
     if isinstance(error, CoercionError) and error.token is not None:
         noun = NOUNS.get(type_name(error.target_type), type_name(error.target_type))
-        name = error.token.keyword or (error.argument.name if error.argument else "the argument")
-        return f"{name}: '{error.token.value}' is not {noun}"
+        return f"{_name(error)}: '{error.token.value}' is not {noun}"
+    if isinstance(error, InvalidError):
+        value = error.argument.tokens[0].value if error.argument and error.argument.tokens else error.value
+        return f"{_name(error)} {error.exception_message} (got {value})"
     if isinstance(error, UnusedCliTokensError):
         typed = " ".join(error.unused_tokens or ())
         return f"unexpected argument '{typed}': see {more}"
@@ -71,13 +75,20 @@ def _usage(error: CycloptsError) -> str:
     return str(error)
 
 
+def _name(error: CycloptsError) -> str:
+    """The name of a wrong option as it was typed; a positional argument in capitals, as in help."""
+    tokens = [*(error.argument.tokens if error.argument else []), getattr(error, "token", None)]
+    typed = next((token.keyword for token in tokens if token and token.keyword), None)
+    return typed or (error.argument.name.lstrip("-").upper() if error.argument else "the argument")
+
+
 def _suggest(typed: str, names: list[str]) -> str:
     near = nearest(typed, names)
     return f", did you mean '{near}'?" if near else ""
 
 
 def _system(error: OSError) -> str:
-    """An error of the operating system, with the path and a way out."""
+    """The message of an error of the operating system, with the path."""
     path = error.filename2 or error.filename
     where = f"{os.fsdecode(path)}" if isinstance(path, str | bytes | Path) else ""
     reasons = {
@@ -91,4 +102,6 @@ def _system(error: OSError) -> str:
         errno.ENOSPC: "cannot be written, as the disk is full: free some space, or choose another path",
     }
     reason = reasons.get(error.errno or 0)
-    return f"{where} {reason}" if where and reason else str(error)
+    if where:
+        return f"{where} {reason}" if reason else f"{where}: {error.strerror}"
+    return error.strerror or str(error)

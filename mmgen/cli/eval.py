@@ -1,4 +1,4 @@
-"""`mmgen eval`."""
+"""The command `mmgen eval`: scores a trained run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,17 @@ def evaluate(*, config: EvalSettings = Config(), as_json: Json = False) -> int:
     Example:
         mmgen eval --config configs/scenes.yaml --eval.samples 200
     """
-    from mmgen.evaluate.report import evaluate as score
+    log(f"loading the newest checkpoint of {config.run.dir}")
+    from mmgen.evaluate.report import evaluate as score  # after the line, because it imports torch
 
     trained = load_run(config)
+    for key, shards in (
+        ("data.train", config.data.train),
+        ("eval.test", config.eval.test),
+        ("eval.judge", config.eval.judge),
+    ):
+        if not shards:
+            raise ValueError(f"{key} is empty: the task '{config.eval.task}' needs labelled shards there")
     show(score(trained.model, trained.tokenizer, config, trained.trainer, log).flat(), as_json)
     log(f"report: {config.run.dir / 'report.json'}   pictures: {config.run.dir / 'samples' / 'evaluation.png'}")
     return 0

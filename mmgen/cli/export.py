@@ -1,4 +1,4 @@
-"""`mmgen export`."""
+"""The command `mmgen export`: writes a trained run as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def export(
     """
     from mmgen.train.checkpoint.export import export as write
 
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file where a folder is needed: choose another path")
     found = newest(config)
     write(config.run.dir, found.folder, out, config.sample.weights)
     show({"folder": str(out), "step": found.state.step, "weights": config.sample.weights}, as_json)

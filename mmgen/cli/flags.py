@@ -1,8 +1,8 @@
 """Parameters that commands share, and how settings become flags.
 
-A command takes `config: Settings`. For the command line its type is replaced by a twin of `Config` in which every
-field is a flag. The twin has the fields and their types, but not the checks between fields: those hold for the whole
-configuration, after the flags have been put on top of the YAML file.
+A command has the parameter `config: Settings`. On the command line, `Config` is replaced by a class with the same
+fields, in which every field is a flag. That class has no checks between fields, because these apply to the whole
+configuration: the YAML file with the flags on top.
 """
 
 from __future__ import annotations
@@ -25,28 +25,40 @@ from mmgen.config_io import section_of
 
 @dataclass(frozen=True)
 class Uses:
-    """The sections of settings that a command uses, as its help names them; the other settings are flags too."""
+    """The sections of settings that a command uses, for its help. All other settings are accepted too."""
 
     sections: tuple[str, ...] = tuple(Config.model_fields)
 
 
+def at_least(minimum: int) -> Callable[[object, int], None]:
+    """A validator for `Parameter(validator=...)` that refuses smaller values."""
+
+    def check(_type: object, value: int) -> None:
+        if value < minimum:
+            raise ValueError(f"must be at least {minimum}")
+
+    return check
+
+
 Settings = Annotated[Config, Uses()]
 RunSettings = Annotated[Config, Uses(("run", "sample"))]
-"""Settings of a command on a trained run, whose model and objective are stored with it."""
+"""Settings of a command on a trained run; settings of model and objective are stored with the run."""
 DataSettings = Annotated[Config, Uses(("run", "data", "model", "objective"))]
+ConfigFile = Annotated[Path | None, Parameter(parse=False)]
+"""Type of a parameter `config_file`: the file of `--config`, for a command that prints it."""
 Json = Annotated[bool, Parameter(name="--json", help="Print the result as one JSON document.", negative="")]
 Folder = Annotated[Path, Parameter(help="Folder that the images are written to.")]
-Rounds = Annotated[int, Parameter(help="Repetitions; the compared variants take turns in each.")]
+Rounds = Annotated[int, Parameter(help="Repetitions; the compared variants take turns in each.", validator=at_least(1))]
 
 
 class Overrides(BaseModel):
-    """Base of the twins of sections."""
+    """Base of the classes that `twin` makes."""
 
     model_config = Config.model_config
 
 
 def with_flags(command: Callable[..., int]) -> Callable[..., int]:
-    """The command with a flag for every setting instead of `config`; a command without `config` is not changed."""
+    """Replace the parameter `config` of a command by a flag for every setting; a command without it is unchanged."""
     hints = get_type_hints(command, include_extras=True)
     if "config" not in hints:
         return command
@@ -89,7 +101,7 @@ def twin(model: type[BaseModel]) -> type[Overrides]:
 
 
 def _earlier(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """Fields under the names that they had in earlier versions."""
+    """Yield the fields that are now in sections of `objective` and were keys of `objective` in earlier versions."""
     if model is ObjectiveConfig:
         for name, section in FLAT.items():
             yield name, OBJECTIVE_SETTINGS[section].model_fields[name]
@@ -98,7 +110,7 @@ def _earlier(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
 
 
 def _whole_list(value: object) -> object:
-    """`[[40, 40], [20, 40]]`, a list of lists as YAML writes it, is read as one element: take the lists out of it."""
+    """Unwrap a list of lists such as `[[40, 40], [20, 40]]`, which cyclopts reads as a single element."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         inner = value[0]
         return inner if inner and all(isinstance(item, list) for item in inner) else value

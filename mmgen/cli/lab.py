@@ -1,4 +1,4 @@
-"""`mmgen lab`."""
+"""The commands `mmgen lab ...`: lists and runs the experiments of the flow laboratory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.table import Table
 
-from mmgen.cli.flags import Json
+from mmgen.cli.flags import Json, at_least
 from mmgen.cli.show import log, print_json, print_table
+from mmgen.config import choose
 
 
 def list_experiments(*, as_json: Json = False) -> int:
@@ -40,7 +41,9 @@ def run_experiments(
     inject: Annotated[
         str | None, Parameter(help="Break the toolbox on purpose: sign, half, minus_s2 or shifted_t.")
     ] = None,
-    jobs: Annotated[int, Parameter(help="Experiments that run at a time, each with one thread.")] = os.cpu_count() or 1,
+    jobs: Annotated[
+        int, Parameter(help="Experiments that run at a time, each with one thread.", validator=at_least(1))
+    ] = os.cpu_count() or 1,
     as_json: Json = False,
 ) -> int:
     """Run experiments; code 1 if a result is outside its bound.
@@ -49,13 +52,16 @@ def run_experiments(
         mmgen lab run --all --fast
     """
     from mmgen.lab.catalog import EXPERIMENTS, Options, check, run_all
+    from mmgen.lab.faults import FAULTS
 
+    if inject is not None:
+        choose(FAULTS, inject, "fault")
     everyone = [e.name for e in EXPERIMENTS.values() if inject is None or inject in e.faults]
     chosen = everyone if everything else list(names)
     for name in chosen:
         check(name, inject)
     if not chosen:
-        raise ValueError("name an experiment, or say --all (`mmgen lab list` shows them)")
+        raise ValueError("no experiment is given: name one, or add --all (`mmgen lab list` shows them)")
     results = []
     for result in run_all(chosen, jobs, Options(fast, seed, out, inject)):
         results.append(result)

@@ -1,4 +1,4 @@
-"""The trained run that a command works on."""
+"""Loading of the trained run that a command uses."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model, ready to generate."""
+    """A trained model on its device, with its tokenizer."""
 
     model: MMGenModel
     tokenizer: Tokenizer
     trainer: TrainerState
-    """The checkpoint's record of its run."""
+    """State of the run in trainer.json: step, settings, seconds of training."""
 
 
 def load_run(config: Config) -> Trained:
-    """The newest checkpoint of the run, on the best device."""
+    """Load the newest checkpoint of a run to the GPU if there is one, else to the CPU; raises as `newest` does."""
     import torch
 
     from mmgen.train.checkpoint import read as checkpoint
@@ -39,7 +39,12 @@ def load_run(config: Config) -> Trained:
 
 
 def newest(config: Config) -> Checkpoint:
-    """The newest whole checkpoint of a run; its model must be the one of the settings."""
+    """The newest undamaged checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: the run has no checkpoint.
+        ValueError: all checkpoints are damaged, or their model differs from the settings.
+    """
     from mmgen.train.checkpoint import read as checkpoint
 
     found = checkpoint.newest_good(config.run.dir, log)

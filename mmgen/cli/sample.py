@@ -1,4 +1,4 @@
-"""`mmgen sample`."""
+"""The command `mmgen sample`: draws images from captions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from mmgen.cli.flags import Folder, Json, RunSettings
+from mmgen.cli.flags import Folder, Json, RunSettings, at_least
 from mmgen.cli.run import load_run
 from mmgen.cli.show import print_json
 from mmgen.config import Config
@@ -17,7 +17,9 @@ def sample(
     *prompts: Annotated[str, Parameter(help="Captions; one image is drawn for each.")],
     config: RunSettings = Config(),
     out: Folder = Path("samples"),
-    seed: Annotated[int, Parameter(help="Seed of the first image; the seeds of the others count up.")] = 0,
+    seed: Annotated[
+        int, Parameter(help="Seed of the first image; the seeds of the others count up.", validator=at_least(0))
+    ] = 0,
     as_json: Json = False,
 ) -> int:
     """Draw images from captions with a trained run.

@@ -1,4 +1,4 @@
-"""`mmgen settings`."""
+"""The command `mmgen settings`: lists and searches the settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands print: a line for people, a table, or one JSON document."""
+"""The output of commands: lines of progress, tables and JSON documents."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rich.table import Table
 
 
 def log(message: str) -> None:
-    """One line for people, on standard error."""
+    """Print one line on standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
 def print_json(value: object) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document on standard output."""
     print(json.dumps(value))
 
 
 def show(values: Mapping[str, object], as_json: bool) -> None:
-    """A flat object as JSON or as a table."""
+    """Print an object as JSON or as a table of two columns."""
     if as_json:
         print_json(values)
         return
@@ -37,15 +37,15 @@ def show(values: Mapping[str, object], as_json: bool) -> None:
 
 
 def print_table(table: Table) -> None:
-    """A table on standard output, its cells as they are: `E[x | z]` is no markup."""
+    """Print a table on standard output, with markup off, because cells may contain brackets such as `E[x | z]`."""
     Console(markup=False).print(table)
 
 
 def plus_minus(half_width: float | None) -> str:
-    """An interval's half-width behind its mean."""
+    """The half-width of an interval, to print after its mean; empty without one."""
     return "" if half_width is None else f" ± {half_width:.2g}"
 
 
 def rounded(value: object, digits: int) -> str:
-    """A number rounded to the given digits; anything else as it prints."""
+    """A number rounded to significant digits; any other value as text."""
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

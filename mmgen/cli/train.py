@@ -1,4 +1,4 @@
-"""`mmgen train`."""
+"""The command `mmgen train`: trains or continues a run, or prints its plan."""
 
 from __future__ import annotations
 

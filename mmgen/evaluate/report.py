@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from PIL import Image
 
 from mmgen.config import Config, SampleConfig, choose
 from mmgen.data.loader import Corpus
+from mmgen.data.progress import Progress
 from mmgen.data.shards.samples import BadRecord, Sample, read
+from mmgen.data.shards.store import Patterns
 from mmgen.evaluate.baselines import BASELINES, draw_baseline, training_digit
 from mmgen.evaluate.features import Pictures, Real
 from mmgen.evaluate.judge import Judge, pixels, truth
@@ -107,24 +109,31 @@ class Generator:
     tokenizer: Tokenizer
     sample: SampleConfig
     batch: int
+    report: Callable[[str], None]
+    """Called with lines of progress."""
 
     def draw(self, samples: Sequence[Sample], guidance_scale: float) -> list[Image.Image]:
         """Draw a picture for the caption of each sample."""
         requests = [Request([sample.caption], "image", seed) for seed, sample in enumerate(samples)]
         decoder = self._decoder(guidance_scale=guidance_scale)
-        return [result.images[0] for part in self._batches(requests) for result in decoder.generate(part)]
+        label = f"drawing at guidance {guidance_scale:g}"
+        return [result.images[0] for part in self._batches(requests, label) for result in decoder.generate(part)]
 
     def describe(self, images: Sequence[Image.Image]) -> list[str]:
         """Write the caption of each picture, by greedy choice."""
         requests = [Request([image], "text") for image in images]
         decoder = self._decoder(temperature=0.0)
-        return [result.text for part in self._batches(requests) for result in decoder.generate(part)]
+        return [result.text for part in self._batches(requests, "captioning") for result in decoder.generate(part)]
 
     def _decoder(self, **settings: float) -> Decoder:
         return Decoder(self.model, self.tokenizer, self.sample.model_copy(update=settings))
 
-    def _batches(self, requests: Sequence[Request]) -> list[Sequence[Request]]:
-        return [requests[i : i + self.batch] for i in range(0, len(requests), self.batch)]
+    def _batches(self, requests: Sequence[Request], label: str) -> Iterator[Sequence[Request]]:
+        """Yield batches of requests, and report how many requests are done and the minutes to go."""
+        with Progress(label, "pictures", len(requests), self.report) as progress:
+            for i in range(0, len(requests), self.batch):
+                yield requests[i : i + self.batch]
+                progress.done = min(i + self.batch, len(requests))
 
 
 def evaluate(
@@ -141,11 +150,14 @@ def evaluate(
     began = time.monotonic()
     settings, scale = config.eval, config.sample.guidance_scale
     task: Task = choose(TASKS, settings.task, "eval.task")()
+    report("training the judge on labelled digits")
     judge = Judge(task, settings.judge)
-    generator = Generator(model, tokenizer, config.sample, settings.batch)
+    generator = Generator(model, tokenizer, config.sample, settings.batch, report)
     bad: list[BadRecord] = []
     patcher = model.build_patcher()
-    train, test = (Pictures(shards, patcher, bad) for shards in (config.data.train, settings.test))
+    sources: list[Patterns] = [config.data.train, settings.test]
+    reading = Progress("reading real pictures", "data sets", len(sources), report)
+    train, test = (Pictures(shards, patcher, bad) for shards in reading.over(sources))
     real = Real(task, train, test, settings.samples)
     report(f"{settings.task}: drawing {settings.samples} captions, to compare with {len(test.samples)} real pictures")
 
@@ -167,7 +179,7 @@ def evaluate(
     captions = caption_scores(generator.describe(test.images), task, test.truth)
     report(f"images to captions: accuracy {captions.i2t_accuracy:.3f}")
     losses = (
-        held_out_losses(model, Corpus(config.data.val, tokenizer, config, model.autoencoder))
+        held_out_losses(model, Corpus(config.data.val, tokenizer, config, model.autoencoder), report)
         if config.data.val
         else None
     )
@@ -191,7 +203,9 @@ def evaluate(
         parameters=sum(p.numel() for p in model.parameters()),
         reference_generators={
             name: score(Drawn(draw_baseline(baseline, wanted, real), wanted, real, judge))
-            for name, baseline in BASELINES.items()
+            for name, baseline in Progress("scoring baselines", "baselines", len(BASELINES), report).over(
+                BASELINES.items()
+            )
         },
         eval_seconds=round(time.monotonic() - began, 1),
     )
@@ -217,12 +231,15 @@ def caption_scores(captions: Sequence[str], task: Task, wanted: Sequence[Truth])
     return CaptionScores(len(captions), agreement([task.parse(caption) for caption in captions], wanted))
 
 
-def held_out_losses(model: MMGenModel, corpus: Corpus) -> HeldOutLosses:
-    """Compute the losses over one epoch of a corpus, with fixed noise."""
+def held_out_losses(
+    model: MMGenModel, corpus: Corpus, report: Callable[[str], None] = lambda line: None
+) -> HeldOutLosses:
+    """Losses over one epoch of a corpus with fixed noise."""
     rows, columns = model.patcher.grids[0]
     text, image, texts, images = 0.0, 0.0, 0, 0
     sums, counts = torch.zeros(2, rows * columns, dtype=torch.float64)
-    for batch, losses in held_out(model, corpus, Ranks()):
+    progress = Progress("computing held-out losses", "batches", log=report)
+    for batch, losses in progress.over(held_out(model, corpus, Ranks())):
         text, texts = text + float(losses.text), texts + losses.text_count
         image, images = image + float(losses.image), images + losses.image_count
         row, column = batch.cell_I2[batch.loss_at_J].cpu().T

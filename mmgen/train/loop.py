@@ -55,8 +55,7 @@ def train(config: Config) -> int:
         if resumed:
             checkpoint.check_same_run(resumed, config, tokenizer)
             if resumed.state.step >= config.train.steps:
-                done = f"{resumed.state.step} of {config.train.steps} steps"
-                ranks.print(f"{config.run.dir} is trained: {done} (raise train.steps to train longer)")
+                ranks.print(checkpoint.describe_finished(resumed, config))
                 finish()
                 return 0
         with closing(Watchdog(config.train.timeout, ranks.rank, heartbeat=heartbeat)) as watchdog:

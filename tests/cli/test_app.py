@@ -37,7 +37,7 @@ from tests.conftest import run
         (["sample"], "the prompt is empty"),
         (["sample", " "], "the prompt is empty"),
         (["caption"], "no image is given"),
-        (["caption", "pyproject.toml"], "pyproject.toml cannot be read as an image"),
+        (["caption", "pyproject.toml"], "pyproject.toml is not an image"),
         (["eval"], "holds no checkpoint"),
         (["train", "--objective.prediction", "w"], "prediction"),
         (["sample", "a", "--sample.guidance-interval", "0.9", "0.1"], "error: sample.guidance_interval must rise"),

@@ -1,4 +1,4 @@
-"""`mmgen train --dry-run`."""
+"""`mmgen train`: its plan, and a run that is finished."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmgen.config import Config
+from mmgen.config_io import load
 from tests.conftest import run
 
 
@@ -54,3 +55,20 @@ def test_lists_of_sizes(file: Path, capsys: pytest.CaptureFixture, words: list[s
     )
     assert code == 0, err
     assert json.loads(out)["config"]["model"]["patcher"]["image_sizes"] == sizes
+
+
+def test_a_finished_run_names_the_settings_that_have_no_effect(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    run_dir = load(trained).run.dir
+    code, out, _ = run(capsys, "train", "--config", trained, "--train.lr", 0.5, "--data.workers", 1)
+    assert code == 0
+    assert out.splitlines() == [
+        f"{run_dir} is trained: it is finished at step 6, and train.steps is 6.",
+        "These settings differ from those of the run, and have no effect: "
+        "data.workers (1 here, 0 there); train.lr (0.5 here, 0.001 there).",
+        "To continue this run, set train.steps above 6. To train a new run, set another run.dir.",
+    ]
+    assert run(capsys, "train", "--config", trained)[1].splitlines() == [
+        f"{run_dir} is trained: it is finished at step 6, and train.steps is 6.",
+        "To continue this run, set train.steps above 6. To train a new run, set another run.dir.",
+    ]
+    assert "train.steps (4 here, 6 there)" in run(capsys, "train", "--config", trained, "--train.steps", 4)[1]

@@ -98,15 +98,28 @@ def read_trainer(folder: Path, rank: int = 0, world: int = 1) -> TrainerState:
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a checkpoint of mmgen ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{folder} is not a checkpoint of mmgen: no manifest.json ({error.strerror})") from None
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{folder} is not a checkpoint of mmgen: its manifest.json is damaged")
     for name, digest in sorted(manifest.items())[rank::world]:
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise ValueError(f"checkpoint file {folder / name} is missing or damaged")
+    return _trainer_state(folder / "trainer.json")
+
+
+def _trainer_state(path: Path) -> TrainerState:
     try:
-        return TrainerState.from_json((folder / "trainer.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'trainer.json'} cannot be read ({error})") from None
+        return TrainerState.from_json(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, item["loc"])) or "all" for item in error.errors())
+        raise ValueError(f"{path} is damaged: these keys are wrong or missing: {keys}") from None
+    except ValueError:
+        raise ValueError(f"{path} is damaged: it is not JSON") from None
 
 
 def check_same_run(stored: Checkpoint, config: Config, tokenizer: Tokenizer) -> None:
@@ -150,6 +163,22 @@ def check_same_model(stored: Checkpoint, config: Config) -> None:
             _refuse([changed], stored.folder)
 
 
+def describe_finished(stored: Checkpoint, config: Config) -> str:
+    """Lines for a run that has all its steps: settings that differ from the stored ones, and how to train longer."""
+    state = stored.state
+    lines = [
+        f"{config.run.dir} is trained: it is finished at step {state.step}, and train.steps is {config.train.steps}."
+    ]
+    here, there = (
+        {**settings.model_dump(mode="json", exclude={"eval"}), "run": {"seed": settings.run.seed}}
+        for settings in (config, _settings(stored))
+    )
+    if changed := differences(here, there):
+        lines.append(f"These settings differ from those of the run, and have no effect: {'; '.join(changed)}.")
+    lines.append(f"To continue this run, set train.steps above {state.step}. To train a new run, set another run.dir.")
+    return "\n".join(lines)
+
+
 def _model_shape(settings: Config) -> dict[str, object]:
     """Settings that affect the model, without the sections of objectives that are not chosen.
 
@@ -170,11 +199,8 @@ def known_facts(config: Config) -> AutoencoderFacts | None:
 
 
 def stored_facts(folder: Path) -> AutoencoderFacts | None:
-    """Facts of the autoencoder from a checkpoint's trainer.json; raises ValueError if it cannot be read."""
-    try:
-        return TrainerState.from_json((folder / "trainer.json").read_text()).autoencoder
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'trainer.json'} cannot be read ({error})") from None
+    """What a checkpoint knows of its autoencoder, without a look at its other files; raises ValueError."""
+    return _trainer_state(folder / "trainer.json").autoencoder
 
 
 def _settings(stored: Checkpoint) -> Config:
