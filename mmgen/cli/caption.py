@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 def caption(
     *images: Annotated[Path, Parameter(help="Image files.")], config: RunSettings = Config(), as_json: Json = False
 ) -> int:
-    """Write captions of images with a trained run."""
+    """Write captions of images with a trained run.
+
+    Example:
+        mmgen caption --config configs/scenes.yaml samples/0000.png
+    """
     from mmgen.generate.decoder import Decoder, Request
 
     if not images:

@@ -27,10 +27,12 @@ def fails(capsys: pytest.CaptureFixture, *words: object) -> str:
     """The message of a command that ends with code 2 and prints no result."""
     code, out, err = run(capsys, *words)
     assert (code, out) == (2, ""), (code, out, err)
-    assert err.startswith("mmgen: error: ")
+    progress, _, message = err.partition("mmgen: error: ")
+    assert message
+    assert all(line.startswith("indexing") for line in progress.splitlines())
     assert not [text for text in LIBRARY if text in err], err
     assert len(err) < 700, err
-    return err.removeprefix("mmgen: error: ").rstrip()
+    return message.rstrip()
 
 
 @pytest.fixture
@@ -172,7 +174,7 @@ def test_damaged_checkpoints(
             manifest.write_text(json.dumps({}))
     code, out, err = run(capsys, "sample", "--config", trained, "x", "--run.dir", folder)
     assert (code, out) == (2, "")
-    assert f"no checkpoint of {folder} is whole: " + message.format(folder / "checkpoints" / "step-6") in err
+    assert f"all checkpoints of {folder} are damaged: " + message.format(folder / "checkpoints" / "step-6") in err
     assert not [text for text in LIBRARY if text in err], err
 
 
