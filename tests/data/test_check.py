@@ -178,9 +178,9 @@ def test_pillow_does_not_warn_of_large_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["show", 0], "0 rows are requested: ask for at least one"),
+        (["show", 0], "COUNT must be at least 1 (got 0)"),
         (["show", 1, "--out", "{at}/tokenizer.json"], "tokenizer.json is a file: name a folder"),
-        (["check", "--world", 0], "--world is 0: it must be at least 1"),
+        (["check", "--world", 0], "--world must be at least 1 (got 0)"),
         (["check", "--inject", "nothing"], "unknown fault 'nothing' (one of: per_rank_seed"),
         (
             ["index", "--data.cache_dir", "{at}/tokenizer.json"],

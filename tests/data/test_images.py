@@ -203,4 +203,4 @@ def test_sizes_are_proposed_from_the_index(config: Config, tmp_path: Path, capsy
     assert (code, json.loads(out)["images"]) == (0, 10)
     code, _, error = run(capsys, *words, "--pixels", 64)
     assert code == 2
-    assert "give a height and a width such as 256x256" in error
+    assert "is not a height and a width such as 256x256" in error

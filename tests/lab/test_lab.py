@@ -98,7 +98,7 @@ def test_known_differences_do_not_affect_the_result(
         run.bound_when_trained("trained", 0.3, at_least=0.5)
         return draw.bars({"a": 1.0}, "y")
 
-    for name in list(EXPERIMENTS):
+    for name in reversed(list(EXPERIMENTS)):  # from the end, so that they are restored in their order
         monkeypatch.delitem(EXPERIMENTS, name)
     monkeypatch.setitem(EXPERIMENTS, "toy", Experiment("toy", "A toy", toy))
     words = ("lab", "run", "--all", "--json", "--jobs", "1", "--out", str(tmp_path))
