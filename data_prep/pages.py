@@ -2,7 +2,7 @@
 
 Text and pictures keep their order (as in OBELICS, Laurencon et al. 2023); scripts, forms and navigation are dropped.
 Pictures are files of the same folder or `data:` URLs; nothing is downloaded. A long page becomes several documents.
-`pip install "mmgen[prep]"` installs the parser.
+The parser is beautifulsoup4 (extra `prep`).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def parser() -> Callable[[bytes], Any]:
     try:
         from bs4 import BeautifulSoup
     except ImportError:
-        raise ValueError('pages need beautifulsoup4, which is not installed: pip install "mmgen[prep]"') from None
+        raise ValueError("pages need beautifulsoup4 (extra `prep`): pip install beautifulsoup4") from None
     return partial(BeautifulSoup, features="html.parser")
 
 

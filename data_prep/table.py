@@ -1,6 +1,6 @@
 """A table of images and captions as shards: `python -m data_prep.table list.csv --out data/mine`.
 
-CSV, TSV, JSON lines or Parquet (`pip install "mmgen[prep]"`). A cell of the image column is a path relative to the
+CSV, TSV, JSON lines or Parquet (needs pyarrow, extra `prep`). A cell of the image column is a path relative to the
 folder of the table or to `--images`. In Parquet it may also be the bytes of an image, or the `{"bytes", "path"}` of
 Hugging Face datasets.
 """
@@ -82,7 +82,7 @@ def _parquet(table: Path) -> Iterator[Row]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise ValueError('Parquet needs pyarrow: pip install "mmgen[prep]"') from None
+        raise ValueError("Parquet needs pyarrow (extra `prep`): pip install pyarrow") from None
     try:
         for batch in ParquetFile(table).iter_batches(batch_size=64):
             yield from batch.to_pylist()

@@ -54,6 +54,8 @@ class Fence:
     skipped: bool
     """It gives a reason not to be run."""
     text: str
+    file: str = ""
+    """The file that a reader makes of the block, as in a fence that begins with `yaml mine.yaml`."""
 
     @property
     def commands(self) -> list[str]:
@@ -70,7 +72,11 @@ def guides() -> list[Path]:
 
 def fences(text: str) -> list[Fence]:
     """The fenced blocks of a guide, in order."""
-    return [Fence(language, "norun=" in options, text) for language, options, text in FENCE.findall(text) if language]
+    return [
+        Fence(language, "norun=" in options, text, options.strip() if language == "yaml" else "")
+        for language, options, text in FENCE.findall(text)
+        if language
+    ]
 
 
 def slug(heading: str) -> str:
@@ -169,6 +175,7 @@ RESULTS = {
     "i2t_accuracy": "accuracy of captions of images",
     "within_class_variance_ratio": "variety within a class (real images: 1)",
     "parameters": "parameters",
+    "steps": "training steps",
     "train_seconds": "seconds of training",
 }
 COLUMNS = ("scenes, Transfusion", "digits, Transfusion", "digits, MAR `masked`", "digits, MAR `raster`")

@@ -157,7 +157,9 @@ def execute(blocks: list[Fence], folder: Path) -> None:
     python = Python(folder)
     try:
         for block in blocks:
-            if block.language == "python" and not block.skipped:
+            if block.file:
+                (folder / block.file).write_text(block.text)
+            elif block.language == "python" and not block.skipped:
                 python.run(block.text)
             elif block.language == "bash" and not block.skipped:
                 for line in block.commands:
@@ -263,6 +265,11 @@ class TestTheChecks:
             execute([ok, bad], tmp_path)
         (reasoned,) = fences("```bash norun=needs Slurm\nfalse\n```\n")
         execute([reasoned], tmp_path)
+
+    def test_a_file_that_a_guide_shows_is_written(self, tmp_path: Path) -> None:
+        execute(fences("```yaml a.yaml\na: 1\n```\n```bash\ngrep 'a: 1' a.yaml\n```\n"), tmp_path)
+        with pytest.raises(AssertionError, match="grep"):
+            execute(fences("```yaml a.yaml\nb: 1\n```\n```bash\ngrep 'a: 1' a.yaml\n```\n"), tmp_path)
 
     def test_a_failing_snippet_is_seen(self, tmp_path: Path) -> None:
         blocks = fences("```python\na = 1\n```\ntext\n```python\nassert a == 2\n```\n")

@@ -56,7 +56,7 @@ def solve_adaptive(
     try:
         from torchdiffeq import odeint
     except ImportError:
-        raise ImportError("adaptive steps need torchdiffeq: pip install 'mmgen[ode]'") from None
+        raise ImportError("adaptive steps need torchdiffeq (extra `ode`): pip install torchdiffeq") from None
     check_times(torch.tensor(span))
     times = torch.tensor(span, dtype=z.dtype, device=z.device)
     # Without `step_t` the last step may pass the end of the span, where the field may be undefined.

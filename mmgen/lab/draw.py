@@ -24,7 +24,7 @@ def canvas(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("the lab needs matplotlib for its pictures: pip install 'mmgen[lab]'") from None
+        raise ImportError("the lab needs matplotlib for its pictures (extra `lab`): pip install matplotlib") from None
     figure = Figure(figsize=(columns * side * aspect, rows * side), layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False)
 

@@ -172,7 +172,7 @@ class Unpacked:
         try:
             import zstandard
         except ImportError:
-            raise ImportError("a .zst shard needs the package zstandard: install mmgen[data]") from None
+            raise ImportError("a .zst shard needs zstandard (extra `data`): pip install zstandard") from None
         return zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj()
 
     def read(self, size: int, /) -> bytes:
