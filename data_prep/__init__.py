@@ -8,6 +8,8 @@ from pathlib import Path
 
 import cyclopts
 
+from mmgen.cli.errors import sentence
+
 USAGE = 2
 """Exit code of an error in the command or its input."""
 
@@ -22,8 +24,9 @@ def run(main: Callable[..., None]) -> None:
     app = cyclopts.App(name=f"python -m data_prep.{Path(sys.argv[0]).stem}")
     app.default(main)
     try:
-        app(sys.argv[1:], exit_on_error=False)
-    except cyclopts.CycloptsError:  # it is printed by cyclopts
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        log(f"error: {sentence(error, app.name[0])}")
         sys.exit(USAGE)
     except (ValueError, OSError, ImportError) as error:
         log(f"error: {reason(error)}")

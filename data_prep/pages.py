@@ -44,7 +44,7 @@ SUFFIXES = (".html", ".htm", ".xhtml")
 DROPPED = ("script", "style", "noscript", "template", "title", "nav", "aside", "button", "select", "textarea", "svg")
 OUTER = ("header", "footer")
 LAZY = ("data-src", "data-lazy-src", "data-original", "src")
-"""Attributes with the address of a picture. On a page that loads pictures late, `src` names a spacer."""
+"""Attributes with the address of a picture. On pages with lazy loading, `src` is a placeholder image."""
 SPACER = 2
 """Largest side in pixels of a spacer or tracking pixel."""
 # Tags that do not end a line of text.
@@ -225,7 +225,7 @@ def sample(root: Path, losses: Losses, document: Document) -> Sample:
 def find(address: str, base: str, page: Path, root: Path) -> Path | bytes:
     """The bytes of a `data:` URL, or a file inside `root`; raises `LeftOut`.
 
-    `base` is the page's own. It is used if it names a folder; on a saved page it names the original site.
+    `base` is the page's `<base href>`. It is ignored if it is a URL, as on saved pages.
     """
     where = f"{shown(page, root)}: {address[:80]}"
     if address.startswith("data:"):

@@ -36,7 +36,7 @@ from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmgen.config import Config, nearest
-from mmgen.config_io import explain, load, merged, override
+from mmgen.config_io import explain, load, merged, override, read_yaml
 from mmgen.data.latents import find_facts
 from mmgen.data.streams import training_corpus
 from mmgen.evaluate.report import write_report
@@ -59,11 +59,11 @@ class AblationFile(BaseModel):
     """The contents of the YAML file of an ablation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    base: Path
-    out: Path
+    base: Path = Field(description="the YAML file of the run that the arms change")
+    out: Path = Field(description="the folder of the runs and the report")
     equal: Literal["steps", "parameters", "flops"] = "steps"
     seeds: list[int] = Field([0], min_length=1)
-    arms: dict[str, dict[str, object]] = Field(min_length=1)
+    arms: dict[str, dict[str, object]] = Field(min_length=1, description="the changed settings of each arm, by name")
     grid: dict[str, list[object]] = {}
 
 
@@ -119,17 +119,13 @@ def read(path: Path) -> tuple[AblationFile, list[Arm]]:
         ValueError: the file, its base or an override is invalid, or arms cannot be made equal.
         FileNotFoundError: the tokenizer or shards of the base do not exist.
     """
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is not a mapping: it needs the keys base, out and arms")
+    if not {"base", "out", "arms"} & raw.keys() and {*Config.model_fields} & raw.keys():
+        raise ValueError(f"{path} has the settings of a run: name a file such as configs/ablations/objectives.yaml")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path} is no mapping: write the keys {', '.join(AblationFile.model_fields)}")
         file = AblationFile.model_validate(raw)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a YAML file: it is not text in UTF-8") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
     except ValidationError as error:
         raise ValueError("\n".join(f"{path}: {_explained(item)}" for item in error.errors())) from None
     base = load(file.base)
@@ -147,7 +143,7 @@ def _explained(error: ErrorDetails) -> str:
     """An error in the keys of an ablation's file as a sentence."""
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "missing":
-        return f"the key '{key}' is missing"
+        return f"the key '{key}' is missing: it is {AblationFile.model_fields[key].description or 'needed'}"
     if error["type"] == "extra_forbidden":
         near = nearest(key, list(AblationFile.model_fields))
         hint = f"did you mean '{near}'?" if near else f"the keys are {', '.join(AblationFile.model_fields)}"

@@ -154,7 +154,7 @@ def backbone_config(settings: BackboneConfig, vocabulary: int) -> dict[str, Any]
             config = AutoConfig.from_pretrained(settings.pretrained)
         except OSError:
             raise ValueError(
-                f"model.backbone.pretrained '{settings.pretrained}' cannot be loaded: it is no local folder of a "
+                f"model.backbone.pretrained '{settings.pretrained}' cannot be loaded: it is not a local folder of a "
                 "transformers model, and no model of that name is in the cache or can be downloaded"
             ) from None
         except ValueError as error:

@@ -7,9 +7,10 @@ holds the names that each such setting may have. `load` and `override` check the
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -103,14 +104,7 @@ def load(path: str | Path) -> Config:
         ValueError: the file cannot be read, is not YAML, or has a wrong key or value. The message names the file, the
             key and, for an unknown key or name, the nearest valid one.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a YAML file: it is not text in UTF-8") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         holds = "is empty" if raw is None else f"holds {_shortened(raw)}"
         raise ValueError(f"{path} {holds}, not a mapping of sections such as 'train: {{steps: 1000}}'")
@@ -121,6 +115,59 @@ def load(path: str | Path) -> Config:
     for note in notes:
         print(f"{path}: {note}", file=sys.stderr, flush=True)
     return _validated(raw, f"{path}: ")
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader of PyYAML, which refuses a key that is given twice instead of keeping the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[object, int] = {}
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = key.value, key.start_mark.line + 1
+            if isinstance(name, str) and name in lines:
+                raise ValueError(f"the key '{name}' is given twice (lines {lines[name]} and {line}): keep one")
+            lines[str(name)] = line
+        return super().construct_mapping(node, deep)
+
+
+YAML_PROBLEMS = {
+    r"'\\t'": "a tab in the indentation: use spaces",
+    "mapping values are not allowed": "put quotes around a value that contains ': ', or correct the indentation",
+    r"expected ',' or|<stream end>|found unexpected end of stream": "a bracket, brace or quote is not closed",
+    "could not determine a constructor": "a tag that begins with '!': remove it",
+    "undefined alias": "a value that begins with '*': put quotes around it",
+    "expected a single document": "'---' begins a second document: keep one",
+    "special characters are not allowed": "a control character: remove it",
+}
+"""Texts of PyYAML's errors, as regular expressions, and what is wrong in plain words."""
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The contents of a YAML file.
+
+    Raises:
+        ValueError: the file cannot be read, is not YAML, or has a key twice. The message names the file and the line.
+    """
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: correct the path, which is relative to this folder") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder: name a YAML file") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a YAML file: it is not text in UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        found = (plain for text, plain in YAML_PROBLEMS.items() if re.search(text, str(error)))
+        wrong = next(found, "it is not valid YAML there: check indentation, colons and quotes")
+        raise ValueError(f"{path}{line}: {wrong}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def old_keys(raw: Mapping[str, object]) -> Iterator[str]:
@@ -172,9 +219,10 @@ def merged(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, ob
 def _validated(raw: object, source: str) -> Config:
     try:
         check_names(raw)  # first, because other checks may depend on a name
+        check_numbers(raw)
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise ValueError("\n".join(source + line for line in dict.fromkeys(map(explain, error.errors())))) from None
+        raise ValueError("\n".join(source + line for line in explain_all(error.errors()))) from None
     except ValueError as error:
         raise ValueError(source + str(error)) from None
     return config
@@ -189,11 +237,46 @@ def check_names(raw: object) -> None:
                 choose(dict.fromkeys(names()), chosen, setting)
 
 
+def check_numbers(raw: object, model: type[BaseModel] = Config, prefix: str = "") -> None:
+    """Raise ValueError where a number is expected and true or false is given, which pydantic reads as 1 or 0.
+
+    In YAML, `yes`, `no`, `on` and `off` are also true and false.
+    """
+    for name, field in model.model_fields.items():
+        value = raw.get(name) if isinstance(raw, Mapping) else None
+        if section := section_of(field.annotation):
+            check_numbers(value, section, f"{prefix}{name}.")
+        elif (
+            isinstance(value, bool)
+            and {int, float} & {*_kinds(field.annotation)}
+            and bool not in _kinds(field.annotation)
+        ):
+            expected = expectation(field.annotation, field.metadata)
+            raise ValueError(f"{prefix}{name} must be {expected}{_example(field)} (got {str(value).lower()})")
+
+
+def _kinds(kind: object) -> Iterator[object]:
+    """A type and all types inside it."""
+    yield kind
+    for inner in get_args(kind):
+        yield from _kinds(inner)
+
+
 def _at(raw: object, key: str) -> object:
     """The value of a dotted key in nested mappings; None where there is none."""
     for name in key.split("."):
         raw = raw.get(name) if isinstance(raw, Mapping) else None
     return raw
+
+
+def explain_all(errors: Iterable[ErrorDetails]) -> list[str]:
+    """Each error of pydantic as a sentence, one for a value even if several of its parts are wrong."""
+    first: dict[object, str] = {}
+    for error in errors:
+        line = explain(error)
+        location = tuple(part for part in error["loc"] if isinstance(part, str))
+        first.setdefault(location or line, line)
+    return [*dict.fromkeys(first.values())]
 
 
 def explain(error: ErrorDetails, model: type[BaseModel] = Config, prefix: str = "") -> str:
@@ -286,6 +369,13 @@ def _example(field: FieldInfo) -> str:
     if default in (None, [], {}, "") or isinstance(default, bool | dict) or [*_literals(field.annotation)]:
         return ""
     return f", such as {json.dumps(default)}"
+
+
+def example(name: str) -> str:
+    """The text `, such as --NAME "VALUE"` for a setting, with its default; empty for an option that is no setting."""
+    field = _field(name, Config)[1]
+    shown = field and _example(field).removeprefix(", such as ")
+    return f", such as --{name} '{shown}'" if shown else ""
 
 
 def _shortened(value: object, length: int = 80) -> str:

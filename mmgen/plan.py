@@ -57,7 +57,7 @@ def plan(config: Config) -> Plan:
     weights, two moments and the EMA weights. The number of processes is that of the environment variable WORLD_SIZE.
 
     Raises:
-        ValueError: the rows of a step cannot be divided among this number of processes.
+        ValueError: the rows of a step cannot be divided among this number of processes, or an image does not fit a row.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config.check_processes(world)
@@ -73,6 +73,12 @@ def plan(config: Config) -> Plan:
     per_position = fields.num_hidden_layers * (16 * fields.hidden_size + 5 * fields.intermediate_size)
     copies = build_layout(config.objective, config.model.patcher).copies
     patches = [high * wide for high, wide in config.model.patcher.grids]
+    for size, n in zip(config.model.patcher.image_sizes, patches, strict=True):
+        if copies * n + 5 > length:
+            raise ValueError(
+                f"an image of {size[0]}x{size[1]} needs {copies * n + 5} positions with BOS and EOS, but "
+                f"data.row_length is {length}: raise it, or declare smaller model.patcher.image_sizes"
+            )
     return Plan(
         parameters=parameters,
         vocabulary=tokens,

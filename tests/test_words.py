@@ -57,8 +57,8 @@ def texts() -> list[Path]:
 
 
 def banned_phrases(text: str) -> list[str]:
-    """`line: phrase (what to write)` for each banned phrase."""
-    lines = text.splitlines()
+    """`line: phrase (what to write)` for each banned phrase, also in a name whose words are joined by underscores."""
+    lines = text.replace("serve_forever", "").replace("_", " ").splitlines()  # a method of Python's socketserver
     return [
         f"{number}: {match[0]} ({INSTEAD[phrase]})"
         for number, line in enumerate(lines, 1)
@@ -106,7 +106,8 @@ def test_the_checks_see_what_they_ban() -> None:
         "2: TELLS (say what is printed, reported or returned)",
         "2: Nobody (name who or what)",
     ]
-    assert not banned_phrases("The standard says_nothing; a teller understands forevermore.")
+    assert banned_phrases("def test_flow_knows_nothing() -> None: ...")
+    assert not banned_phrases("The standard: a teller understands forevermore.")
     assert sorted(banned_identifiers("def f(tell, x):\n    told = x.said_before\n    class Stands: ...\n")) == [
         "1: tell", "2: said_before", "2: told", "3: Stands",
     ]  # fmt: skip

@@ -112,7 +112,7 @@ class DataTimes:
     packing_fill_padded: float
     """Fill of one document per row, padded to the longest document."""
     packing_fill_long_rows: float
-    """Fill of rows of a simulated index that are more than 16 median documents long."""
+    """Fill of rows of a simulated index that are longer than 16 times the median document."""
     index_samples_per_second: float
     """Speed of writing the index of a shard."""
     resume_seconds: dict[str, float]
@@ -241,7 +241,7 @@ def _plan() -> Plan:
 
 
 def simulated_fill() -> float:
-    """Return the fill of packed rows that are more than 16 median documents long."""
+    """Return the fill of packed rows that are longer than 16 times the median document."""
     source = _plan().rows(Position())
     rows = [next(source)[0] for _ in range(500)]
     return sum(document.length for row in rows for document in row) / (500 * 2048)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def ablate(
-    file: Annotated[Path, Parameter(help="YAML file of arms and seeds, as described in mmgen/ablate.py.")],
+    file: Annotated[Path, Parameter(help="YAML file of arms and seeds, such as configs/ablations/objectives.yaml.")],
     *,
     as_json: Json = False,
 ) -> int:

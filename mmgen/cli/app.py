@@ -35,14 +35,14 @@ def main() -> None:
         code = launch(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
-        code = complain("interrupted", INTERRUPTED)
+        code = print_error("interrupted", INTERRUPTED)
     except BrokenPipeError:  # as in `mmgen settings | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (FloatingPointError, ChildProcessError) as error:
-        code = complain(str(error), 1)
+        code = print_error(str(error), 1)
     except (cyclopts.CycloptsError, ValueError, OSError, ImportError) as error:
-        code = complain(sentence(error))
+        code = print_error(sentence(error))
     sys.exit(code or 0)
 
 
@@ -50,7 +50,7 @@ def launch(words: Sequence[str]) -> int:
     """Run a command with the settings of its YAML file and its flags; returns its exit code.
 
     Raises:
-        CycloptsError: the words are no command with its options.
+        CycloptsError: the command or an option is unknown.
         ValueError: a setting is wrong.
     """
     app = build()
@@ -100,7 +100,7 @@ def build() -> App:
     return app
 
 
-def complain(message: str, code: int = USAGE) -> int:
+def print_error(message: str, code: int = USAGE) -> int:
     """Print an error message on standard error and return the exit code."""
     log(f"mmgen: error: {message}")
     return code

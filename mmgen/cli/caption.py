@@ -71,4 +71,8 @@ def _opened(path: Path) -> Image.Image:
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image: give a PNG, JPEG or another picture file") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error.strerror or error}") from None
+        missing = isinstance(error, FileNotFoundError)
+        why = (
+            "does not exist: correct the path" if missing else f"cannot be read as an image: {error.strerror or error}"
+        )
+        raise ValueError(f"{path} {why}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -10,11 +9,9 @@ from cyclopts import Parameter
 from mmgen.cli.flags import Json, Settings
 from mmgen.cli.show import log, print_json
 from mmgen.config import Config
-from mmgen.config_io import load
 
 
 def parity(
-    file: Annotated[Path | None, Parameter(help="YAML file of settings; the same as --config FILE.")] = None,
     *,
     config: Settings = Config(),
     inject: Annotated[
@@ -32,7 +29,7 @@ def parity(
     """
     from mmgen.parity import check_parity
 
-    results = [report.as_dict() for report in check_parity(config if file is None else load(file), inject)]
+    results = [report.as_dict() for report in check_parity(config, inject)]
     holds = all(result["holds"] for result in results)
     if as_json:
         print_json({"holds": holds, "variants": results})

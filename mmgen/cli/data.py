@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from mmgen.cli.flags import DataSettings, Folder, Json, at_least
+from mmgen.cli.flags import DataSettings, Json, at_least
 from mmgen.cli.show import log, print_json, show
 from mmgen.config import Config, SourceConfig
 
@@ -97,7 +97,7 @@ def show_rows(
     count: Annotated[int, Parameter(help="Number of rows.", validator=at_least(1))] = 4,
     *shards: Shards,
     config: DataSettings = Config(),
-    out: Folder = Path("runs/data"),
+    out: Annotated[Path, Parameter(help="Folder for the pictures of rows.")] = Path("runs/data"),
     as_json: Json = False,
 ) -> int:
     """Draw packed rows as the model reads them: mask, text and images.
@@ -123,4 +123,6 @@ def _chosen(shards: tuple[str, ...], config: Config) -> tuple[list[str | SourceC
     from mmgen.sequence.tokenizer import Tokenizer
 
     patterns: list[str | SourceConfig] = [*shards] or [*config.data.train, *config.data.val]
+    if not patterns:
+        raise ValueError("no shards are given: name .tar files, or give --config FILE with data.train")
     return patterns, Tokenizer.of(config)

@@ -45,12 +45,12 @@ def demo(
 
     trained = load_run(config)
     decoder = Decoder(trained.model, trained.tokenizer, config.sample)
-    log("2 of 3: drawing the caption, less than a minute to go")
+    log("2 of 3: drawing the caption, usually less than a minute")
     image = decoder.generate([Request([prompt], "image")])[0].images[0]
     picture = run / "demo" / "grid.png"
     sheet.save(image, picture.with_name("0000.png"))
     sheet.save(sheet.grid([image], [prompt]), picture)
-    log("3 of 3: captioning the image, less than a minute to go")
+    log("3 of 3: captioning the image, usually less than a minute")
     caption = decoder.generate([Request([image], "text")])[0].text
     scores = read_scores(run / "report.json")
     if as_json:

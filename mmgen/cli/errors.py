@@ -20,46 +20,58 @@ from cyclopts.exceptions import ValidationError as InvalidError
 from pydantic import ValidationError
 
 from mmgen.config import nearest
-from mmgen.config_io import explain, type_name
+from mmgen.config_io import example, explain_all, type_name
 
 NOUNS = {"int": "a whole number", "float": "a number", "bool": "true or false", "Path": "a path"}
 """Types of options in words."""
 
 
-def sentence(error: Exception) -> str:
-    """The message of an error, for the user of a command."""
+def sentence(error: Exception, program: str = "mmgen") -> str:
+    """The message of an error, for the user of a command of `program`."""
     if isinstance(error, ValidationError):
-        return "\n".join(dict.fromkeys(explain(item) for item in error.errors()))
+        return "\n".join(explain_all(error.errors()))
     if isinstance(error, CycloptsError):
-        return _usage(error)
+        return _usage(error, program)
     if isinstance(error, OSError) and error.errno is not None:
         return _system(error)
     return re.sub(r"\[Errno \d+\] ", "", str(error)) or type(error).__name__
 
 
-def _usage(error: CycloptsError) -> str:
+def _usage(error: CycloptsError, program: str) -> str:
     """The message of a wrong command, option or value on the command line."""
     if isinstance(error.__cause__, ValidationError):
         return sentence(error.__cause__)
     command = " ".join(error.command_chain or ())
-    more = f"`mmgen {command} --help`" if command else "`mmgen --help`"
+    more = f"`{program} {command} --help`" if command else f"`{program} --help`"
     if isinstance(error, UnknownCommandError):
         typed = (error.unused_tokens or [""])[0]
         names = [name for name in error.app or () if not name.startswith("-")]
         full = f"{command} {typed}".strip()
-        return f"unknown command '{full}'{_suggest(typed, names)} (one of: {', '.join(names)})"
+        if typed.startswith("-"):
+            return f"unknown option {typed}: see {more}"
+        if typed == "help":
+            return "unknown command 'help': see `mmgen --help`"
+        suggestion = _suggest(typed, names)
+        listed = f" (one of: {', '.join(names)})" if names[1:] or not suggestion else ""
+        return f"unknown command '{full}'{suggestion}{listed}"
     if isinstance(error, UnknownOptionError):
         typed = error.token.keyword or error.token.value
         flags = {name for argument in error.argument_collection if argument.parse for name in argument.names}
         options = [flag[2:] for flag in sorted({*flags, "--config"}, key=lambda flag: "-" in flag[2:])]
+        if command == "settings":
+            return f"unknown option {typed}: write `mmgen settings {typed.lstrip('-')}`, without hyphens"
         near = nearest(typed.lstrip("-"), options)
-        hint = f", did you mean --{near}?" if near else f": {more} lists options, and `mmgen settings` lists settings"
-        return f"unknown option {typed}{hint}"
+        hint = f", did you mean --{near}?" if near else f": {more} lists options"
+        takes_settings = any(flag.startswith("--run.") for flag in flags)
+        return f"unknown option {typed}{hint}" + (
+            ", and `mmgen settings` lists settings" if takes_settings and not near else ""
+        )
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         if not error.keyword:
             return f"{_name(error)} is missing: see {more}"
-        count = error.argument.token_count()[0]
-        return f"{error.keyword} needs {'a value' if count == 1 else f'{count} values'}: see {more}"
+        if error.argument.token_count()[0] > 1:
+            return f"{error.keyword} needs a list in quotes{example(error.keyword.removeprefix('--'))}"
+        return f"{error.keyword} needs a value: see {more}"
     if isinstance(error, CoercionError) and error.token is not None:
         noun = NOUNS.get(type_name(error.target_type), type_name(error.target_type))
         return f"{_name(error)}: '{error.token.value}' is not {noun}"
@@ -68,18 +80,25 @@ def _usage(error: CycloptsError) -> str:
         return f"{_name(error)} {error.exception_message} (got {value})"
     if isinstance(error, UnusedCliTokensError):
         typed = " ".join(error.unused_tokens or ())
-        return f"unexpected argument '{typed}': see {more}"
+        hint = f": see {more}"
+        if typed.endswith((".yaml", ".yml")):
+            hint = f", did you mean --config {typed}?"
+        elif "=" in typed and "." in typed.split("=")[0]:
+            hint = f", did you mean --{typed.replace('=', ' ', 1)}?"
+        return f"unexpected argument '{typed}'{hint}"
     if isinstance(error, RepeatArgumentError):
         return f"{error.token.keyword} is given more than once: keep one of them"
-    error.verbose = False
-    return str(error)
+    return f"the command line cannot be read: see {more}"
 
 
 def _name(error: CycloptsError) -> str:
     """The name of a wrong option as it was typed; a positional argument in capitals, as in help."""
     tokens = [*(error.argument.tokens if error.argument else []), getattr(error, "token", None)]
     typed = next((token.keyword for token in tokens if token and token.keyword), None)
-    return typed or (error.argument.name.lstrip("-").upper() if error.argument else "the argument")
+    if typed or error.argument is None:
+        return typed or "the argument"
+    is_option = error.argument.index is None
+    return error.argument.name if is_option else error.argument.name.lstrip("-").upper()
 
 
 def _suggest(typed: str, names: list[str]) -> str:

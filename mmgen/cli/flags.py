@@ -110,8 +110,10 @@ def _earlier(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
 
 
 def _whole_list(value: object) -> object:
-    """Unwrap a list of lists such as `[[40, 40], [20, 40]]`, which cyclopts reads as a single element."""
+    """Unwrap a list such as `[[40, 40], [20, 40]]` or `[]`, which cyclopts reads as a single element."""
+    if value == ["null"]:
+        return None  # which no list accepts, so that it is an error
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         inner = value[0]
-        return inner if inner and all(isinstance(item, list) for item in inner) else value
+        return inner if all(isinstance(item, list) for item in inner) else value
     return value

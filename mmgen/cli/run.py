@@ -49,6 +49,10 @@ def newest(config: Config) -> Checkpoint:
 
     found = checkpoint.newest_good(config.run.dir, log)
     if found is None:
-        raise FileNotFoundError(f"{config.run.dir} holds no checkpoint: train it first with `mmgen train --config ...`")
+        what = "is a file, not a run folder" if config.run.dir.is_file() else "has no checkpoint"
+        raise FileNotFoundError(
+            f"{config.run.dir} {what}: name a trained run with --config FILE or --run.dir FOLDER, or train it "
+            "with `mmgen train --config FILE`"
+        )
     checkpoint.check_same_model(found, config)
     return found

@@ -18,7 +18,7 @@ def sample(
     config: RunSettings = Config(),
     out: Folder = Path("samples"),
     seed: Annotated[
-        int, Parameter(help="Seed of the first image; the seeds of the others count up.", validator=at_least(0))
+        int, Parameter(help="Seed of the first image; image i has this seed + i.", validator=at_least(0))
     ] = 0,
     as_json: Json = False,
 ) -> int:
@@ -30,8 +30,10 @@ def sample(
     from mmgen.generate.decoder import Decoder, Request
     from mmgen.image import sheet
 
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError('the prompt is empty: give at least one caption, such as "a red 7 top left"')
+    if not prompts:
+        raise ValueError('no caption is given: write one or more, such as "a red 7 top left"')
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError('a caption is empty: write one such as "a red 7 top left"')
     trained = load_run(config)
     requests = [Request([prompt], "image", seed + i) for i, prompt in enumerate(prompts)]
     decoder = Decoder(trained.model, trained.tokenizer, config.sample)

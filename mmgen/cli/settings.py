@@ -45,12 +45,15 @@ def find(name: str, everything: Sequence[Setting]) -> list[Setting]:
     Raises:
         ValueError: no setting matches; the message names the most similar section or key.
     """
+    if not name.strip():
+        raise ValueError("the search word is empty: `mmgen settings` lists all settings")
     name = name.removeprefix("--")
     inside = [item for item in everything if f"{item.name}.".startswith(f"{name}.")]
     found = inside or [item for item in everything if name.lower() in f"{item.name}\n{item.description}".lower()]
-    if not found or not name.strip():
+    if not found:
         near = nearest(name, field_names())
         raise ValueError(
-            f"no section, key or description contains '{name}'" + (f": did you mean '{near}'?" if near else "")
+            f"no section, key or description contains '{name}'"
+            + (f": did you mean '{near}'?" if near else ": `mmgen settings` lists all")
         )
     return found

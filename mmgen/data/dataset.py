@@ -35,7 +35,7 @@ AS_WRITTEN, CAPTION_FIRST, IMAGE_FIRST, DROPPED = range(4)
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts of n samples that their lengths are computed from; arrays of shape [n]."""
+    """The numbers from which the document lengths of n samples are computed; arrays of shape [n]."""
 
     hashes: Hashes
     paired: NDArray[np.bool_]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmgen.flow.path import KINDS, Path, check_times, looked_at
+from mmgen.flow.path import KINDS, Path, check_times, values_are_checked
 from mmgen.flow.schedule import LinearPath
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -104,7 +104,7 @@ class GaussianMixture:
         t = t.reshape(-1, 1)
         alpha, variance = self.path.alpha(t), self.path.sigma(t).square()
         total = (alpha * self.std).square() + variance
-        if looked_at(total) and bool((total == 0).any()):
+        if values_are_checked(total) and bool((total == 0).any()):
             raise ValueError(
                 "a component with std 0 has no density where sigma is zero: end the solver on its clean estimate "
                 "(end='clean'), stay below t = 1, or give the components a std above 0"

@@ -112,6 +112,9 @@ def classifier(
 
     Returns:
         A function (z, t) to the guided velocity, of the shape of z.
+
+    Raises:
+        ValueError: in the returned function, shapes that do not fit, or times at which the path diverges.
     """
 
     def guided(z: Tensor, t: Tensor) -> Tensor:

@@ -111,7 +111,8 @@ def sigmoid(bias: float = 0.0) -> Weight:
 def logit_normal(mu: float = 0.0, sigma: float = 1.0) -> Weight:
     """Return the density of a logit-normal t as a weight.
 
-    With uniform t, the expected loss equals that of t drawn from the logit-normal distribution without a weight.
+    With uniform t, the expected loss equals that of t drawn from the logit-normal distribution without a weight (Esser
+    et al. 2024, section 3.1).
 
     Raises:
         ValueError: sigma that is not positive.

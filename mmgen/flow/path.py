@@ -205,7 +205,7 @@ class Path(ABC):
 
     def _floored(self, value: Tensor, clip: float, t: Tensor) -> Tensor:
         """Return a denominator of at least `clip`; with `clip` 0, refuse a zero."""
-        if clip <= 0 and looked_at(value) and bool((value == 0).any()):
+        if clip <= 0 and values_are_checked(value) and bool((value == 0).any()):
             at = float(t.broadcast_to(value.shape)[value == 0][0])
             raise ValueError(
                 f"alpha or sigma of {type(self).__name__} is zero at t = {at:g} and this conversion divides by it: "
@@ -227,7 +227,7 @@ class Path(ABC):
 
     def require(self, quantity: str, t: Tensor) -> None:
         """Raise a ValueError if `quantity` diverges at one of the times `t`; checked on a CPU only."""
-        if looked_at(t):
+        if values_are_checked(t):
             for time in self.singular.get(quantity, ()):
                 if bool((t == time).any()):
                     fix = "begin a little later, as at t = 1e-3"
@@ -238,7 +238,7 @@ class Path(ABC):
                     )
 
 
-def looked_at(t: Tensor) -> bool:
+def values_are_checked(t: Tensor) -> bool:
     """Return whether values of `t` are checked: on a CPU only, since reading an accelerator's values synchronises.
 
     While a graph is compiled, values are not checked either.
@@ -247,9 +247,9 @@ def looked_at(t: Tensor) -> bool:
 
 
 def check_times(t: Tensor) -> None:
-    """Raise a ValueError for times outside [0, 1], where `looked_at` allows the check."""
+    """Raise a ValueError for times outside [0, 1], where `values_are_checked` allows the check."""
     t = t.detach()
-    if looked_at(t) and t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= 1):
+    if values_are_checked(t) and t.numel() and not (float(t.min()) >= 0 and float(t.max()) <= 1):
         raise ValueError(
             f"flow time must lie in [0, 1] (0 is noise, 1 is data), got {float(t.min()):g} to {float(t.max()):g}; "
             "diffusion steps k of K are t = 1 - k / K"

@@ -55,7 +55,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class KnownDifference:
-    """A figure that is known to miss the value that write-ups suggest, with the reason; it has no effect on `holds`."""
+    """A figure that is known to differ from the published value, with the reason; it has no effect on `holds`."""
 
     figure: str
     wanted: str

@@ -141,8 +141,8 @@ def ancestral_is_ddim(run: Run) -> Figure:
 def guidance(run: Run) -> Figure:
     """Does more guidance move more of the samples to the class y?
 
-    E p(y | x) of the samples against the weight w of grad log p(y | z). The initial noise is the quantiles of the
-    normal distribution, so that nothing is random.
+    E p(y | x) of the samples against the weight w of grad log p(y | z). The initial noise consists of the quantiles
+    of the normal distribution, so that nothing is random.
     """
     data = GaussianMixture(torch.tensor([[1.0], [-1.0]], dtype=torch.float64), 0.6)
 

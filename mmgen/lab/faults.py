@@ -1,4 +1,4 @@
-"""Deliberate mistakes of the kind that write-ups contain; the exact experiments must detect them.
+"""Deliberate mistakes of the kind that papers and tutorials contain; the exact experiments must detect them.
 
 A fault wraps public methods of `mmgen.flow`. `HOOKS` lists the methods that may be wrapped. `injected` installs the
 wrapped methods for the duration of a block and then restores the originals.

@@ -319,7 +319,10 @@ class MARObjective(ImageObjective):
 
 
 def mask_ratio(quantile: float, settings: MaskRatioConfig) -> float:
-    """The share of hidden patches: the given `quantile` in (0, 1) of the truncated normal distribution."""
+    """The share of hidden patches: the given `quantile` in (0, 1) of the truncated normal distribution.
+
+    Source: Li et al. 2024, appendix B, as MAGE (Li et al. 2023) draws it.
+    """
     normal = NormalDist(settings.mean, settings.std)
     # erfc is accurate in the tail. NormalDist.cdf uses it only from Python 3.12 on.
     low, high = (math.erfc((settings.mean - x) / (settings.std * math.sqrt(2))) / 2 for x in (settings.low, 1.0))

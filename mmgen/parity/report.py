@@ -65,7 +65,7 @@ class Report:
             self._note(where, f"position is {fed.position}, in training {trained.position}")
         if fed.sees != trained.sees:
             others = sorted(map(str, fed.sees ^ trained.sees))
-            self._note(where, f"sees other positions than in training ({len(others)}, such as {others[0]})")
+            self._note(where, f"attends to other positions than in training ({len(others)}, such as {others[0]})")
         inputs = _difference(fed.inputs_D, trained.inputs_D)
         hidden = _difference(fed.hidden_D, trained.hidden_D)
         self.largest.inputs = max(self.largest.inputs, inputs)

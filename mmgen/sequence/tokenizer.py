@@ -56,7 +56,8 @@ class Tokenizer:
         if not Path(path).is_file():
             raise FileNotFoundError(
                 f"no tokenizer at {path}: set data.tokenizer, or train one with "
-                f"`python -m data_prep.tokenizer --out {path} SHARD...`"
+                f"`python -m data_prep.tokenizer --out {path} SHARD...` (paths are relative to this folder; `make "
+                "data` makes the data of the demo)"
             )
         try:
             return cls(TextTokenizer.from_file(str(path)), grids)

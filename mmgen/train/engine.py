@@ -149,7 +149,7 @@ class Engine:
         return flat.requires_grad
 
     def refresh(self) -> None:
-        """Copy the optimiser's weights to the weights that the model computes with, after the former were changed."""
+        """Copy the optimiser's weights to the weights of the model, after a change of the former."""
 
     def close(self) -> None:
         """Release resources that would prevent a clean exit."""

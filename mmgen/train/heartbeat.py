@@ -17,8 +17,10 @@ WINDOW = 20.0
 """Seconds over which the use of the machine is measured."""
 PAUSE = 300.0
 """Seconds between two warnings about other programs."""
-SATURATED, SHARE = 0.9, 0.2
-"""A warning needs this share of the processors in use, and this share used by other programs."""
+SATURATED = 0.9
+"""Share of the processors in use, above which other programs can slow the run."""
+SHARE = 0.2
+"""Share of the processors used by other programs, above which a warning is printed."""
 
 Clock = Callable[[], float]
 

@@ -18,7 +18,10 @@ Decay = Callable[[int], float]
 
 
 def exponential(decay: float) -> Decay:
-    """A constant decay; at first it is (1 + n) / (10 + n), so that the random initial weights lose their influence."""
+    """A constant decay; at first it is (1 + n) / (10 + n), so that the random initial weights lose their influence.
+
+    The start is that of TensorFlow's `ExponentialMovingAverage` with `num_updates`.
+    """
     return lambda n: min(decay, (1 + n) / (10 + n))
 
 
@@ -105,7 +108,10 @@ def dimensions(p: Tensor) -> int:
 
 
 def learning_rate(settings: TrainConfig, step: int) -> float:
-    """Learning rate of a step (counted from 1): linear warm-up, then a cosine from `lr` to `lr * min_lr_ratio`."""
+    """Learning rate of a step (counted from 1): linear warm-up, then a cosine from `lr` to `lr * min_lr_ratio`.
+
+    Source of the cosine: Loshchilov and Hutter 2017, eq. 5.
+    """
     if step <= settings.warmup_steps:
         return settings.lr * step / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)

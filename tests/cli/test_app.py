@@ -32,13 +32,13 @@ from tests.conftest import run
         (["trian"], "train"),
         (["train", "--train.steps", "-1"], "train.steps must be a whole number above 0, such as 1000 (got '-1')"),
         (["train", "--train.steps", "many"], "train.steps"),
-        (["train", "--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["train"], "no tokenizer at tokenizer.json"),
-        (["sample"], "the prompt is empty"),
-        (["sample", " "], "the prompt is empty"),
+        (["sample"], "no caption is given"),
+        (["sample", " "], "a caption is empty"),
         (["caption"], "no image is given"),
         (["caption", "pyproject.toml"], "pyproject.toml is not an image"),
-        (["eval"], "holds no checkpoint"),
+        (["eval"], "has no checkpoint: name a trained run with --config FILE or --run.dir FOLDER"),
         (["train", "--objective.prediction", "w"], "prediction"),
         (["sample", "a", "--sample.guidance-interval", "0.9", "0.1"], "error: sample.guidance_interval must rise"),
         (["train", "--model.patcher.patch_size", "5"], "error: image size 16x16 is not divisible by patch_size 5"),
@@ -104,7 +104,11 @@ def test_typos_in_yaml_name_file_key_and_nearest(tmp_path: Path, capsys: pytest.
     code, _, err = run(capsys, "train", "--config", path)
     assert code == 2
     assert "typo.yaml: unknown key 'objective.predictoin', did you mean 'objective.prediction'?" in err
-    for text, message in (("- 1\n", "not a mapping"), ("a: [", "not valid YAML"), ("train: {lr: fast}", "train.lr")):
+    for text, message in (
+        ("- 1\n", "not a mapping"),
+        ("a: [", "typo.yaml, line 1: a bracket, brace or quote is not closed"),
+        ("train: {lr: fast}", "train.lr"),
+    ):
         path.write_text(text)
         code, _, err = run(capsys, "train", "--config", path)
         assert (code, message in err) == (2, True), err

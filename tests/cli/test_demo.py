@@ -58,5 +58,5 @@ def test_demo_before_an_evaluation(trained: Path, copy: Path, capsys: pytest.Cap
 def test_demo_without_a_run_or_a_prompt(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code, out, err = run(capsys, "demo", "--config", trained, "--run.dir", tmp_path / "none")
     assert (code, out) == (2, "")
-    assert "holds no checkpoint: train it first" in err
+    assert "has no checkpoint: name a trained run" in err
     assert run(capsys, "demo", "--config", trained, " ")[0] == 2

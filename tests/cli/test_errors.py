@@ -19,7 +19,20 @@ from mmgen.cli.errors import sentence
 from mmgen.config_io import load
 from tests.conftest import picture, png, run
 
-LIBRARY = ("Traceback", "pydantic", "Errno", "os error", "site-packages", "codec can't", "median", "<class")
+LIBRARY = (
+    "Traceback",
+    "pydantic",
+    "Errno",
+    "os error",
+    "site-packages",
+    "codec can't",
+    "median",
+    "<class",
+    "while ",
+    "<unicode string>",
+    "<stream",
+    "tag:yaml",
+)
 """Texts of Python and of libraries that no message shows."""
 
 
@@ -52,7 +65,28 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (["trian"], "unknown command 'trian', did you mean 'train'? (one of: train, sample, "),
         (["lab", "rum"], "unknown command 'lab rum', did you mean 'run'? (one of: list, run)"),
-        (["--foo"], "unknown command '--foo' (one of: "),
+        (["--foo"], "unknown option --foo: see `mmgen --help`"),
+        (["help"], "unknown command 'help': see `mmgen --help`"),
+        (["check", "partiy"], "unknown command 'check partiy', did you mean 'parity'?"),
+        (["train", "train.steps=5"], "unexpected argument 'train.steps=5', did you mean --train.steps 5?"),
+        (["train", "a.yaml"], "unexpected argument 'a.yaml', did you mean --config a.yaml?"),
+        (["lab", "run", "--steps", "1"], "unknown option --steps: `mmgen lab run --help` lists options"),
+        (["settings", " "], "the search word is empty: `mmgen settings` lists all settings"),
+        (["settings", "bananaz"], "no section, key or description contains 'bananaz': `mmgen settings` lists all"),
+        (
+            ["train", "--model.patcher.image_sizes", "40"],
+            "--model.patcher.image_sizes needs a list in quotes, such as --model.patcher.image_sizes '[[",
+        ),
+        (
+            ["train", "--model.patcher.image_sizes", "40", "41"],
+            "model.patcher.image_sizes must be a list, each item a ",
+        ),
+        (["train", "--model.patcher.image_sizes", "[]"], "model.patcher.image_sizes"),
+        (["train", "--data.val", "null"], "data.val must be a list, each item text"),
+        (["train", "--config", "gone.yaml"], "gone.yaml does not exist: correct the path, which is relative to this "),
+        (["train", "--config", "folder"], "folder is a folder: name a YAML file"),
+        (["data", "check"], "no shards are given: name .tar files, or give --config FILE with data.train"),
+        (["sample"], 'no caption is given: write one or more, such as "a red 7 top left"'),
         (
             ["train", "--foo"],
             "unknown option --foo: `mmgen train --help` lists options, and `mmgen settings` lists settings",
@@ -69,9 +103,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (["train", "--json=5"], "--json: '5' is not true or false"),
         (["ablate"], "FILE is missing: see `mmgen ablate --help`"),
-        (["ablate", "folder"], "folder cannot be read: Is a directory"),
+        (["ablate", "folder"], "folder is a folder: name a YAML file"),
         (["ablate", "binary.yaml"], "binary.yaml is not a YAML file: it is not text in UTF-8"),
-        (["ablate", "empty.yaml"], "empty.yaml is no mapping: write the keys base, out, equal, seeds, arms, grid"),
+        (["ablate", "empty.yaml"], "empty.yaml is not a mapping: it needs the keys base, out and arms"),
         (["bench", "step", "--rounds", "0"], "--rounds must be at least 1 (got 0)"),
         (["bench", "generation", "--rounds", "0"], "--rounds must be at least 1 (got 0)"),
         (["bench", "samplers", "--rounds", "-1"], "--rounds must be at least 1 (got -1)"),
@@ -89,11 +123,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["data", "index", "--workers", "-1"], "--workers must be at least 0 (got -1)"),
         (["data", "buckets", "--n", "0"], "--n must be at least 1 (got 0)"),
         (["data", "buckets", "--pixels", "x"], "--pixels: 'x' is not a height and a width such as 256x256"),
-        (["caption", "gone.png"], "gone.png cannot be read as an image: No such file or directory"),
+        (["caption", "gone.png"], "gone.png does not exist: correct the path"),
         (["caption", "folder"], "folder cannot be read as an image: Is a directory"),
         (["caption", "broken.png"], "broken.png is not an image: give a PNG, JPEG or another picture file"),
         (["sample", "x", "--seed", "-1"], "--seed must be at least 0 (got -1)"),
-        (["sample", "x", "--run.dir", "file"], "file holds no checkpoint: train it first"),
+        (
+            ["sample", "x", "--run.dir", "file"],
+            "file is a file, not a run folder: name a trained run with --config FILE or --run.dir",
+        ),
         (["export", "--out", "file"], "--out file is a file where a folder is needed: choose another path"),
     ],
 )
@@ -125,7 +162,7 @@ def test_options_and_files(capsys: pytest.CaptureFixture, words: list[str], mess
         (
             "model.backbone.pretrained",
             "gone",
-            "model.backbone.pretrained 'gone' cannot be loaded: it is no local folder",
+            "model.backbone.pretrained 'gone' cannot be loaded: it is not a local folder",
         ),
         ("model.backbone.extra.rope_theta", "x", "a decoder of type 'qwen3' cannot be built: "),
     ],
@@ -139,10 +176,23 @@ def test_keys_of_an_ablation(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     path = tmp_path / "ablation.yaml"
     path.write_text(yaml.safe_dump({"out": "o", "arms": {"a": {}}, "seed": [1], "thing": 2}))
     assert fails(capsys, "ablate", path).splitlines() == [
-        f"{path}: the key 'base' is missing",
+        f"{path}: the key 'base' is missing: it is the YAML file of the run that the arms change",
         f"{path}: unknown key 'seed', did you mean 'seeds'?",
         f"{path}: unknown key 'thing', the keys are base, out, equal, seeds, arms, grid",
     ]
+
+
+def test_the_file_of_a_run_is_not_an_ablation(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("run: {seed: 1}\ntrain: {steps: 5}\n")
+    assert fails(capsys, "ablate", path).startswith(f"{path} has the settings of a run: name a file such as")
+
+
+def test_an_empty_list_on_the_command_line(capsys: pytest.CaptureFixture, file: Path) -> None:
+    for words in (["--data.val", "[]"], ["--data.empty-val"]):
+        code, out, err = run(capsys, "train", "--config", file, "--dry-run", "--json", *words)
+        assert code == 0, err
+        assert json.loads(out)["config"]["data"]["val"] == []
 
 
 def test_evaluation_names_the_setting_that_is_empty(capsys: pytest.CaptureFixture, trained: Path) -> None:

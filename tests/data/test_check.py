@@ -79,7 +79,7 @@ def test_streams_report_overlong_documents_too(streamed: Config, tmp_path: Path)
     report = check_streams(Tokenizer.of(config), config, CheckOptions())
     assert [document.key for document in report.overlong] == [f"000{i}" for i in range(1, 6)]
     assert not report.holds
-    assert report.promises.kept
+    assert report.guarantees.hold
 
 
 def test_lengths_are_those_that_training_needs(config: Config, tmp_path: Path) -> None:

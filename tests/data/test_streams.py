@@ -1,4 +1,4 @@
-"""Shards that are read in streams, without an index, keep the promises of the indexed order."""
+"""Shards that are read in streams, without an index, keep the guarantees of the indexed order."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_text(tmp_path: Path) -> None:
 
 
 @given(st.text(max_size=60), st.integers(1, 12))
-def test_pieces_lose_nothing_but_white_space(whole: str, length: int) -> None:
+def test_pieces_lose_only_white_space(whole: str, length: int) -> None:
     found = list(pieces(whole, length, len))
     assert all(0 < len(piece) <= length for piece in found)
     assert "".join("".join(found).split()) == "".join(whole.split())

@@ -1,4 +1,5 @@
-"""`mmgen data check`: the content of shards, their bad samples, and whether the order of documents keeps its promises.
+"""`mmgen data check`: the content of shards, their bad samples, and whether the order of documents has the guaranteed
+properties.
 
 The order is checked by running the planner as each rank does. `FAULTS` break it, to show that the checks fail.
 """
@@ -86,8 +87,8 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Promises:
-    """Which promises of the order of documents are kept."""
+class Guarantees:
+    """Which guaranteed properties the order of documents has."""
 
     coverage_exact: bool
     """An epoch contains each sample once."""
@@ -96,8 +97,8 @@ class Promises:
     same_after_resume: bool
 
     @property
-    def kept(self) -> bool:
-        """Whether all of them are kept."""
+    def hold(self) -> bool:
+        """Whether it has all of them."""
         return self.coverage_exact and self.same_for_any_world and self.same_after_resume
 
 
@@ -120,7 +121,7 @@ class Report(ABC):
     samples: int
     shards: int
     fingerprint: str
-    promises: Promises
+    guarantees: Guarantees
     bad_samples: list[BadRecord]
     duplicate_keys: list[str]
     overlong: list[Overlong]
@@ -130,7 +131,7 @@ class Report(ABC):
     @property
     def holds(self) -> bool:
         """Whether no problem was found."""
-        return not (self.bad_samples or self.duplicate_keys or self.overlong) and self.promises.kept
+        return not (self.bad_samples or self.duplicate_keys or self.overlong) and self.guarantees.hold
 
     @abstractmethod
     def details(self) -> dict[str, object]:
@@ -146,7 +147,7 @@ class Report(ABC):
             "shards": self.shards,
             "fingerprint": self.fingerprint,
             **self.details(),
-            **asdict(self.promises),
+            **asdict(self.guarantees),
             "holds": self.holds,
         }
 
@@ -205,7 +206,7 @@ class CheckReport(Report):
 
 
 def check(patterns: Patterns, tokenizer: Tokenizer, config: Config, options: CheckOptions) -> CheckReport:
-    """Check the content of shards, and whether the order of their documents keeps its promises.
+    """Check the content of shards, and whether the order of their documents has the guaranteed properties.
 
     Documents that are longer than a row are reported, and planned with the length of a row.
 
@@ -228,7 +229,7 @@ def check(patterns: Patterns, tokenizer: Tokenizer, config: Config, options: Che
         shards=len(corpus.dataset.shards),
         fingerprint=corpus.dataset.fingerprint,
         totals=totals(corpus),
-        promises=Promises(
+        guarantees=Guarantees(
             _covered(seen, len(corpus.samples), len(corpus.dataset.counts)), *_same_order(corpus, options.inject, log)
         ),
         balance=_balance(epoch, options.world, config.data.row_length),

@@ -1,4 +1,4 @@
-"""`mmgen data check` for shards that `data.streams` reads forward: the same promises, without an index.
+"""`mmgen data check` for shards that `data.streams` reads forward: the same guarantees, without an index.
 
 Every shard is read twice: once directly, to list its samples, and once through the streams, as each rank reads it.
 """
@@ -17,7 +17,7 @@ from mmgen.data.order import Cursor, PlannedDocument, PlannedRow
 from mmgen.data.progress import Progress
 from mmgen.data.shards.samples import BadRecord, BadSample, read
 from mmgen.data.streams import ReadSample, StreamCorpus, StreamDocument, StreamRow, Streams, Window
-from mmgen.data.tools.check import RESUMES, STEPS, CheckOptions, Promises, Report
+from mmgen.data.tools.check import RESUMES, STEPS, CheckOptions, Guarantees, Report
 from mmgen.sequence.tokenizer import Tokenizer
 
 Rows = dict[int, list[StreamRow]]
@@ -57,7 +57,7 @@ class StreamReport(Report):
 
 
 def check_streams(tokenizer: Tokenizer, config: Config, options: CheckOptions) -> StreamReport:
-    """Check the content of the training shards, and whether their streams keep the promises of the order.
+    """Check the content of the training shards, and whether the order of their streams has the guaranteed properties.
 
     Raises:
         FileNotFoundError: a shard does not exist.
@@ -97,7 +97,7 @@ def check_streams(tokenizer: Tokenizer, config: Config, options: CheckOptions) -
         shards=len(shards),
         streams=config.data.streams,
         fingerprint=corpus.dataset.fingerprint,
-        promises=Promises(seen == present and not duplicates, *same),
+        guarantees=Guarantees(seen == present and not duplicates, *same),
         rows=rows,
         fill=positions / max(1, rows * config.data.row_length),
         bad_samples=bad,

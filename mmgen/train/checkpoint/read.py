@@ -199,7 +199,7 @@ def known_facts(config: Config) -> AutoencoderFacts | None:
 
 
 def stored_facts(folder: Path) -> AutoencoderFacts | None:
-    """What a checkpoint knows of its autoencoder, without a look at its other files; raises ValueError."""
+    """Facts of the autoencoder in a checkpoint's trainer.json, the only file that is read; raises ValueError."""
     return _trainer_state(folder / "trainer.json").autoencoder
 
 
