@@ -49,7 +49,9 @@ def sample(folder: Path, captions: dict[Path, Path], captionless: bool, image: P
     try:
         meta = caption(image, captions)
         if not meta["caption"] and not captionless:
-            raise LeftOut(source, f"no caption file ({', '.join(CAPTIONS)}) of the same name; --captionless keeps it")
+            written = any(image.with_suffix(suffix) in captions for suffix in CAPTIONS)
+            which = "an empty caption file" if written else f"no caption file ({', '.join(CAPTIONS)})"
+            raise LeftOut(source, f"{which} of the same name; --captionless keeps it")
         return {**image_member(image.read_bytes(), source), "json": as_json({**meta, "source": source})}
     except OSError as error:
         raise LeftOut(source, reason(error)) from None

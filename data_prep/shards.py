@@ -136,7 +136,7 @@ def write(
         raise ValueError(
             f"all {left_out} items were left out, for the reasons above"
             if left_out
-            else "the source holds nothing to write"
+            else "the source holds nothing to write: name files of the kinds that this script reads (see --help)"
         )
     print(f"{shards} shards in {out}; {written} samples written now" + (f", {left_out} left out" if left_out else ""))
 

@@ -155,7 +155,8 @@ def read_yaml(path: str | Path) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: correct the path, which is relative to this folder") from None
     except IsADirectoryError:
-        raise ValueError(f"{path} is a folder: name a YAML file") from None
+        inside = Path(path) / "config.yaml"
+        raise ValueError(f"{path} is a folder: name {inside if inside.exists() else 'a YAML file'}") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -83,6 +83,10 @@ def _usage(error: CycloptsError, program: str) -> str:
         hint = f": see {more}"
         if typed.endswith((".yaml", ".yml")):
             hint = f", did you mean --config {typed}?"
+        elif all(word.endswith((".tar", ".tgz", ".gz", ".zst")) for word in typed.split()):
+            hint = ': the shell expanded a pattern of shards: put it in quotes, such as "data/train-*.tar"'
+        elif typed in ("true", "false"):
+            hint = f": write --NAME for true and --no-NAME for false, as in --train.no-compile (see {more})"
         elif "=" in typed and "." in typed.split("=")[0]:
             hint = f", did you mean --{typed.replace('=', ' ', 1)}?"
         return f"unexpected argument '{typed}'{hint}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from PIL import Image
 from mmgen.config import SampleConfig
 from mmgen.generate.exchange import Action, Chosen, Draw, Drawn, Feed, Known, RequestCoroutine
 from mmgen.generate.parts import REAL, Parts, Setup
-from mmgen.generate.request import Event, Inpaint, Request, Result
+from mmgen.generate.request import Event, Inpaint, Mode, Request, Result
 from mmgen.generate.scheduler import Budget, Schedule
 from mmgen.image.patch import Grid, raster
 from mmgen.model import MMGenModel
@@ -51,6 +51,10 @@ class Decoder:
 
     def check(self, request: Request) -> None:
         """Raise ValueError if a request is invalid."""
+        if isinstance(request.prompt, str) or not all(isinstance(p, str | Image.Image) for p in request.prompt):
+            raise ValueError('a prompt is a list of texts and PIL images, such as ["a red 7"] or [image, "mirrored"]')
+        if request.mode not in get_args(Mode):
+            raise ValueError(f"unknown mode '{request.mode}': give one of {', '.join(get_args(Mode))}")
         pieces = [piece for piece in request.prompt if not isinstance(piece, str) or piece.strip()]
         if request.mode != "image" and not pieces:
             raise ValueError("the prompt is empty: give text or an image (an unconditional image needs mode 'image')")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from mmgen.config import Config
+from mmgen.config import Config, SourceConfig
 from mmgen.data.latents import find_facts
 from mmgen.data.streams import training_corpus
 from mmgen.image.latent import AutoencoderFacts
@@ -143,6 +144,10 @@ def loop(run: Run, resumed: Path | None) -> int:
                 run.save(must=step == settings.steps)
             watchdog.phase("sample", step)
             run.probe.show(step)
+    run.log.print(
+        f"finished at step {progress.step}: {config.run.dir}/checkpoints/latest. Next: mmgen sample --config "
+        f'{config.run.dir}/config.yaml "CAPTION"'
+    )
     return 0
 
 
@@ -195,13 +200,21 @@ def open_run(start: Start, watchdog: Watchdog, heartbeat: Heartbeat) -> Run:
     reporter = Reporter(engine, corpus, log)
     log.print(
         f"{config.run.dir}: steps {progress.step + 1} to {config.train.steps} on {engine.device}, "
-        f"{corpus.description}, {'bf16' if engine.bf16 else 'fp32'}"
+        f"{corpus.description}, validation on {shown_shards(config.data.val)}, {'bf16' if engine.bf16 else 'fp32'}"
         + (", compiled in the first step" if engine.model.compiled else "")
         + (f", {ranks.world} processes, ZeRO stage {config.train.zero_stage}" if shard(config) else "")
     )
     saver = Saver(config.run.dir / "checkpoints", engine, tokenizer, log.print)
     probe = Probe(engine, tokenizer, log)
     return Run(engine, corpus, patcher, progress, log, reporter, saver, probe, watchdog)
+
+
+def shown_shards(patterns: Sequence[str | SourceConfig]) -> str:
+    """The first pattern of a list of shards and the number of the others, for one line of text."""
+    if not patterns:
+        return "no data"
+    first = patterns[0] if isinstance(patterns[0], str) else patterns[0].shards[0]
+    return first + (f" and {len(patterns) - 1} more" if patterns[1:] else "")
 
 
 def build_engine(config: Config, vocabulary: int, ranks: Ranks, autoencoder: AutoencoderFacts | None = None) -> Engine:

@@ -63,10 +63,9 @@ def validation(
 
 
 def sample_prompts(config: Config) -> list[str]:
-    """The first captions of the validation shards, which are the fixed prompts of a run's sample grids."""
-    if not config.data.val:
-        return []
-    return [sample.caption for sample in islice(read(config.data.val, bad=[]), SAMPLES) if sample.caption]
+    """The prompts of a run's sample grids: the first captions of the validation shards, else of the training shards."""
+    shards = config.data.val or config.data.train
+    return [sample.caption for sample in islice(read(shards, bad=[]), SAMPLES) if sample.caption]
 
 
 def draw(decoder: Decoder, captions: list[str]) -> Image.Image:

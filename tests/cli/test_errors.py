@@ -66,6 +66,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["trian"], "unknown command 'trian', did you mean 'train'? (one of: train, sample, "),
         (["lab", "rum"], "unknown command 'lab rum', did you mean 'run'? (one of: list, run)"),
         (["--foo"], "unknown option --foo: see `mmgen --help`"),
+        (
+            ["train", "--data.train", "a.tar", "b.tar", "c.tar"],
+            "unexpected argument 'b.tar c.tar': the shell expanded a pattern of shards: put it in quotes",
+        ),
+        (
+            ["train", "--train.compile", "false"],
+            "unexpected argument 'false': write --NAME for true and --no-NAME for false, as in --train.no-compile",
+        ),
         (["help"], "unknown command 'help': see `mmgen --help`"),
         (["check", "partiy"], "unknown command 'check partiy', did you mean 'parity'?"),
         (["train", "train.steps=5"], "unexpected argument 'train.steps=5', did you mean --train.steps 5?"),

@@ -280,3 +280,12 @@ def test_an_exact_network_draws_its_picture_with_every_prediction(config: Config
             except StopIteration as stop:
                 drawn = stop.value
     torch.testing.assert_close(drawn, target.expand(3, -1, -1), rtol=1e-9, atol=1e-9)
+
+
+def test_a_prompt_that_is_no_list_and_an_unknown_mode_are_refused(tmp_path: Path) -> None:
+    decoder = decoder_of(tiny(tmp_path), "transfusion")
+    for prompt in ("a red 7", [Path("a.png")]):
+        with pytest.raises(ValueError, match="a prompt is a list of texts and PIL images, such as"):
+            decoder.generate([Request(prompt, "image")])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown mode 'images': give one of image, text, auto"):
+        decoder.generate([Request(["a"], "images")])  # type: ignore[arg-type]

@@ -41,7 +41,10 @@ def test_equal_positions_hold() -> None:
     ("fed", "what"),
     [
         (replace(FED, position=6), "position is 6, in training 5"),
-        (replace(FED, sees=FED.sees | {Identity("stale", 9)}), "attends to other positions than in training (1, such as"),
+        (
+            replace(FED, sees=FED.sees | {Identity("stale", 9)}),
+            "attends to other positions than in training (1, such as",
+        ),
         (replace(FED, inputs_D=FED.inputs_D + 1e-8), "inputs differ by 1e-08"),
         (replace(FED, hidden_D=FED.hidden_D * torch.nan), "hidden differ by nan"),
     ],

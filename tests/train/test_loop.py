@@ -324,3 +324,10 @@ def test_the_optimiser_equals_torchs_adamw(config: Config) -> None:
             optimizer.zero_grad()
     torch.testing.assert_close(ours.weight, theirs.weight)
     torch.testing.assert_close(ours.bias, theirs.bias)
+
+
+def test_samples_are_drawn_without_validation_data(config: Config) -> None:
+    """A run without `data.val` draws the first captions of its training data."""
+    config = override(config, {"data": {"val": []}, "train": {"steps": 2, "sample_every": 2, "save_every": 2}})
+    assert train(config) == 0
+    assert (config.run.dir / "samples" / "step-2.png").exists()

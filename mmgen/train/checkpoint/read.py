@@ -99,7 +99,9 @@ def read_trainer(folder: Path, rank: int = 0, world: int = 1) -> TrainerState:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except OSError as error:
-        raise ValueError(f"{folder} is not a checkpoint of mmgen: no manifest.json ({error.strerror})") from None
+        inside = folder / "checkpoints" / "latest"
+        hint = f": give {inside}" if inside.exists() else ""
+        raise ValueError(f"{folder} is not a checkpoint of mmgen: no manifest.json ({error.strerror}){hint}") from None
     except ValueError:
         manifest = None
     if not isinstance(manifest, dict):
