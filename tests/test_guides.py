@@ -219,9 +219,8 @@ def test_readme_is_short() -> None:
 
 
 def test_guides_of_folders_are_readable_in_one_sitting() -> None:
-    for guide in GUIDES:
-        lines = len(with_tables((ROOT / guide).read_text()).splitlines())
-        assert lines <= 250 + len(re.findall(r"<!-- table", (ROOT / guide).read_text())) * 120, guide
+    for guide in (guide for guide in GUIDES if guide.name == "README.md" and guide != Path("README.md")):
+        assert 60 <= len((ROOT / guide).read_text().splitlines()) <= 250, guide
 
 
 def test_table_cells_are_short() -> None:
