@@ -9,6 +9,7 @@ from pathlib import Path
 import cyclopts
 
 from mmgen.cli.errors import sentence
+from mmgen.cli.pulse import pulse
 
 USAGE = 2
 """Exit code of an error in the command or its input."""
@@ -24,7 +25,8 @@ def run(main: Callable[..., None]) -> None:
     app = cyclopts.App(name=f"python -m data_prep.{Path(sys.argv[0]).stem}")
     app.default(main)
     try:
-        app(sys.argv[1:], exit_on_error=False, print_error=False)
+        with pulse(app.name[0]):
+            app(sys.argv[1:], exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         log(f"error: {sentence(error, app.name[0])}")
         sys.exit(USAGE)

@@ -17,6 +17,7 @@ from mmgen.cli.commands import COMMANDS, GROUPS
 from mmgen.cli.errors import sentence
 from mmgen.cli.flags import Overrides, with_flags
 from mmgen.cli.help import GROUP, OVERVIEW, Columns, closing, parts
+from mmgen.cli.pulse import pulse
 from mmgen.cli.show import log
 from mmgen.config import Config
 from mmgen.config_io import load, override
@@ -31,9 +32,11 @@ def main() -> None:
     """Run the command of the command line and exit with its code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _choose_accelerator()
+    words = [word for word in sys.argv[1:3] if not word.startswith("-")]
     try:
-        code = launch(sys.argv[1:])
-        sys.stdout.flush()
+        with pulse(" ".join(["mmgen", *words[:1]])):
+            code = launch(sys.argv[1:])
+            sys.stdout.flush()
     except KeyboardInterrupt:
         code = print_error("interrupted", INTERRUPTED)
     except BrokenPipeError:  # as in `mmgen settings | head`
