@@ -49,12 +49,12 @@ pins:
 
 data: data/scenes/.ready data/digits/.ready
 
-data/digits/.ready: | setup
+data/digits/.ready: data_prep/digits.py | setup
 	$(BIN)/python -m data_prep.digits --out data/digits
 	$(BIN)/python -m data_prep.tokenizer --out data/digits/tokenizer.json "data/digits/train-{000000..000001}.tar"
 	touch $@
 
-data/scenes/.ready: | setup
+data/scenes/.ready: data_prep/scenes.py data_prep/digits.py | setup
 	$(BIN)/python -m data_prep.scenes --out data/scenes
 	$(BIN)/python -m data_prep.tokenizer --out data/scenes/tokenizer.json data/scenes/train-000000.tar
 	touch $@

@@ -1,7 +1,8 @@
 """Real handwritten digits as shards: `python -m data_prep.digits --out data/digits`.
 
 The 1,797 images of 8x8 pixels of scikit-learn's `load_digits` (Alpaydin and Kaynak 1998) in a fixed stratified split
-into disjoint train, judge and test shards. Each sample is a PNG and a JSON with caption and label.
+into disjoint train, val, judge and test shards. Each sample is a PNG and a JSON with caption and label. `val` is for
+choosing settings, `test` for reported scores, and the judge of `mmgen eval` is trained on `judge`.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ TEMPLATES = (
     "{digit}",
 )
 SHARES = {"train": 0.7, "judge": 0.18, "test": 0.12}
+VALIDATION = 0.1
+"""Share of the train part that becomes `val`."""
 SPLIT_SEED = 20
 Split = dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]
 
 
 def split() -> Split:
-    """Name of a part to (images [n, 8, 8] with pixel values in 0..255, labels [n]); the three parts share no image."""
+    """Name of a part to (images [n, 8, 8] with pixel values in 0..255, labels [n]); the parts share no image."""
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)
     index = np.arange(len(images))
@@ -46,7 +49,9 @@ def split() -> Split:
         stratify=data.target[rest],
         random_state=SPLIT_SEED,
     )
-    parts = {"train": train, "judge": judge, "test": test}
+    train, val = train_test_split(train, test_size=VALIDATION, stratify=data.target[train], random_state=SPLIT_SEED)
+    # Captions are drawn in this order, so judge and test do not depend on the share of `val`.
+    parts = {"train": train, "val": val, "judge": judge, "test": test}
     return {name: (images[part], data.target[part].astype(np.int64)) for name, part in parts.items()}
 
 
@@ -74,7 +79,7 @@ def caption(digit: int, rng: np.random.Generator) -> str:
 
 
 def main(*, out: Annotated[Path, cyclopts.Parameter(help="Folder to write.")] = Path("data/digits")) -> None:
-    """Write train, judge and test shards of handwritten digits."""
+    """Write train, val, judge and test shards of handwritten digits."""
     rng = np.random.default_rng(SPLIT_SEED)
     for name, (images, labels) in split().items():
         samples = [

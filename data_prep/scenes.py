@@ -1,9 +1,10 @@
 """Coloured scenes composed of real digits: `python -m data_prep.scenes --out data/scenes`.
 
 A scene is a 16x16 RGB image with one or two handwritten digits. Each digit is in one of four quadrants and has one of
-six colours; two digits of a scene have different colours. The digits of `train` come from the train part of
-`data_prep.digits`, those of `test` and `heldout` from its test part. About one in seven colour-digit combinations
-occurs only in `heldout`, where every scene contains one.
+six colours; two digits of a scene have different colours.
+The digits of `train` and `val` come from the train and val parts of `data_prep.digits`, those of `test` and `heldout`
+from its test part. About one in seven colour-digit combinations occurs only in `heldout`, where every scene contains
+one.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ TEMPLATES = (
 ANY_ORDER = 0.15
 # 9 of the 60 combinations: each colour once or twice, no digit twice.
 HELD_OUT = frozenset({(c, d) for d, c in enumerate([0, 1, 2, 3, 4, 5, 0, 1, 2])})
-SIZES = {"train": 24000, "test": 1000, "heldout": 500}
+SIZES = {"train": 24000, "test": 1000, "heldout": 500, "val": 500}
 # Two digits are more frequent in training than in tests: the assignment of digits to quadrants is learned last.
-TWO_DIGITS = {"train": 0.75, "test": 0.5, "heldout": 0.5}
-DIGITS = {"train": "train", "test": "test", "heldout": "test"}
+TWO_DIGITS = {"train": 0.75, "test": 0.5, "heldout": 0.5, "val": 0.5}
+DIGITS = {"train": "train", "test": "test", "heldout": "test", "val": "val"}
 
 
 def describe(objects: list[Object], rng: np.random.Generator) -> str:
@@ -86,7 +87,7 @@ def main(
     out: Annotated[Path, cyclopts.Parameter(help="Folder to write.")] = Path("data/scenes"),
     train: Annotated[int, cyclopts.Parameter(help="Training scenes.")] = SIZES["train"],
 ) -> None:
-    """Write train, test and heldout shards of coloured scenes."""
+    """Write train, test, heldout and val shards of coloured scenes."""
     parts = split()
     for name, count in {**SIZES, "train": train}.items():
         if count < 1:

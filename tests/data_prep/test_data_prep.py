@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -360,3 +361,22 @@ def made(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def test_judge_and_test_digits_do_not_depend_on_the_validation_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A larger validation split changes the training split only; scores of versions stay comparable."""
+    from data_prep import digits
+
+    for name, share in (("one", 0.1), ("two", 0.3)):
+        monkeypatch.setattr(digits, "VALIDATION", share)
+        digits.main(out=tmp_path / name)
+
+    def contents(folder: str, part: str) -> dict[str, bytes]:
+        with tarfile.open(tmp_path / folder / f"{part}-000000.tar") as tar:
+            return {member.name: tar.extractfile(member).read() for member in tar}
+
+    for part in ("judge", "test"):
+        assert contents("one", part) == contents("two", part)
+    assert len(contents("one", "val")) < len(contents("two", "val"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,9 @@ def splits() -> digits_prep.Split:
 def test_splits_share_no_image(splits: digits_prep.Split) -> None:
     contents = {name: {image.tobytes() for image in images} for name, (images, _) in splits.items()}
     assert sum(len(images) for images, _ in splits.values()) == 1797
-    for a, b in (("train", "judge"), ("train", "test"), ("judge", "test")):
+    for a, b in combinations(contents, 2):
         assert len(contents[a] & contents[b]) == 0, (a, b)
+    assert [len(splits[name][1]) for name in ("train", "val", "judge", "test")] == [1131, 126, 323, 217]
     for _, labels in splits.values():
         share = np.bincount(labels) / len(labels)
         assert np.abs(share - 0.1).max() < 0.02
