@@ -1,7 +1,8 @@
-"""The commands `mmgen bench ...`: speed of a training step, generation, data and solvers."""
+"""The commands `mmgen bench ...`: speed of a training step, generation, data, solvers and a whole run."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -70,4 +71,27 @@ def samplers(*, rounds: Rounds = 15, as_json: Json = False) -> int:
     from mmgen.bench.samplers import bench_samplers
 
     show(bench_samplers(rounds).as_dict(), as_json)
+    return 0
+
+
+def speedrun(
+    *,
+    config: Settings = Config(),
+    seeds: Annotated[int, Parameter(help="Number of runs, with seeds 0, 1, ...", validator=at_least(1))] = 3,
+    target: Annotated[float, Parameter(help="Accuracy that both scores must reach.")] = 0.95,
+    threads: Annotated[int, Parameter(help="Threads of the training process.", validator=at_least(1))] = 2,
+    out: Annotated[Path, Parameter(help="Folder of the runs; complete runs are not repeated.")] = Path("runs/speedrun"),
+    as_json: Json = False,
+) -> int:
+    """Time training until pictures and captions are right.
+
+    Checkpoints of each run are scored on the validation shards; the time of scoring is not counted.
+
+    Example:
+        mmgen bench speedrun --config configs/scenes.yaml --seeds 1
+    """
+    from mmgen.bench import speedrun as bench
+
+    options = bench.Options(range(seeds), target, threads, out)
+    show(bench.as_json(bench.bench_speedrun(config, options, log), options), as_json)
     return 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mmgen.cli.ablate import ablate
 from mmgen.cli.bench import data as bench_data
-from mmgen.cli.bench import generation, samplers, step
+from mmgen.cli.bench import generation, samplers, speedrun, step
 from mmgen.cli.caption import caption
 from mmgen.cli.check import parity
 from mmgen.cli.data import buckets, check, index, show_rows
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "bench generation": generation,
     "bench data": bench_data,
     "bench samplers": samplers,
+    "bench speedrun": speedrun,
     "check parity": parity,
     "data index": index,
     "data buckets": buckets,
@@ -42,7 +43,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 """The name of each command and its function: parameters are arguments and flags, the result is the exit code."""
 
 GROUPS = {
-    "bench": "Measure speed: training step, generation, data and solvers.",
+    "bench": "Measure speed: step, generation, data, solvers, a whole run.",
     "check": "Check that sampling computes what training computes.",
     "data": "Index, check and show shards, and propose image sizes.",
     "lab": "Run small flow experiments whose exact answers are known.",
