@@ -24,17 +24,27 @@ from transformers.cache_utils import Cache
 
 from mmgen.config import BackboneConfig, nearest
 from mmgen.sequence.attention import Sites, dense_visible, flex_rule
+from mmgen.sequence.position import BITS, MASK
 
 ATTENTION = "mmgen"
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask, scaling: float, **other: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | BlockMask,
+    scaling: float,
+    dropout: float = 0.0,
+    **other: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the interface of transformers: [B, H, Q, d] to [B, Q, H, d], with an additive mask or a BlockMask.
 
+    `dropout` is the share of attention weights that are set to zero; the layers of transformers pass 0 in evaluation.
+
     Raises:
-        ValueError: the backbone needs soft caps or attention sinks.
+        ValueError: the backbone needs soft caps or attention sinks, or dropout with a BlockMask.
     """
     if other.get("softcap") is not None or other.get("s_aux") is not None:
         raise ValueError(
@@ -42,6 +52,11 @@ def attention(
         )
     grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
+        if dropout:
+            raise ValueError(
+                f"attention_dropout is {dropout}, but FlexAttention on CUDA has no dropout: set attention_dropout to 0 "
+                "in model.backbone.extra"
+            )
         attend = _compiled_flex if query.is_cuda else flex_attention
         # Under autocast, norms leave queries and keys in fp32, but the kernel needs one type.
         query, key = query.to(value.dtype), key.to(value.dtype)
@@ -50,22 +65,26 @@ def attention(
         return out.transpose(1, 2), None
     half_on_cpu = query.device.type == "cpu" and value.dtype in (torch.bfloat16, torch.float16)
     if half_on_cpu and torch.compiler.is_compiling():
-        return _matmul_attention(query, key, value, mask, scaling).transpose(1, 2), None
+        return _matmul_attention(query, key, value, mask, scaling, dropout).transpose(1, 2), None
     # On a CPU the backward pass of the fused kernel ran 6 times slower in bf16 than in fp32.
     dtype = torch.float32 if half_on_cpu else query.dtype
     with torch.autocast(query.device.type, enabled=False):
         out = F.scaled_dot_product_attention(
-            query.to(dtype), key.to(dtype), value.to(dtype), attn_mask=mask.to(dtype), scale=scaling, enable_gqa=grouped
-        )
+            query.to(dtype), key.to(dtype), value.to(dtype),
+            attn_mask=mask.to(dtype), dropout_p=dropout, scale=scaling, enable_gqa=grouped,
+        )  # fmt: skip
     return out.to(value.dtype).transpose(1, 2), None
 
 
-def _matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+def _matmul_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, dropout: float
+) -> Tensor:
     """Two products around a softmax in fp32. Compiled on a CPU, this is faster than the fused kernel in fp32."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = (query.to(value.dtype) @ key.to(value.dtype).mT) * scaling
-    return torch.softmax(scores.float() + mask, -1).to(value.dtype) @ value
+    weights = F.dropout(torch.softmax(scores.float() + mask, -1), dropout)
+    return weights.to(value.dtype) @ value
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -85,6 +104,56 @@ def attention_mask(sites: Sites) -> Tensor | BlockMask:
 def additive(seen_BQK: Tensor) -> Tensor:
     """Boolean visibility [B, Q, K] to an additive mask [B, 1, Q, K]: 0 where true, -inf elsewhere."""
     return torch.zeros(seen_BQK.shape, device=seen_BQK.device).masked_fill_(~seen_BQK, -torch.inf).unsqueeze(1)
+
+
+class AxialRotary(nn.Module):
+    """A rotary embedding whose angles also grow with row and column, at positions packed by `sequence.position`.
+
+    Every second frequency turns by the row and the others by the column, with frequencies base^(-2i/d) of their own.
+    Tokens have row and column 0, so their angles are those of the backbone.
+    """
+
+    def __init__(self, rotary: nn.Module, base: float, neighbours: bool) -> None:
+        super().__init__()
+        self.rotary, self.base, self.neighbours = rotary, base, neighbours
+
+    def forward(self, x: Tensor, position_ids: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [B, S, d] of the angles at packed positions [B, S]."""
+        cos, sin = self.rotary(x, position_ids & MASK, *others, **named)
+        half = cos.shape[-1] // 2
+        exponent = torch.arange(half, device=cos.device, dtype=torch.float32) // 2 * 2 / half
+        cell = torch.stack([position_ids >> BITS & MASK, position_ids >> 2 * BITS], dim=-1).float()
+        pair = cell.repeat(1, 1, (half + 1) // 2)[..., :half] * self.base**-exponent
+        # The two numbers that are turned together are half a head apart, or neighbours, as the backbone has them.
+        angle = pair.repeat_interleave(2, dim=-1) if self.neighbours else torch.cat([pair, pair], dim=-1)
+        turn_cos, turn_sin = angle.cos().to(cos.dtype), angle.sin().to(cos.dtype)
+        return cos * turn_cos - sin * turn_sin, sin * turn_cos + cos * turn_sin
+
+
+def add_axes(decoder: PreTrainedModel, base: float) -> None:
+    """Give the rotary embedding of a decoder the axes row and column, for `model.positions: axial`.
+
+    Raises:
+        ValueError: the decoder has no rotary embedding that returns cosine and sine.
+    """
+    rotary = getattr(decoder, "rotary_emb", None)
+    if rotary is None:
+        raise ValueError(
+            f"model.positions is axial, but a backbone of type '{decoder.config.model_type}' has no rotary embedding: "
+            "set model.positions to raster or shared, or choose another backbone"
+        )
+    neighbours = False
+    if decoder.device.type != "meta":
+        one = torch.ones(1, 1, dtype=torch.long, device=decoder.device)
+        found = rotary(torch.zeros(1, device=decoder.device), one)
+        if not (isinstance(found, tuple) and len(found) == 2 and found[0].is_floating_point()):
+            raise ValueError(
+                f"model.positions is axial, but the rotary embedding of '{decoder.config.model_type}' does not return "
+                "cosine and sine: set model.positions to raster or shared"
+            )
+        first, second = found[1][0, 0].chunk(2)
+        neighbours = not torch.equal(first, second)
+    decoder.rotary_emb = AxialRotary(rotary, base, neighbours)
 
 
 class RowCache(Cache):

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Prediction = Literal["x", "eps", "v", "score", "v_sh"]
+Positions = Literal["shared", "raster", "axial"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -251,6 +252,16 @@ class ModelConfig(Settings):
     """The transformer; a string is read as `pretrained`."""
     patcher: PatcherConfig = PatcherConfig()
     """How images are cut into patches."""
+    positions: Positions | None = None
+    """Positions of the patches of an image: one for all (`shared`), counted line by line (`raster`), or one with row
+    and column (`axial`). If null, those of the checkpoint; a new run takes `shared`."""
+    position_base: Annotated[float, Field(gt=1)] = 100.0
+    """Base of the rotary frequencies of row and column, for `axial`: the longest wavelength is 2 pi times the base."""
+
+    @property
+    def chosen_positions(self) -> Positions:
+        """The positions of a new run."""
+        return self.positions or "shared"
 
 
 class TimeConfig(Settings):
@@ -616,6 +627,10 @@ class Config(Settings):
                 "data.streams reads all shards equally often, but data.train has sources of different weight: "
                 "set data.streams to 0, or leave the weights out"
             )
+
+    def with_positions(self, positions: Positions) -> Self:
+        """These settings with the positions of a trained model."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"positions": positions})})
 
     def check_processes(self, world: int) -> None:
         """Raise ValueError where `world` processes cannot share the streams of these settings."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mmgen.backbone import attention_mask, backbone_config, build_backbone, load_pretrained
-from mmgen.config import Config, ObjectiveConfig, PatcherConfig
+from mmgen.backbone import add_axes, attention_mask, backbone_config, build_backbone, load_pretrained
+from mmgen.config import Config, ObjectiveConfig, PatcherConfig, Positions
 from mmgen.image.latent import AutoencoderFacts, build_patcher
 from mmgen.image.patch import Patcher
 from mmgen.objective import Embedded, build_objective
@@ -36,9 +36,12 @@ class MMGenConfig(PretrainedConfig):
         patcher: dict[str, Any] | None = None,
         objective: dict[str, Any] | None = None,
         autoencoder: dict[str, Any] | None = None,
+        positions: Positions = "shared",
+        position_base: float = 100.0,
         **kwargs: Any,
     ) -> None:
         self.backbone = backbone or {}
+        self.positions, self.position_base = positions, position_base  # versions without the key used `shared`
         facts = AutoencoderFacts(**autoencoder) if autoencoder else AutoencoderFacts.of_settings(patcher or {})
         self.autoencoder = asdict(facts) if facts else None
         self.patcher = PatcherConfig.model_validate(patcher or {}).model_dump(mode="json")
@@ -54,6 +57,8 @@ class MMGenConfig(PretrainedConfig):
             patcher=config.model.patcher.model_dump(mode="json"),
             objective=config.objective.model_dump(mode="json"),
             autoencoder=asdict(autoencoder) if autoencoder else None,
+            positions=config.model.chosen_positions,
+            position_base=config.model.position_base,
         )
 
 
@@ -98,6 +103,8 @@ class MMGenModel(PreTrainedModel):
         width = self.backbone.get_input_embeddings().embedding_dim
         self.objective = build_objective(settings, self.patcher, width)
         self.compiled = False
+        if self.positions == "axial":
+            add_axes(self.backbone.get_decoder(), config.position_base)
         self.post_init()
 
     def compile_backbone(self) -> None:
@@ -121,6 +128,12 @@ class MMGenModel(PreTrainedModel):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    @property
+    def positions(self) -> Positions:
+        """How the patches of an image are positioned."""
+        positions: Positions = self.config.positions
+        return positions
 
     @property
     def autoencoder(self) -> AutoencoderFacts | None:

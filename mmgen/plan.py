@@ -71,7 +71,7 @@ def plan(config: Config) -> Plan:
     state = theory(shape, len(ema_decays(config.train)))
     fields = model.backbone.config
     per_position = fields.num_hidden_layers * (16 * fields.hidden_size + 5 * fields.intermediate_size)
-    copies = build_layout(config.objective, config.model.patcher).copies
+    copies = build_layout(config.objective).copies
     patches = [high * wide for high, wide in config.model.patcher.grids]
     for size, n in zip(config.model.patcher.image_sizes, patches, strict=True):
         if copies * n + 5 > length:

@@ -81,10 +81,16 @@ def awake(config: Config, dtype: torch.dtype = torch.float64) -> tuple[MMGenMode
 
 
 def packed(
-    rows: list, length: int, tokenizer: Tokenizer, nothing: Block, patch_length: int, dtype: torch.dtype | None = None
+    rows: list,
+    length: int,
+    tokenizer: Tokenizer,
+    nothing: Block,
+    patch_length: int,
+    dtype: torch.dtype | None = None,
+    noise_draws: int = 1,
 ) -> Batch:
     """Documents whose patches are final values, packed into rows and prepared for the model."""
-    raw = collate(rows, RowFormat(length, tokenizer, nothing, Patches(patch_length, np.float32)))
+    raw = collate(rows, RowFormat(length, tokenizer, nothing, Patches(patch_length, np.float32), noise_draws))
     return prepare(raw, PixelPatcher(PatcherConfig()), "cpu", dtype)
 
 

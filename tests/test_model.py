@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from mmgen.backbone import attention, attention_mask
+from mmgen.backbone import _matmul_attention, attention, attention_mask
 from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.model import MMGenConfig, MMGenModel
@@ -32,12 +33,11 @@ def batch_of(model: MMGenModel, tokenizer, rows: list, length: int = 30, clean: 
             return TextSegment(piece)
         block = objective.layout.context(piece)
         if not clean:
-            n = len(block.order_N)
-            draws = {"t": np.full(n, 0.3, np.float32), "eps": rng.standard_normal((n, patch)).astype(np.float32)}
-            block = type(block)(block.order_N, draws, block.bidirectional)
+            draws = {"t": np.full(len(block.order_N), 0.3, np.float32)}
+            block = type(block)(block.order_N, draws, block.bidirectional, key=int(rng.integers(2**63)))
         return ImageSegment(rng.standard_normal((piece[0] * piece[1], patch)).astype(np.float32), piece, [block])
 
-    strips = [[Writer(tokenizer).document([segment(piece) for piece in doc]) for doc in row] for row in rows]
+    strips = [[Writer(tokenizer, "shared").document([segment(piece) for piece in doc]) for doc in row] for row in rows]
     nothing = objective.layout.context((0, 0))
     dtype = model.get_input_embeddings().weight.dtype
     return packed(strips, length, tokenizer, nothing, patch, dtype)
@@ -92,7 +92,7 @@ def test_fresh_model_predicts_zero_patches(config: Config) -> None:
     model, tokenizer = awake(config)
     fresh = MMGenModel(model.config).double()
     batch = batch_of(fresh, tokenizer, ROWS)
-    expected = (batch.x_IP - batch.draws["eps"]).square().mean(-1).sum()
+    expected = (batch.x_IP[batch.loss_at_J] - batch.eps_JKP[:, 0]).square().mean(-1).sum()
     torch.testing.assert_close(fresh(batch).image, expected)
 
 
@@ -219,3 +219,39 @@ def test_only_training_is_compiled(config: Config, monkeypatch: pytest.MonkeyPat
         model.hidden(inputs[:1], batch.position_BS[:1], mask[:1], batch.modality[:1]), expected[:1]
     )
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_attention_dropout_is_applied_in_training_only(config: Config, half: bool) -> None:
+    model, tokenizer = awake(
+        override(config, {"model": {"backbone": {"extra": {"attention_dropout": 0.5}}}}), torch.float32
+    )
+    batch = batch_of(model, tokenizer, ROWS)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        assert torch.equal(model(batch).text, model(batch).text)
+        clean = model(batch).text
+        model.train()
+        drawn = torch.stack([model(batch).text for _ in range(8)])
+    assert len(drawn.unique()) == 8
+    assert not torch.isclose(drawn, clean).any()
+
+
+def test_dropped_attention_is_right_on_average() -> None:
+    """Weights are scaled by 1 / (1 - p), in the fused kernel and in the two products (torch's dropout as the judge)."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 4, 8)
+    mask = torch.zeros(1, 1, 4, 4)
+    plain = attention(nn.Identity(), q, k, v, mask, 0.3)[0]
+    for dropped in (
+        lambda: attention(nn.Identity(), q, k, v, mask, 0.3, dropout=0.25)[0],
+        lambda: _matmul_attention(q, k, v, mask, 0.3, 0.25).transpose(1, 2),
+    ):
+        mean = torch.stack([dropped() for _ in range(4000)]).mean(0)
+        torch.testing.assert_close(mean, plain, rtol=0, atol=0.06)
+
+
+def test_dropout_with_a_block_mask_is_refused(config: Config) -> None:
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, device="cpu")
+    q = torch.zeros(1, 1, 128, 16)
+    with pytest.raises(ValueError, match="set attention_dropout to 0"):
+        attention(nn.Identity(), q, q, q, mask, 1.0, dropout=0.1)

@@ -41,13 +41,15 @@ class Facts:
     paired: NDArray[np.bool_]
     text: Ints
     """Tokens of all text."""
-    tail: Ints
-    """Tokens of the text after the last image."""
     images: Ints
     patches: Ints
     learned_images: Ints
     """Images that have a loss."""
     learned_patches: Ints
+    ends_in_image: NDArray[np.bool_]
+    """Whether the last segment is an image."""
+    last_patches: Ints
+    """Patches of the last image; 0 if it has no loss."""
 
     def take(self, selected: Ints) -> Facts:
         """The facts of the selected samples."""
@@ -83,19 +85,19 @@ def facts_of(index: Columns, tokens: str, grids: Ints) -> Facts:
     ends = index.column("segment_end_n")
     sample = np.repeat(np.arange(index.count), np.diff(ends, prepend=0))
     image = kind != TEXT
-    last = np.full(index.count, -1)
-    np.maximum.at(last, sample[image], np.flatnonzero(image))
-    behind = (np.arange(len(kind)) > last[sample]) & ~image
     patches = grids.prod(axis=1)
     learned = image & (index.column("learn_s") > 0)
+    last = np.full(index.count, -1)
+    np.maximum.at(last, sample[image], np.flatnonzero(image))
+    last_patches = np.where(last < 0, 0, (patches * learned)[last] if len(kind) else 0)
 
     def summed(values: NDArray[np.int64]) -> Ints:
         return np.bincount(sample, values, index.count).astype(np.int64)
 
     return Facts(
         index.column("key_hash_n"), index.column("paired_n").astype(bool),
-        summed(lengths), summed(lengths * behind), summed(image.astype(np.int64)), summed(patches),
-        summed(learned.astype(np.int64)), summed(patches * learned),
+        summed(lengths), summed(image.astype(np.int64)), summed(patches),
+        summed(learned.astype(np.int64)), summed(patches * learned), last == ends - 1, last_patches.astype(np.int64),
     )  # fmt: skip
 
 
@@ -107,7 +109,7 @@ class Measured(ABC):
 
     def __init__(self, config: Config, cut_overlong: bool = False) -> None:
         self.config, self.cut_overlong = config, cut_overlong
-        self.copies = build_layout(config.objective, config.model.patcher).copies
+        self.copies = build_layout(config.objective).copies
 
     @abstractmethod
     def gather(self, indices: Ints) -> Facts:
@@ -137,27 +139,35 @@ class Measured(ABC):
         """
         facts = self.gather(indices)
         forms = self.forms(epochs, facts)
-        text = np.where(forms == DROPPED, facts.tail, facts.text)
-        if not self.cut_overlong and (documents := self.overlong(indices, facts, text)):
+        text = np.where(forms == DROPPED, 0, facts.text)
+        if not self.cut_overlong and (documents := self.overlong(indices, facts, text, forms)):
             raise ValueError(refusal(documents, self.config.data))
-        fitted: Ints = np.minimum(self._around_text(facts) + text, self.config.data.row_length)
+        fitted: Ints = np.minimum(self._around_text(facts, forms) + text, self.config.data.row_length)
         return fitted, facts.learned_images, forms
 
-    def overlong(self, indices: Ints, facts: Facts, text: Ints | None = None) -> list[Overlong]:
-        """The documents that do not fit into a row with `text` tokens of text, by default with all their text.
+    def overlong(
+        self, indices: Ints, facts: Facts, text: Ints | None = None, forms: Ints | None = None
+    ) -> list[Overlong]:
+        """The documents that do not fit into a row with `text` tokens of text and these forms.
+
+        By default they have all their text and the form that needs the most positions.
 
         With `data.overlong: truncate`, these are the documents that do not fit without any text.
         """
-        around = self._around_text(facts)
+        around = self._around_text(facts, forms)
         length = around + (facts.text if text is None else text)
         least = around if self.config.data.overlong == "truncate" else length
         too_long = np.flatnonzero(least > self.config.data.row_length).tolist()
         return [Overlong(*self.name(int(indices[i])), int(least[i])) for i in too_long]
 
-    def _around_text(self, facts: Facts) -> Ints:
-        """Positions of each document without its text."""
-        # An image that is not learned has one copy, a clean one.
-        positions: Ints = 2 + 3 * facts.images + facts.patches + (self.copies - 1) * facts.learned_patches
+    def _around_text(self, facts: Facts, forms: Ints | None) -> Ints:
+        """Positions of each document without its text, by default in the form that needs the most."""
+        copied = facts.learned_patches
+        if forms is not None:
+            ends_in_image = np.where(forms == AS_WRITTEN, facts.ends_in_image, forms != IMAGE_FIRST)
+            copied = copied - np.where(ends_in_image, facts.last_patches, 0)
+        # An image that is not learned has one copy, a clean one. A last image has no clean copy, as nothing reads it.
+        positions: Ints = 2 + 3 * facts.images + facts.patches + (self.copies - 1) * copied
         return positions
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from mmgen.config import Config
 from mmgen.data.dataset import DROPPED, IMAGE_FIRST
-from mmgen.data.order import Cursors, PlannedDocument, PlannedRow, Position, chances, keyed
+from mmgen.data.order import Cursors, Ints, PlannedDocument, PlannedRow, Position, chances, keyed, permuted
 from mmgen.data.shards.pictures import STORED, open_image, open_stored
 from mmgen.data.shards.samples import BadRecord, BadSample, Picture, Sample, Text
+from mmgen.flow.time import stratified
 from mmgen.image.latent import AutoencoderFacts, build_patcher
 from mmgen.image.patch import Grid
 from mmgen.image.resize import CENTRE, draft, fit
@@ -113,7 +114,7 @@ class Documents(ABC):
     def __init__(self, tokenizer: Tokenizer, config: Config, autoencoder: AutoencoderFacts | None = None) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.patcher = build_patcher(config.model.patcher, facts=autoencoder)
-        self.layout = build_layout(config.objective, config.model.patcher)
+        self.layout = build_layout(config.objective)
 
     @abstractmethod
     def segments(self, planned: PlannedDocument) -> Decoded:
@@ -147,8 +148,8 @@ class Documents(ABC):
         if planned.form == IMAGE_FIRST:
             segments.reverse()
         if planned.form == DROPPED:
-            last = max(i for i, segment in enumerate(segments) if isinstance(segment, DecodedImage))
-            segments = [s for i, s in enumerate(segments) if i > last or isinstance(s, DecodedImage)]
+            segments = [segment for segment in segments if isinstance(segment, DecodedImage)]
+        last = segments[-1]  # before text is cut, as lengths are planned without knowing what is left of it
         segments = self._cut(segments, planned.length)
         texts = [i for i, segment in enumerate(segments) if isinstance(segment, TextSegment)]
         document: list[TextSegment | ImageSegment] = []
@@ -163,21 +164,24 @@ class Documents(ABC):
             if segment.learn:
                 quantile = rng.random() if drawn is None else next(drawn)
                 before, after = bool(texts) and texts[0] < i, bool(texts) and texts[-1] > i
-                blocks = self.layout.blocks(ImageSite(segment.grid, before, after, quantile), rng)
+                key = int(rng.integers(-(2**63), 2**63))
+                blocks = self.layout.blocks(ImageSite(segment.grid, before, after, quantile, key), rng)
+                if segment is last:
+                    blocks = blocks[:1]  # only EOI and EOS would read a clean copy
             document.append(ImageSegment(segment.x_NP, segment.grid, blocks, segment.learn))
             image += 1
         return document
 
     def write(self, planned: PlannedDocument, quantiles: Sequence[float] | None) -> Strip:
         """Decode one document and write it as tokens and patches; raises `BadSample`."""
-        strip = Writer(self.tokenizer).document(self.document(planned, quantiles))
+        strip = Writer(self.tokenizer, self.config.model.chosen_positions).document(self.document(planned, quantiles))
         if len(strip) != planned.length:
             raise BadSample(f"its document has {len(strip)} positions, but {planned.length} were planned")
         return strip
 
     def _cut(self, segments: Sequence[TextSegment | DecodedImage], length: int) -> list[TextSegment | DecodedImage]:
         """The segments with text cut from the end to the planned length of the document; empty text is dropped."""
-        spare = 2 + sum(map(self._positions, segments)) - length
+        spare = 2 + sum(self._positions(segment, segment is segments[-1]) for segment in segments) - length
         kept: list[TextSegment | DecodedImage] = []
         for segment in reversed(segments):
             if isinstance(segment, TextSegment):
@@ -188,12 +192,12 @@ class Documents(ABC):
                 kept.insert(0, segment)
         return kept
 
-    def _positions(self, segment: TextSegment | DecodedImage) -> int:
-        """Number of positions of a segment in a row."""
+    def _positions(self, segment: TextSegment | DecodedImage, last: bool) -> int:
+        """Number of positions of a segment in a row; `last` marks the last segment of its document."""
         if isinstance(segment, TextSegment):
             return len(segment.ids)
         rows, columns = segment.grid
-        return 3 + (self.layout.copies if segment.learn else 1) * rows * columns
+        return 3 + (self.layout.copies if segment.learn and not last else 1) * rows * columns
 
     def decode(self, sample: Sample, grids: Sequence[Grid], epoch: int) -> Decoded:
         """The tokens and patches of a sample whose images have the patch grids `grids`; raises `BadSample`."""
@@ -239,28 +243,36 @@ class Documents(ABC):
     def batch(self, rows: Sequence[Sequence[Strip | int]]) -> RawBatch:
         """Collate written rows into one batch."""
         patches = self.patcher.sent if self.unencoded else self.patcher.ready
-        return collate(
-            rows, RowFormat(self.config.data.row_length, self.tokenizer, self.layout.context((0, 0)), patches)
-        )
+        nothing, draws = self.layout.context((0, 0)), self.layout.noise_draws
+        return collate(rows, RowFormat(self.config.data.row_length, self.tokenizer, nothing, patches, draws))
 
-    def written(self, row: PlannedRow, ordinal: int, quantile: Callable[[int], float]) -> WrittenRow:
-        """Decode and write the documents of a row.
+    def quantiles(self, number: int, ordinals: Ints, total: int, stream: int | None = None) -> list[float]:
+        """The draws in [0, 1) for t of the learned images `ordinals` [n] of all `total` ones of step `number`.
 
-        `ordinal` is the number of the row's first learned image in the step; `quantile` maps such a number to the
-        stratified draw for t.
+        They are evenly spaced over the step and assigned to images in a random order, so that the draws of the images
+        of a document are independent. A stream has its own draws, which lie between those of the other streams.
         """
+        seed, streams = self.config.run.seed, self.config.data.streams
+        shared, _ = chances(seed, "t", number)
+        offset = 0.0 if stream is None else stream / streams
+        where = () if stream is None else (stream,)
+        order = permuted(ordinals, total, seed, "t order", number, *where)
+        return [stratified(shared, ordinal + offset, total) for ordinal in order.tolist()]
+
+    def written(self, row: PlannedRow, quantiles: Sequence[float]) -> WrittenRow:
+        """Decode and write the documents of a row; `quantiles` are the stratified draws for t of its learned images."""
         strips: list[Strip | int] = []
         bad: list[BadRecord] = []
-        following = ordinal
+        following = 0
         for document in row:
             first, following = following, following + document.images
-            even = [quantile(i) for i in range(first, following)] if self.config.objective.time.stratified else None
+            even = quantiles[first:following] if self.config.objective.time.stratified else None
             try:
                 strips.append(self.write(document, even))
             except BadSample as error:
                 strips.append(document.length)
                 bad.append(BadRecord(*self.name(document), str(error)))
-        return WrittenRow(strips, sum(document.length for document in row), following - ordinal, bad)
+        return WrittenRow(strips, sum(document.length for document in row), following, bad)
 
     def micro_batches(self, rows: Sequence[WrittenRow], world: int) -> list[RawBatch]:
         """The micro-batches of a rank from its written rows, padded with empty rows to equal size."""

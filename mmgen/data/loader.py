@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -20,13 +21,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmgen.config import Config
 from mmgen.data.dataset import Dataset, Samples
-from mmgen.data.documents import Decoded, Documents, Share, Step, WrittenRow
-from mmgen.data.order import Cursors, Mixture, Plan, PlannedDocument, PlannedRow, Position, chances
+from mmgen.data.documents import Decoded, Documents, Share, Step
+from mmgen.data.order import Cursors, Mixture, Plan, PlannedDocument, PlannedRow, Position
 from mmgen.data.shards import store
 from mmgen.data.shards.pictures import STORED
 from mmgen.data.shards.samples import BadSample, Sample
 from mmgen.data.shards.store import Patterns
-from mmgen.flow.time import stratified
 from mmgen.image.latent import AutoencoderFacts, LatentPatcher
 from mmgen.sequence.tokenizer import Tokenizer
 
@@ -146,15 +146,12 @@ class Corpus(Documents):
 
     def step(self, number: int, rows: Sequence[PlannedRow], after: Position, share: Share = Share()) -> Step:
         """Decode this process's share of a global step."""
-        total = sum(document.images for row in rows for document in row)
-        shared, _ = chances(self.config.run.seed, "t", number)
+        ends = list(accumulate(sum(document.images for document in row) for row in rows))
         self._prefetch([document.index for row in rows[share.rank :: share.world] for document in row])
-        ordinal = 0
-        written: list[WrittenRow] = []
-        for r, row in enumerate(rows):
-            if r % share.world == share.rank:
-                written.append(self.written(row, ordinal, lambda i: stratified(shared, i, total)))
-            ordinal += sum(document.images for document in row)
+        own = range(share.rank, len(rows), share.world)
+        ordinals = [np.arange(ends[r - 1] if r else 0, ends[r]) for r in own]
+        even = iter(self.quantiles(number, np.concatenate([np.arange(0), *ordinals]), ends[-1]))
+        written = [self.written(rows[r], list(islice(even, len(n)))) for r, n in zip(own, ordinals, strict=True)]
         return Step.of_rows(number, self.micro_batches(written, share.world), after, written)
 
     def steps(self, first: int, last: int, start: Position, share: Share) -> Iterator[Step]:

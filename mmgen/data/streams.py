@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -32,7 +33,6 @@ from mmgen.data.order import (
     PlannedDocument,
     PlannedRow,
     Position,
-    chances,
     epoch_order,
     keyed,
     pack,
@@ -42,7 +42,6 @@ from mmgen.data.shards.index import Builder, SegmentFacts, key_hash, repeated, s
 from mmgen.data.shards.samples import BadRecord, BadSample, Group, Picture, Sample, damage, groups, parse
 from mmgen.data.shards.store import Patterns, expand
 from mmgen.data.shards.tar import Damaged
-from mmgen.flow.time import stratified
 from mmgen.image.latent import AutoencoderFacts
 from mmgen.image.patch import Grid
 from mmgen.sequence.tokenizer import Tokenizer
@@ -306,16 +305,15 @@ class StreamCorpus(Documents):
 
     def part(self, number: int, sources: dict[int, Iterator[StreamRow]]) -> Part:
         """The share of some streams in a global step."""
-        shared, _ = chances(self.config.run.seed, "t", number)
         cursors: dict[int, Cursor] = {}
         rows: dict[int, list[WrittenRow]] = {}
         for stream, source in sources.items():
             drawn = [next(source) for _ in range(self.config.train.batch_rows // self.dataset.count)]
-            quantile = _spread(shared, stream / self.dataset.count, [row.documents for row in drawn])
-            ordinal, rows[stream] = 0, []
-            for row in drawn:
-                written = self.written(row.documents, ordinal, quantile)
-                ordinal += written.images
+            ends = list(accumulate(sum(document.images for document in row.documents) for row in drawn))
+            even = self.quantiles(number, np.arange(ends[-1]), ends[-1], stream)
+            rows[stream] = []
+            for row, start, end in zip(drawn, [0, *ends], ends, strict=False):
+                written = self.written(row.documents, even[start:end])
                 rows[stream].append(replace(written, bad=[*written.bad, *row.bad]))
             cursors[stream] = drawn[-1].after
         return Part(number, Cursors(cursors), rows)
@@ -341,12 +339,6 @@ class StreamCorpus(Documents):
     def first_step(self, share: Share = Share()) -> Step:
         own = range(share.rank, self.dataset.count, share.world)
         return self.joined(list(_Lanes(self, 0, 1, self.start, own)), share)
-
-
-def _spread(shared: float, offset: float, rows: list[PlannedRow]) -> Callable[[int], float]:
-    """The stratified draw for t of each image of a stream; streams are offset, so that all draws are evenly spread."""
-    total = sum(document.images for row in rows for document in row)
-    return lambda ordinal: stratified(shared, ordinal + offset, total)
 
 
 class _Lanes(IterableDataset[Part]):

@@ -148,6 +148,7 @@ def evaluate(
         FileNotFoundError: shards of `data.train` or of the section `eval` are missing.
     """
     began = time.monotonic()
+    config = config.with_positions(model.positions)
     settings, scale = config.eval, config.sample.guidance_scale
     task: Task = choose(TASKS, settings.task, "eval.task")()
     report("training the judge on labelled digits")

@@ -159,7 +159,7 @@ class RequestState:
         self.decoder, self.request, self.number, self.emit = decoder, request, number, emit
         self.tokenizer, self.grammar = decoder.tokenizer, decoder.grammar
         self.rng = np.random.Generator(np.random.Philox(key=request.seed))
-        self.writer = decoder.parts.writer(self.tokenizer)
+        self.writer = decoder.parts.writer(self.tokenizer, decoder.model.positions)
         self.new_text = self.tokenizer.speaker()
         self.result = Result()
         self.words: list[int] = []

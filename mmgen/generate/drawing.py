@@ -21,6 +21,7 @@ from mmgen.generate.parts import CanvasCall, Setup
 from mmgen.image.patch import Grid
 from mmgen.objective import Drawing, Given, ImageSpec
 from mmgen.sequence.document import Writer
+from mmgen.sequence.position import offsets
 
 
 @dataclass
@@ -78,7 +79,8 @@ class Drawings:
             self.observer.opened(requests, spec)
         drawing = self.setup.parts.generate(self.setup.model.objective, spec)
         start = self.lanes.lengths(lanes)
-        self.canvases.append(Canvas(grid, start, drawing, CanvasCall(lanes, positions, next(drawing))))
+        offset_N = self._upload(offsets(self.setup.model.positions, grid))
+        self.canvases.append(Canvas(grid, start, drawing, CanvasCall(lanes, positions, offset_N, next(drawing))))
 
     def advance(self, hidden: dict[int, Tensor]) -> list[tuple[int, Drawn]]:
         """Send each canvas its hidden states, [W, D] by lane; returns (request, image) for finished images."""
@@ -106,7 +108,7 @@ class Drawings:
 
     def _unconditional(self, draw: Draw) -> Writer:
         """Write the unconditional document: BOS, BOI and size, without a prompt."""
-        prefix = Writer(self.setup.tokenizer)
+        prefix = Writer(self.setup.tokenizer, self.setup.model.positions)
         prefix.tokens([self.setup.tokenizer.bos])
         prefix.open_image(draw.grid, draw.first)
         return prefix

@@ -131,10 +131,15 @@ class Lanes:
         """Write the patches of images being drawn over the padding of their lanes."""
         n = canvas.call.inputs_RND.shape[1]
         index = {lane: i for i, lane in enumerate(order)}
+        order_Rn = canvas.call.order_Rn
+        if order_Rn is None and n != len(canvas.offset_N):
+            raise ValueError(f"a call with {n} of {len(canvas.offset_N)} patches must name them: set order_Rn")
+        offset = canvas.offset_N if order_Rn is None else canvas.offset_N[order_Rn]
         for lanes, positions in zip(canvas.lanes, canvas.positions, strict=True):
             at = torch.tensor([index[lane] for lane in lanes], device=self.device)
             new.inputs_LWD[at, :n] = canvas.call.inputs_RND
-            new.position[at, :n] = torch.tensor(positions, device=self.device).unsqueeze(1)
+            start_R1 = torch.tensor(positions, device=self.device).unsqueeze(1)
+            new.position[at, :n] = start_R1 + offset
             new.document[at, :n] = 0
             new.block[at, :n] = DRAWN
             new.bidirectional[at, :n] = canvas.call.bidirectional

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmgen.backbone import RowCache, additive
-from mmgen.config import SampleConfig
+from mmgen.config import Positions, SampleConfig
 from mmgen.generate.grammar import Grammar
 from mmgen.image.patch import Patcher
 from mmgen.model import MMGenModel
@@ -31,7 +31,9 @@ class CanvasCall:
     lanes: list[list[int]]
     """[G][R] lane of each guidance lane and request."""
     positions: list[list[int]]
-    """[G][R] position of the image in its lane; all its patches share it."""
+    """[G][R] position of the image in its lane."""
+    offset_N: Tensor
+    """What each patch adds to the position of the image, in raster order."""
     call: BackboneCall
 
 
@@ -99,7 +101,7 @@ def generate(objective: ImageObjective, spec: ImageSpec) -> Drawing:
 class Parts:
     """The parts of a decoder that can be replaced; the defaults are those of normal generation."""
 
-    writer: Callable[[Tokenizer], Writer] = Writer
+    writer: Callable[[Tokenizer, Positions], Writer] = Writer
     grammar: Callable[[Tokenizer, int], Grammar] = Grammar
     cache: Callable[[int, int, int, torch.device], RowCache] = RowCache
     """Builds the cache from the number of layers, the number of lanes, the capacity of a lane and the device."""

@@ -36,10 +36,10 @@ OBJECTIVES: dict[str, type[ImageObjective]] = {"transfusion": TransfusionObjecti
 """Name of an objective, the value of `objective.kind`, to its class."""
 
 
-def build_layout(settings: ObjectiveConfig, patcher: PatcherConfig) -> ImageLayout:
+def build_layout(settings: ObjectiveConfig) -> ImageLayout:
     """The layout of the objective `objective.kind`. An unknown name raises a ValueError."""
     kind: type[ImageObjective] = choose(OBJECTIVES, settings.kind, "objective.kind")
-    return kind.Layout(settings, patcher.patch_length)
+    return kind.Layout(settings)
 
 
 def build_objective(settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> ImageObjective:

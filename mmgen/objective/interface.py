@@ -41,6 +41,8 @@ class ImageSite:
     """Whether the document has text after the image."""
     quantile: float
     """Uniform number in [0, 1) that determines t; with `objective.time.stratified`, stratified over the step."""
+    key: int
+    """Key of the image's noise, 64 bits as a signed integer; the blocks that are learned carry it."""
 
 
 @dataclass
@@ -87,6 +89,8 @@ class BackboneCall:
     """Whether the positions stay in the cache after the call."""
     preview_RNP: Tensor | None = None
     """The current clean estimate, if `ImageSpec.previews` is set."""
+    order_Rn: Tensor | None = None
+    """Raster index of the patch at each position; None if the call has all patches in raster order."""
 
 
 Drawing = Generator[BackboneCall, Tensor, Tensor]
@@ -100,9 +104,11 @@ class ImageLayout(ABC):
     """Number of blocks that `blocks` returns."""
     bidirectional: bool = True
     """Whether patches of an image attend to each other in both directions."""
+    noise_draws: int = 1
+    """Number of draws of noise for each learned patch; 0 for an objective without noise."""
 
-    def __init__(self, settings: ObjectiveConfig, patch_length: int) -> None:
-        self.settings, self.patch_length = settings, patch_length
+    def __init__(self, settings: ObjectiveConfig) -> None:
+        self.settings = settings
         if settings.bidirectional is not None:
             self.bidirectional = settings.bidirectional
 
@@ -127,7 +133,7 @@ class ImageObjective(nn.Module, ABC):
     def __init__(self, settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> None:
         super().__init__()
         self.settings = settings
-        self.layout = self.Layout(settings, patcher.patch_length)
+        self.layout = self.Layout(settings)
 
     @abstractmethod
     def embed(self, batch: Batch) -> Embedded:

@@ -86,9 +86,10 @@ class PatchHead(nn.Module):
 class MARLayout(ImageLayout):
     """One causal copy of clean patches, or a copy with masked patches followed by a clean copy."""
 
-    def __init__(self, settings: ObjectiveConfig, patch_length: int) -> None:
-        super().__init__(settings, patch_length)
+    def __init__(self, settings: ObjectiveConfig) -> None:
+        super().__init__(settings)
         self.section = settings.mar
+        self.noise_draws = self.section.draws_per_patch
         self.copies = 1 if self.section.causal else 2
         if settings.bidirectional is None:
             self.bidirectional = not self.section.causal
@@ -100,21 +101,20 @@ class MARLayout(ImageLayout):
         t = choose(TIMES, time.distribution, "objective.time.distribution")(torch.from_numpy(even), time.mu, time.sigma)
         draws = {
             "t": t.numpy().astype(np.float32).reshape(n, k),
-            "eps": rng.standard_normal((n, k, self.patch_length), dtype=np.float32),
             "masked": np.zeros(n, dtype=np.float32),
         }
         if self.section.causal:
-            return [Block(self.order(site.grid, rng), draws, bidirectional=False)]
+            return [Block(self.order(site.grid, rng), draws, bidirectional=False, key=site.key)]
         hidden = rng.permutation(n)[: math.ceil(n * mask_ratio(site.quantile, self.section.mask_ratio))]
         draws["masked"][hidden] = 1
-        noised = Block(np.arange(n), draws, self.bidirectional, noised=True, loss=draws["masked"] > 0)
+        learned = draws["masked"] > 0
+        noised = Block(np.arange(n), draws, self.bidirectional, noised=True, loss=learned, key=site.key)
         return [noised, self.context(site.grid)]
 
     def context(self, grid: Grid) -> Block:
         n, k = grid[0] * grid[1], self.section.draws_per_patch
         clean: dict[str, Floats] = {
             "t": np.ones((n, k), dtype=np.float32),
-            "eps": np.zeros((n, k, self.patch_length), dtype=np.float32),
             "masked": np.zeros(n, dtype=np.float32),
         }
         return Block(np.arange(n), clean, self.bidirectional, loss=False)
@@ -180,7 +180,7 @@ class MARObjective(ImageObjective):
         x_JP = batch.x_IP[j]
         if self.section.head.kind == "mse":
             return (self._regress(state_J1W, x_JP.unsqueeze(1)) - x_JP.unsqueeze(1)).square().mean(dim=(1, 2))
-        t_JK, eps_JKP = batch.draws["t"][j].to(x_JP.dtype), batch.draws["eps"][j].to(x_JP.dtype)
+        t_JK, eps_JKP = batch.draws["t"][j].to(x_JP.dtype), batch.eps_JKP.to(x_JP.dtype)
         x_JKP = x_JP.unsqueeze(1).expand_as(eps_JKP)
         z_JKP = self.flow.path.mix(x_JKP, eps_JKP, t_JK.unsqueeze(-1))
         return self.flow.loss(self.head(z_JKP, t_JK, state_J1W), x_JKP, eps_JKP, t_JK).mean(dim=1)
@@ -246,7 +246,7 @@ class MARObjective(ImageObjective):
                 cells = Cells(torch.arange(rows, device=drawn.device), cell_N2[at_R1.squeeze(1)])
                 entered_RD = self._enter(drawn.squeeze(1), cells)
                 values = entered_RD.unsqueeze(1) + self.place(cell_N2[at_R1]) + following
-                hidden_GR1D = yield BackboneCall(values, False, True, x_RNP.clone() if spec.previews else None)
+                hidden_GR1D = yield BackboneCall(values, False, True, x_RNP.clone() if spec.previews else None, at_R1)
         return x_RNP
 
     def _draw(

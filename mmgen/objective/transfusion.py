@@ -32,8 +32,8 @@ from mmgen.sequence.document import Block
 class TransfusionLayout(ImageLayout):
     """A noisy copy of the image with one t, followed by a clean copy if the context is `clean_copy`."""
 
-    def __init__(self, settings: ObjectiveConfig, patch_length: int) -> None:
-        super().__init__(settings, patch_length)
+    def __init__(self, settings: ObjectiveConfig) -> None:
+        super().__init__(settings)
         self.section = settings.transfusion
         self.copies = 2 if self.section.context == "clean_copy" else 1
 
@@ -45,26 +45,21 @@ class TransfusionLayout(ImageLayout):
         if self.section.context == "capped" and site.text_after and not site.text_before:
             t = self.section.cap + (1 - self.section.cap) * t
         n = site.grid[0] * site.grid[1]
-        draws = {
-            "t": np.full(n, t, dtype=np.float32),
-            "eps": rng.standard_normal((n, self.patch_length), dtype=np.float32),
-        }
-        noised = Block(np.arange(n), draws, self.bidirectional, noised=self.copies == 2)
+        draws = {"t": np.full(n, t, dtype=np.float32)}
+        noised = Block(np.arange(n), draws, self.bidirectional, noised=self.copies == 2, key=site.key)
         return [noised, self.context(site.grid)] if noised.noised else [noised]
 
     def context(self, grid: Grid) -> Block:
         n = grid[0] * grid[1]
-        clean = {"t": np.ones(n, dtype=np.float32), "eps": np.zeros((n, self.patch_length), dtype=np.float32)}
-        return Block(np.arange(n), clean, self.bidirectional, loss=False)
+        return Block(np.arange(n), {"t": np.ones(n, dtype=np.float32)}, self.bidirectional, loss=False)
 
 
 @dataclass(frozen=True)
 class Noised:
-    """What the loss of a batch needs: patches, their times and noise, and the memory of the projection."""
+    """What the loss of a batch needs: patches, their times, and the memory of the projection."""
 
     batch: Batch
     t_I: Tensor
-    eps_IP: Tensor
     memory: Tensor | None
 
 
@@ -98,10 +93,13 @@ class TransfusionObjective(ImageObjective):
         return entered + self.time(t_I) + self.place(cells.cell_I2), memory
 
     def embed(self, batch: Batch) -> Embedded:
-        t_I, eps_IP = batch.draws["t"].to(batch.x_IP.dtype), batch.draws["eps"].to(batch.x_IP.dtype)
-        z_IP = self.flow.path.mix(batch.x_IP, eps_IP, t_I.unsqueeze(-1))
+        path, at_J = self.flow.path, batch.loss_at_J
+        t_I = batch.draws["t"].to(batch.x_IP.dtype)
+        noise_JP = path.sigma(t_I[at_J].unsqueeze(-1)) * batch.eps_JKP[:, 0].to(batch.x_IP.dtype)
+        # Patches that are not learned are clean.
+        z_IP = (path.alpha(t_I.unsqueeze(-1)) * batch.x_IP).index_add(0, at_J, noise_JP)
         values, memory = self._enter(z_IP, t_I, batch.cells)
-        return Embedded(batch.at_I, values, batch.at_I[batch.loss_at_J], Noised(batch, t_I, eps_IP, memory))
+        return Embedded(batch.at_I, values, batch.at_I[at_J], Noised(batch, t_I, memory))
 
     def loss(self, hidden_JD: Tensor, state: Any) -> Tensor:
         noised: Noised = state
@@ -109,7 +107,7 @@ class TransfusionObjective(ImageObjective):
         t_J, cells = noised.t_I[j], Cells(batch.image_I[j], batch.cell_I2[j])
         memory = None if noised.memory is None else noised.memory[j]
         output = self.projection.leave.leave(hidden_JD, memory, t_J, cells)
-        return self.flow.loss(output, batch.x_IP[j], noised.eps_IP[j], t_J)
+        return self.flow.loss(output, batch.x_IP[j], batch.eps_JKP[:, 0].to(t_J.dtype), t_J)
 
     def generate(self, spec: ImageSpec) -> Drawing:
         rows, n, length = spec.noise_RNP.shape
@@ -146,7 +144,7 @@ class TransfusionObjective(ImageObjective):
         def outputs(z: Tensor, t: Tensor) -> list[Tensor]:
             def put(batch: Batch, at: Tensor) -> None:
                 batch.x_IP[at], batch.draws["t"][at] = 0.0, t
-                batch.draws["eps"][at] = z / self.flow.path.sigma(t)
+                batch.eps_JKP[torch.isin(batch.loss_at_J, at), 0] = z / self.flow.path.sigma(t)
 
             step = next(steps)
             return [output(trained, t) for trained in replay.train(f"t = {float(t):.2f}", slice(step, step + 1), put)]

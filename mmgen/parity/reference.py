@@ -63,7 +63,8 @@ class Reference:
         """Lay out and embed a document and run the backbone; `put` changes the drawn image of the batch before that."""
         strip, names = self._written(document)
         patcher = self.model.build_patcher()
-        form = RowFormat(len(strip), self.tokenizer, self.layout.context((0, 0)), patcher.ready)
+        nothing, draws = self.layout.context((0, 0)), self.layout.noise_draws
+        form = RowFormat(len(strip), self.tokenizer, nothing, patcher.ready, draws)
         batch = prepare(collate([[strip]], form), patcher, "cpu", torch.float64)
         drawn = [i for i, name in enumerate(names) if (name.kind, name.number) == ("patch", document.drawing)]
         at = torch.tensor(drawn, dtype=torch.long)
@@ -91,17 +92,18 @@ class Reference:
             roles += ["patch" if b == (0 if learning else last) else f"copy {b}" for b in range(len(blocks))]
             written.append(ImageSegment(segment.x_NP, segment.grid, blocks, segment.learn))
             images += 1
-        strip = Writer(self.tokenizer).document(written)
+        strip = Writer(self.tokenizer, self.model.positions).document(written)
         return strip, names_of(strip, roles.__getitem__)
 
     def _blocks(self, picture: Picture, learning: bool, rng: np.random.Generator) -> list[Block]:
         if not picture.learn:
             return [self.layout.context(picture.grid)]
-        site = ImageSite(picture.grid, text_before=True, text_after=True, quantile=0.4)
+        site = ImageSite(picture.grid, text_before=True, text_after=True, quantile=0.4, key=0)
         blocks = self.layout.blocks(site, rng)
         if self.layout.copies == 1 and not learning:
             # In sampling a finished image is always clean; in training its only copy may be noisy.
-            blocks = [replace(block, draws=self.layout.context(picture.grid).draws) for block in blocks]
+            clean = self.layout.context(picture.grid).draws
+            blocks = [replace(block, draws=clean, loss=False) for block in blocks]
         return [replace(block, order_N=picture.order_N) for block in blocks]
 
 

@@ -1,7 +1,8 @@
 """Batches of packed rows: `RawBatch` from loader workers, and `Batch`, the input of the model.
 
-Suffixes: B rows, S positions, I patches in the batch, J learned patches, M images in the batch, N patches of one image,
-U patches of all images (each image once), P patch length, L pixel values of a patch.
+Suffixes: B rows, S positions, I patches in the batch, J learned patches, K draws of noise for each of them, M images in
+the batch, C image copies, N patches of one image, U patches of all images (each image once), P patch length, L pixel
+values of a patch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmgen.flow.philox import compiled_normal, keyed_normal
 from mmgen.image.patch import Grid, Patcher, Patches, raster
 from mmgen.sequence.attention import Sites
 from mmgen.sequence.document import Block, ImagePatches, Opening, PlacedBlock, Strip
@@ -61,7 +63,7 @@ class Rows:
     loss_at_J: Tensor
     """Indices into I of the patches that are learned."""
     draws: dict[str, Tensor]
-    """What the objective drew for the patches (t, eps, masks), first axis I."""
+    """What the objective drew for the patches (t, masks), first axis I."""
     size_at_M: Tensor
     """Flat position of each image's size token."""
     first_M2: Tensor
@@ -91,6 +93,10 @@ class RawBatch(Rows):
     """Patch grid of each image."""
     source_I: Tensor
     """Index into U of each patch."""
+    noise_key_C: Tensor
+    """Key of the noise of each image copy, int64."""
+    noise_draws: int
+    """Number of draws of noise for each learned patch, K."""
 
     def pin_memory(self) -> RawBatch:
         """A copy in page-locked memory, which a GPU can copy while it computes."""
@@ -103,6 +109,8 @@ class Batch(Rows):
 
     x_IP: Tensor
     """Clean patches: pixels in [-1, 1], latents of unit variance, or integer codes."""
+    eps_JKP: Tensor
+    """Standard normal noise of the learned patches, K draws for each."""
 
     @property
     def modality(self) -> Tensor:
@@ -124,20 +132,30 @@ def _moved(value: Tensor, device: torch.device | str, dtype: torch.dtype | None)
 
 
 def prepare(
-    raw: RawBatch, patcher: Patcher, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    raw: RawBatch,
+    patcher: Patcher,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    compiled: bool = False,
 ) -> Batch:
-    """Move a batch to a device, and scale or encode its pixels there. No other function scales or encodes pixels.
+    """Move a batch to a device, scale or encode its pixels there, and draw its noise there.
 
-    `patcher` must be on that device. `dtype`, if not None, is the type of patches and draws.
+    No other function scales or encodes pixels, or draws noise for training. `patcher` must be on that device.
+    `dtype`, if not None, is the type of patches, draws and noise. With `compiled`, one compiled kernel draws the noise
+    on a GPU.
     """
     shared = raw.fields_as(lambda value: _moved(value, device, dtype))
     patches_UP, source_I = shared.pop("patches_UP"), shared.pop("source_I")
+    key_C, draws = shared.pop("noise_key_C"), shared.pop("noise_draws")
     del shared["grids"]
     if patches_UP.dtype == torch.uint8:
         patches_UP = _encoded(patches_UP, raw.grids, patcher)
     if dtype is not None and patches_UP.is_floating_point():
         patches_UP = patches_UP.to(dtype)
-    return Batch(**shared, x_IP=patches_UP[source_I])
+    at_J = shared["loss_at_J"]
+    normal = compiled_normal if compiled and at_J.is_cuda else keyed_normal
+    eps_JKP = normal(key_C[shared["image_I"][at_J]], shared["cell_I2"][at_J], draws, patches_UP.shape[1])
+    return Batch(**shared, x_IP=patches_UP[source_I], eps_JKP=eps_JKP if dtype is None else eps_JKP.to(dtype))
 
 
 def _encoded(pixels_UL: Tensor, grids: Sequence[Grid], patcher: Patcher) -> Tensor:
@@ -168,6 +186,8 @@ class RowFormat:
     """The block of an image without patches. It gives every draw a name and a shape, also if rows contain no image."""
     patches: Patches
     """Length and type of the patches that are packed."""
+    noise_draws: int = 1
+    """Number of draws of noise for each learned patch."""
 
 
 def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
@@ -238,6 +258,8 @@ def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
         cell_I2=_stack([np.zeros((0, 2)), *(raster(images[p.image].grid)[p.block.order_N] for p in placed)], np.int64),
         loss_at_J=torch.from_numpy(np.flatnonzero(np.concatenate([np.zeros(0, dtype=bool), *losses]))),
         draws={name: _stack([draws[name] for draws in drawn], np.float32) for name in form.nothing.draws},
+        noise_key_C=torch.tensor([p.block.key for p in placed], dtype=torch.int64),
+        noise_draws=form.noise_draws,
         size_at_M=torch.tensor([opening.offset for opening in openings], dtype=torch.int64),
         first_M2=torch.tensor([opening.first for opening in openings], dtype=torch.int64).reshape(-1, 2),
     )

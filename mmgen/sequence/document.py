@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmgen.config import Positions
 from mmgen.image.patch import Grid, raster
+from mmgen.sequence.position import offsets, taken
 from mmgen.sequence.tokenizer import Tokenizer
 
 
@@ -27,13 +29,15 @@ class Block:
     order_N: NDArray[np.int64]
     """Raster index of each patch, in the order in which the block holds them."""
     draws: dict[str, NDArray[np.float32]]
-    """What the objective drew for the patches, first axis N in the order of `order_N` (t, eps, masks...)."""
+    """What the objective drew for the patches, first axis N in the order of `order_N` (t, masks, ...)."""
     bidirectional: bool = True
     """Whether patches of the block attend to each other in both directions."""
     noised: bool = False
     """Whether the block is hidden from all positions outside it."""
     loss: bool | NDArray[np.bool_] = True
     """Whether its patches are learned; an array [N] if only some of them are."""
+    key: int = 0
+    """The key of its noise, 64 bits as a signed integer."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,8 @@ class Writer:
     blocks by this class, so they agree.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, positions: Positions) -> None:
+        self.tokenizer, self.positions = tokenizer, positions
         self.position = 0
         """Position of the next item."""
         self._strip = Strip()
@@ -145,15 +149,16 @@ class Writer:
         self._strip.openings.append(Opening(len(self._strip) - 1, first))
 
     def patches(self, x_NP: NDArray[Any], grid: Grid, blocks: Sequence[Block]) -> None:
-        """Append the blocks of an image. All their patches share one position."""
+        """Append the blocks of an image. Its copies have the same positions."""
         self._strip.images.append(ImagePatches(x_NP, grid))
+        offset_N = offsets(self.positions, grid)
         for block in blocks:
             n = len(block.order_N)
             self._strip.blocks.append(PlacedBlock(len(self._strip), len(self._strip.images) - 1, block))
-            ids, position = [self.tokenizer.pad] * n, [self.position] * n
-            self._append(ids, position, self._blocks, block.bidirectional, block.noised)
+            position = (self.position + offset_N[block.order_N]).tolist()
+            self._append([self.tokenizer.pad] * n, position, self._blocks, block.bidirectional, block.noised)
             self._blocks += 1
-        self.position += 1
+        self.position += taken(self.positions, grid)
 
     def close_image(self) -> None:
         """Append EOI."""

@@ -30,7 +30,7 @@ from mmgen.train.optimizer import ema_decays, learning_rate
 from mmgen.train.ranks import Ranks, finish, shard, start
 from mmgen.train.report import Clock, Outcome, Reporter, Totals, count
 from mmgen.train.run import Run
-from mmgen.train.state import Progress
+from mmgen.train.state import NOISE, Progress
 from mmgen.train.validate import Probe
 
 
@@ -59,6 +59,7 @@ def train(config: Config) -> int:
                 ranks.print(checkpoint.describe_finished(resumed, config))
                 finish()
                 return 0
+            config = config.with_positions(resumed.state.positions)
         with closing(Watchdog(config.train.timeout, ranks.rank, heartbeat=heartbeat)) as watchdog:
             run = open_run(Start(config, ranks, tokenizer, facts, resumed), watchdog, heartbeat)
             code = loop(run, resumed.folder if resumed else None)
@@ -107,7 +108,7 @@ def loop(run: Run, resumed: Path | None) -> int:
             by_time = torch.zeros(2, metrics.BUCKETS, device=engine.device)
             for i, raw in enumerate(data.micro):
                 watchdog.phase("forward", step)
-                batch = prepare(raw, run.patcher, engine.device)
+                batch = prepare(raw, run.patcher, engine.device, compiled=engine.model.compiled)
                 losses = engine.forward(batch)
                 parts = torch.stack([losses.text, losses.image]) / counts
                 watchdog.phase("backward", step)
@@ -185,6 +186,8 @@ def open_run(start: Start, watchdog: Watchdog, heartbeat: Heartbeat) -> Run:
     progress = Progress(corpus.start)
     if resumed is not None:
         recovery.resume(resumed, engine, progress, corpus.dataset.fingerprint)
+        if resumed.state.noise != NOISE:
+            ranks.print(f"{resumed.folder} is of an earlier version: the run continues with the noise of this one")
     elif config.train.init_from is not None:
         fresh = checkpoint.start_from(config.train.init_from, engine)
         ranks.print(

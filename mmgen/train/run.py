@@ -18,7 +18,7 @@ from mmgen.train.guard import Watchdog
 from mmgen.train.log import Log
 from mmgen.train.ranks import Ranks
 from mmgen.train.report import Reporter, everywhere
-from mmgen.train.state import Progress, TrainerState
+from mmgen.train.state import NOISE, Progress, TrainerState
 from mmgen.train.validate import Probe
 
 
@@ -85,4 +85,6 @@ class Run:
             world=self.ranks.world,
             data=self.corpus.dataset.fingerprint,
             autoencoder=self.engine.model.autoencoder,
+            positions=self.engine.model.positions,
+            noise=NOISE,
         )

@@ -9,9 +9,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
 
+from mmgen.config import Positions
 from mmgen.data.order import Cursors, Position
 from mmgen.image.latent import AutoencoderFacts
 
+NOISE = "philox4x32"
+"""How this version draws the noise of training: on the device, by `mmgen.flow.philox`."""
 Settings = dict[str, Any]
 """A configuration as it was written to JSON, possibly by an older version."""
 
@@ -47,6 +50,10 @@ class TrainerState(BaseModel):
     """Fingerprint of the training shards; empty if it was not recorded."""
     autoencoder: AutoencoderFacts | None = None
     """Facts of the run's autoencoder; None for a run on pixels."""
+    positions: Positions = "shared"
+    """Positions of the patches of an image; versions that recorded nothing used `shared`."""
+    noise: str = "loader"
+    """How the noise of training is drawn; versions before `NOISE` drew it in the loader and recorded nothing."""
 
     @model_validator(mode="before")
     @classmethod

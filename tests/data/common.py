@@ -49,6 +49,7 @@ def row_digests(step: Step) -> list[str]:
             here = batch.at_I // batch.ids_BS.shape[1] == b
             parts = [batch.ids_BS[b], batch.document_BS[b], batch.label_BS[b], batch.patches_UP[batch.source_I][here]]
             parts += [batch.draws[name][here] for name in sorted(batch.draws)]
+            parts += [batch.noise_key_C[batch.image_I[here]]]
             found.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest())
     return found
 

@@ -110,7 +110,7 @@ def segments_of(corpus: Documents, key: str, form: int) -> list[tuple[str | int,
         segments = [(f"picture {int(name)}", True), (4 if int(name) % 3 else 6, True)]
     images = [i for i, (content, _) in enumerate(segments) if isinstance(content, int)]
     if form == DROPPED:
-        segments = [s for i, s in enumerate(segments) if i > images[-1] or i in images]
+        segments = [segments[i] for i in images]
     return segments[::-1] if form == 2 else segments
 
 
@@ -125,6 +125,8 @@ class Walk:
         self.first: list[bool] = []
         self.given_images: list[range] = []
         self.learned_images: list[range] = []
+        self.copies_of: dict[int, int] = {}
+        """Number of copies of each image, by its last position."""
 
     def add(self, token: int, learn: bool, patch: bool = False, first: bool = False) -> None:
         self.ids.append(token)
@@ -135,7 +137,7 @@ class Walk:
     def document(self, segments: list[tuple[str | int, bool]]) -> None:
         t = self.tokenizer
         self.add(t.bos, True, first=True)
-        for content, learn in segments:
+        for number, (content, learn) in enumerate(segments, 1):
             if isinstance(content, str):
                 for token in t.encode(content):
                     self.add(token, learn)
@@ -144,8 +146,10 @@ class Walk:
             self.add(t.boi, learn)
             self.add(t.size[grid], learn)
             begin = len(self.ids)
-            for _ in range((self.copies if learn else 1) * grid[0] * grid[1]):
+            copies = self.copies if learn and number < len(segments) else 1
+            for _ in range(copies * grid[0] * grid[1]):
                 self.add(t.pad, False, patch=True)
+            self.copies_of[len(self.ids) - 1] = copies
             (self.learned_images if learn else self.given_images).append(range(begin, len(self.ids)))
             self.add(t.eoi, False)
         self.add(t.eos, True)
@@ -194,7 +198,7 @@ def check_losses(batch: RawBatch, walk: Walk, variant: str) -> None:
     """Learned patches are all of the only or noisy copy of a learned image; masked MAR learns those that it hides."""
     expected = []
     for image in walk.learned_images:
-        expected += list(image)[: len(image) // COPIES[variant]]
+        expected += list(image)[: len(image) // walk.copies_of[image[-1]]]
     at = batch.at_I[batch.loss_at_J].tolist()
     if variant == "masked":
         masked = batch.at_I[batch.draws["masked"] > 0].tolist()
@@ -211,7 +215,7 @@ def check_given(batch: RawBatch, walk: Walk, bidirectional: bool) -> None:
     for image in walk.given_images:
         here = torch.isin(batch.at_I, torch.tensor(list(image)))
         assert (batch.draws["t"][here] == 1).all()
-        assert (batch.draws["eps"][here] == 0).all()
+        assert not torch.isin(batch.loss_at_J, torch.nonzero(here).flatten()).any(), "only learned patches have noise"
         assert not batch.noised_BS[0, list(image)].any()
         assert len(batch.block_BS[0, list(image)].unique()) == 1, "one copy"
         last = int((document == document[image[0]]).nonzero()[-1]) + 1

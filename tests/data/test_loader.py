@@ -20,9 +20,11 @@ from mmgen.data.documents import Share, Step
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Position, chances, epoch_order, keyed, pack
 from mmgen.data.shards.samples import BadRecord, BadSample, expand, read
+from mmgen.data.streams import training_corpus
+from mmgen.flow.philox import keyed_normal
 from mmgen.sequence.batch import RawBatch
 from mmgen.sequence.tokenizer import Tokenizer
-from tests.conftest import pairs, picture, png, write_tar
+from tests.conftest import pairs, picture, png, tiny, write_tar
 
 
 def corpus_of(config: Config) -> Corpus:
@@ -35,6 +37,7 @@ def parts(step: Step) -> list[torch.Tensor]:
         batch.ids_BS,
         batch.patches_UP,
         batch.source_I,
+        batch.noise_key_C,
         *(batch.draws[name] for name in sorted(batch.draws)),
         batch.label_BS,
     ]
@@ -85,7 +88,8 @@ def test_ranks_share_one_global_step(config: Config, world: int) -> None:
 
 def eps_of(batch: RawBatch, row: int) -> torch.Tensor:
     here = batch.at_I // batch.ids_BS.shape[1] == row
-    return torch.cat([batch.draws["eps"][here].flatten(), batch.draws["t"][here]])
+    noise = keyed_normal(batch.noise_key_C[batch.image_I[here]], batch.cell_I2[here], batch.noise_draws, 12)
+    return torch.cat([noise.flatten(), batch.draws["t"][here].flatten()])
 
 
 def test_micro_steps_are_a_cut_of_the_step(config: Config) -> None:
@@ -94,7 +98,7 @@ def test_micro_steps_are_a_cut_of_the_step(config: Config) -> None:
     assert len(whole) == 1
     assert len(cut) == 4
     assert torch.equal(torch.cat([batch.ids_BS for batch in cut]), whole[0].ids_BS)
-    assert torch.equal(torch.cat([batch.draws["eps"] for batch in cut]), whole[0].draws["eps"])
+    assert torch.equal(torch.cat([batch.noise_key_C for batch in cut]), whole[0].noise_key_C)
 
 
 def test_an_epoch_holds_each_sample_once(config: Config) -> None:
@@ -147,6 +151,40 @@ def test_capped_time_only_where_text_follows(config: Config) -> None:
     assert min(seen["image first"]) >= 0.5
     assert min(seen["caption first"]) < 0.1
     assert min(seen["caption dropped"]) < 0.3
+
+
+@pytest.mark.parametrize("streams", [0, 2])
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_times_of_the_images_of_a_document_are_independent(tmp_path: Path, distribution: str, streams: int) -> None:
+    """Otherwise a model hardly ever sees a clean first image with a noisy second one, as sampling needs it."""
+    rng = np.random.default_rng(0)
+    pages: dict[str, bytes] = {}
+    for i in range(40):
+        listed = [{"image": "a.png"}, {"text": "then"}, {"image": "b.png"}]
+        pages[f"{i:02d}.json"] = json.dumps(listed).encode()
+        pages |= {f"{i:02d}.{name}.png": png(picture(rng)) for name in "ab"}
+    shards = [str(write_tar(tmp_path / f"pages-{i}.tar", pages)) for i in range(2)]
+    config = tiny(
+        tmp_path, data={"train": shards, "row_length": 40, "streams": streams}, train={"batch_rows": 20},
+        objective={"transfusion": {"context": "noisy"}, "time": {"distribution": distribution, "stratified": True}},
+    )  # fmt: skip
+    corpus = training_corpus(config, Tokenizer.of(config))
+    both: list[list[float]] = []
+    for step in steps(corpus, 0, 40, corpus.start):
+        batch = step.micro[0]
+        times: list[float] = []
+        for number in range(len(batch.noise_key_C)):
+            here = int(torch.nonzero(batch.image_I == number)[0])
+            times.append(float(batch.draws["t"][here]))
+        both += [times[i : i + 2] for i in range(0, len(times), 2)]
+        if distribution == "uniform":
+            even = np.diff(np.sort([*times, min(times) + 1]))
+            assert even.max() < (1.01 if streams == 0 else 2.01) / len(times), "still stratified over the step"
+    first, second = np.array(both).T
+    assert len(first) > 700
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.12
+    shuffled = np.random.default_rng(1).permutation(second)
+    assert abs(np.median(np.abs(first - second)) - np.median(np.abs(first - shuffled))) < 0.03
 
 
 def test_a_shard_of_the_webdataset_writer(config: Config, tmp_path: Path) -> None:

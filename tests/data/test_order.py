@@ -262,8 +262,8 @@ def test_any_world_resumes_any_other(config: Config, world: int) -> None:
                 rows = list(range(rank, 6, world))
                 assert torch.equal(part.micro[0].ids_BS[: len(rows)], step.micro[0].ids_BS[rows])
                 assert part.after == step.after
-            images = sorted(map(tuple, torch.cat([s[number].micro[0].draws["eps"] for s in shares]).tolist()))
-            assert images == sorted(map(tuple, step.micro[0].draws["eps"].tolist()))
+            keys = sorted(torch.cat([s[number].micro[0].noise_key_C for s in shares]).tolist())
+            assert keys == sorted(step.micro[0].noise_key_C.tolist())
 
 
 @pytest.mark.broad

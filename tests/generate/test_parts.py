@@ -30,7 +30,7 @@ def lanes_of(decoder: Decoder, requests: int = 2, guided: bool = False) -> Lanes
 
 
 def strip(decoder: Decoder, text: str) -> Strip:
-    writer = Writer(decoder.tokenizer)
+    writer = Writer(decoder.tokenizer, decoder.model.positions)
     writer.tokens(decoder.tokenizer.encode(text))
     return writer.take()
 

@@ -107,7 +107,8 @@ class Discrete(ImageObjective):
             if i + 1 < n:
                 cell = self.place(torch.tensor([divmod(i + 1, spec.grid[1])])).expand(rows, -1)
                 inputs_R1D = (self.enter(codes[-1]) + cell).unsqueeze(1)
-                hidden_GRD = (yield BackboneCall(inputs_R1D, bidirectional=False, keep=True))[:, :, 0]
+                at_R1 = torch.full((rows, 1), i)
+                hidden_GRD = (yield BackboneCall(inputs_R1D, False, keep=True, order_Rn=at_R1))[:, :, 0]
         return torch.stack(codes, 1).unsqueeze(-1)
 
 
@@ -153,7 +154,7 @@ def test_drawn_codes_are_those_that_one_forward_pass_predicts(discrete: Config) 
     decoder.generate([Request(["abc"], "image", 9)])
     layout, text = model.objective.layout, TextSegment(tokenizer.encode("abc"))
     block = Block(np.arange(4), {}, bidirectional=False)
-    strip = Writer(tokenizer).document([text, ImageSegment(drawn[0], (2, 2), [block])])
+    strip = Writer(tokenizer, model.positions).document([text, ImageSegment(drawn[0], (2, 2), [block])])
     raw = collate([[strip]], RowFormat(len(strip), tokenizer, layout.context((0, 0)), decoder.patcher.ready))
     batch = prepare(raw, decoder.patcher, "cpu", torch.float64)
     assert batch.x_IP.dtype == torch.int64

@@ -170,6 +170,7 @@ def test_batches_online_equal_precomputed(tmp_path: Path, vae: Path, objective: 
         assert torch.equal(a.ids_BS, b.ids_BS)
         assert torch.equal(a.cell_I2, b.cell_I2)
         assert all(torch.equal(a.draws[name], b.draws[name]) for name in a.draws)
+        assert torch.equal(a.eps_JKP, b.eps_JKP)
 
 
 @pytest.mark.parametrize("objective", [{}, {"kind": "mar"}])

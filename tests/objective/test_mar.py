@@ -70,14 +70,15 @@ def test_the_guidance_ramp() -> None:
 def test_the_masked_layout(config: Config) -> None:
     settings = mar(config).objective
     for quantile in (0.0, 0.5, 0.999):
-        site = ImageSite((4, 5), True, True, quantile)
-        noised, clean = MARLayout(settings, 12).blocks(site, np.random.default_rng(0))
+        site = ImageSite((4, 5), True, True, quantile, key=3)
+        noised, clean = MARLayout(settings).blocks(site, np.random.default_rng(0))
         masked = noised.draws["masked"] > 0
         assert masked.sum() == int(np.ceil(20 * mask_ratio(quantile, settings.mar.mask_ratio)))
         assert (noised.noised, clean.noised) == (True, False)
         assert (noised.bidirectional, clean.bidirectional) == (True, True)
         assert (noised.loss == masked).all()
         assert clean.loss is False
+        assert noised.key == 3
         assert not clean.draws["masked"].any()
         # Times of one image fill the unit interval evenly, in random order.
         t = np.sort(noised.draws["t"].ravel())
@@ -86,12 +87,12 @@ def test_the_masked_layout(config: Config) -> None:
 
 
 def test_causal_layouts(config: Config) -> None:
-    site = ImageSite((3, 3), True, False, 0.5)
-    (raster,) = MARLayout(mar(config, "raster").objective, 12).blocks(site, np.random.default_rng(0))
-    (random,) = MARLayout(mar(config, "random").objective, 12).blocks(site, np.random.default_rng(0))
+    site = ImageSite((3, 3), True, False, 0.5, key=3)
+    (raster,) = MARLayout(mar(config, "raster").objective).blocks(site, np.random.default_rng(0))
+    (random,) = MARLayout(mar(config, "random").objective).blocks(site, np.random.default_rng(0))
     assert list(raster.order_N) == list(range(9)) == sorted(random.order_N) != list(random.order_N)
     for block in (raster, random):
-        assert (block.bidirectional, block.noised, block.loss) == (False, False, True)
+        assert (block.bidirectional, block.noised, block.loss, block.key) == (False, False, True, 3)
 
 
 @pytest.mark.parametrize("kind", [{"kind": "mar"}, {"kind": "transfusion", "transfusion": {"context": "clean_copy"}}])
@@ -105,11 +106,11 @@ def test_a_noisy_copy_is_hidden_from_all_other_positions(config: Config, kind: d
         assert (block[b][seen[b, :, k]] == block[b, k]).all()
     added = plan(config).positions_added_by_copies
     assert added == [4, 6]
-    copies = batch.image_I.unique().numel() // 2
-    assert (
-        int(noised.sum())
-        == sum(added[0] if (batch.image_I == i).sum() == 4 else added[1] for i in range(2 * copies)) / 2
-    )
+    # Each image has a noisy copy, and a clean one unless it is the last segment of its document.
+    following = batch.ids_BS.flatten()[[int(batch.at_I[batch.image_I == i].max()) + 2 for i in batch.image_I.unique()]]
+    hidden = [bool(noised.flatten()[batch.at_I[batch.image_I == i]].all()) for i in batch.image_I.unique()]
+    found = {(int(after) == tokenizer.eos, noisy) for after, noisy in zip(following, hidden, strict=True)}
+    assert found == {(True, True), (False, True), (False, False)}, "no clean copy is the last segment"
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -119,8 +120,8 @@ def test_the_inputs_of_the_backbone_have_no_noise(config: Config, order: str) ->
     model, tokenizer = awake(config)
     batch = first_batch(config, tokenizer)
     inputs, _ = model.embed(batch)
-    draws = {**batch.draws, "eps": torch.randn_like(batch.draws["eps"]), "t": torch.rand_like(batch.draws["t"])}
-    again, _ = model.embed(replace(batch, draws=draws))
+    draws = {**batch.draws, "t": torch.rand_like(batch.draws["t"])}
+    again, _ = model.embed(replace(batch, draws=draws, eps_JKP=torch.randn_like(batch.eps_JKP)))
     assert torch.equal(inputs, again)
     moved, _ = model.embed(replace(batch, x_IP=batch.x_IP + 1))
     assert not torch.equal(inputs, moved), "clean patches are seen"
@@ -142,9 +143,9 @@ def test_the_loss_is_flow_matching_of_each_patch(config: Config, order: str) -> 
         at = batch.at_I[batch.loss_at_J]
         expected_reads = at if order == "masked" else at - 1
         assert torch.equal(embedded.read_at_J, expected_reads)
-        for i, read in zip(batch.loss_at_J.tolist(), expected_reads.tolist(), strict=True):
+        for j, (i, read) in enumerate(zip(batch.loss_at_J.tolist(), expected_reads.tolist(), strict=True)):
             x, errors = batch.x_IP[i], []
-            for t, eps in zip(batch.draws["t"][i], batch.draws["eps"][i], strict=True):
+            for t, eps in zip(batch.draws["t"][i], batch.eps_JKP[j], strict=True):
                 v = head(t * x + (1 - t) * eps, t, head.state(hidden[read]))
                 errors.append((v - (x - eps)).square().mean())
             total += torch.stack(errors).mean()
@@ -188,8 +189,8 @@ def test_every_parameter_takes_part_without_images(config: Config, order: str, h
     config = mar(config, order, head={"kind": head})
     model, tokenizer = awake(config)
     nothing = model.objective.layout.context((0, 0))
-    strip = Writer(tokenizer).document([TextSegment(tokenizer.encode("words"))])
-    batch = packed([[strip]], len(strip), tokenizer, nothing, model.patcher.patch_length, torch.float64)
+    strip = Writer(tokenizer, "shared").document([TextSegment(tokenizer.encode("words"))])
+    batch = packed([[strip]], len(strip), tokenizer, nothing, model.patcher.patch_length, torch.float64, 4)
     losses = model(batch)
     (losses.text + losses.image).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -245,7 +246,7 @@ def test_an_exact_head_draws_its_picture(
     with_exact_head(model, prediction, flat, flat)
     noise = torch.randn(3, 6, length, dtype=torch.float64, generator=rng)
     orders = torch.stack(
-        [torch.from_numpy(MARLayout(config.objective, 12).order((3, 2), np.random.default_rng(r))) for r in range(3)]
+        [torch.from_numpy(MARLayout(config.objective).order((3, 2), np.random.default_rng(r))) for r in range(3)]
     )
     opening = orders[:, :1].double().expand(3, 32).unsqueeze(0)
     known = None

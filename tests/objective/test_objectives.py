@@ -38,17 +38,15 @@ from tests.conftest import packed, ready
 
 class RasterLayout(ImageLayout):
     bidirectional = False
+    noise_draws = 3
 
     def blocks(self, site, rng) -> list[Block]:
-        n, draws = site.grid[0] * site.grid[1], 3
-        shape = (n, draws, self.patch_length)
-        noise = {"t": rng.random((n, draws), np.float32), "eps": rng.standard_normal(shape, np.float32)}
-        return [Block(np.arange(n), noise, bidirectional=False)]
+        n = site.grid[0] * site.grid[1]
+        return [Block(np.arange(n), {"t": rng.random((n, 3), np.float32)}, bidirectional=False, key=site.key)]
 
     def context(self, grid) -> Block:
         n = grid[0] * grid[1]
-        draws = {"t": np.ones((n, 3), np.float32), "eps": np.zeros((n, 3, self.patch_length), np.float32)}
-        return Block(np.arange(n), draws, bidirectional=False, loss=False)
+        return Block(np.arange(n), {"t": np.ones((n, 3), np.float32)}, bidirectional=False, loss=False)
 
 
 class RasterMAR(ImageObjective):
@@ -74,8 +72,8 @@ class RasterMAR(ImageObjective):
         return self.head(torch.cat([hidden, z, t], -1))
 
     def loss(self, hidden_JD: Tensor, state: Batch) -> Tensor:
-        x, eps, t = (a[state.loss_at_J] for a in (state.x_IP, state.draws["eps"], state.draws["t"].unsqueeze(-1)))
-        x = x.unsqueeze(1)
+        x, t = state.x_IP[state.loss_at_J].unsqueeze(1), state.draws["t"][state.loss_at_J].unsqueeze(-1)
+        eps = state.eps_JKP
         hidden = hidden_JD.unsqueeze(1).expand(-1, eps.shape[1], -1)
         v = self._denoise(hidden, t * x + (1 - t) * eps, t)
         return (v - (x - eps)).square().mean((1, 2))
@@ -93,13 +91,15 @@ class RasterMAR(ImageObjective):
             if i + 1 < n:
                 cell = self.place(torch.tensor(divmod(i + 1, spec.grid[1])))
                 inputs = self.enter(patches[-1]) + cell
-                hidden_RD = (yield BackboneCall(inputs.unsqueeze(1), bidirectional=False, keep=True))[0, :, 0]
+                hidden_RD = (
+                    yield BackboneCall(inputs.unsqueeze(1), False, True, order_Rn=torch.full((len(inputs), 1), i))
+                )[0, :, 0]
         return torch.stack(patches, 1)
 
 
 class CopyLayout(TransfusionLayout):
-    def __init__(self, settings, patch_length) -> None:
-        super().__init__(settings, patch_length)
+    def __init__(self, settings) -> None:
+        super().__init__(settings)
         self.copies = 2
 
 
@@ -179,7 +179,7 @@ def test_raster_generation_equals_one_forward_pass(config: Config, monkeypatch: 
     context = model.objective.layout.context((2, 2))
     learned = Block(context.order_N, context.draws, bidirectional=False)
     text = TextSegment(tokenizer.encode("abc"))
-    strip = Writer(tokenizer).document([text, ImageSegment(drawn[0], (2, 2), [learned])])
+    strip = Writer(tokenizer, model.positions).document([text, ImageSegment(drawn[0], (2, 2), [learned])])
     nothing = model.objective.layout.context((0, 0))
     batch = packed([[strip]], len(strip), tokenizer, nothing, patch_length, torch.float64)
     hidden = _read(model, batch)

@@ -13,9 +13,12 @@ from mmgen.parity.reference import Document, Picture, Reference
 from tests.conftest import awake
 
 
-@pytest.mark.parametrize("grids", ["two sizes", "one size"])
-def test_sampling_equals_training(config: Config, grids: str) -> None:
-    """Every backbone call equals training's forward pass, for every objective, order and context policy."""
+@pytest.mark.parametrize(
+    ("grids", "positions"), [("two sizes", "raster"), ("two sizes", "axial"), ("one size", "shared")]
+)
+def test_sampling_equals_training(config: Config, grids: str, positions: str) -> None:
+    """Every backbone call equals training's forward pass, for every objective, order, context policy and position."""
+    config = override(config, {"model": {"positions": positions}})
     if grids == "one size":
         config = override(config, {"model": {"patcher": {"image_sizes": [[4, 6]]}}})
     for variant in check_parity(config):

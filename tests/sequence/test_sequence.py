@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers.masking_utils import and_masks, blockwise_overlay, causal_mask_function, or_masks
 
+from mmgen.flow.philox import keyed_normal
 from mmgen.sequence.attention import Sites, dense_visible, flex_rule, visible
 from mmgen.sequence.batch import IGNORE, Batch
 from mmgen.sequence.document import Block, ImageSegment, TextSegment, Writer
@@ -34,7 +35,9 @@ def image(grid: tuple[int, int], *kinds: dict[str, bool]) -> ImageSegment:
 
 
 def pack(rows: list, length: int = 40, tokenizer: Tokenizer = TOK) -> Batch:
-    strips = [[doc if isinstance(doc, int) else Writer(tokenizer).document(doc) for doc in row] for row in rows]
+    strips = [
+        [doc if isinstance(doc, int) else Writer(tokenizer, "shared").document(doc) for doc in row] for row in rows
+    ]
     return packed(strips, length, tokenizer, block(0), P)
 
 
@@ -150,8 +153,8 @@ def random_image(rng: np.random.Generator, grid: tuple[int, int], kinds: list[tu
     n = grid[0] * grid[1]
     blocks = [
         Block(
-            rng.permutation(n), {"t": rng.random(n, dtype=np.float32), "eps": rng.random((n, 2), dtype=np.float32)},
-            both, noised, rng.random(n) < 0.5 if i == 0 else bool(rng.integers(2)),
+            rng.permutation(n), {"t": rng.random(n, dtype=np.float32), "u": rng.random((n, 2), dtype=np.float32)},
+            both, noised, rng.random(n) < 0.5 if i == 0 else bool(rng.integers(2)), int(rng.integers(2**63)),
         )
         for i, (both, noised) in enumerate(kinds)
     ]  # fmt: skip
@@ -162,7 +165,7 @@ def walked(rows: list, length: int) -> dict[str, list]:
     """Every field of a batch, computed one position at a time."""
     t = TOK
     found: dict[str, list] = {f.name.split("_")[0]: [] for f in fields(Batch) if f.name != "draws"}
-    found |= {"t": [], "eps": [], "label_at": [], "loss_at": [], "size_at": []}
+    found |= {"t": [], "u": [], "label_at": [], "loss_at": [], "size_at": []}
     images = 0
     for b, row in enumerate(rows):
         line: list[tuple] = []  # id, position, document, block, bidirectional, noised
@@ -192,14 +195,17 @@ def walked(rows: list, length: int) -> dict[str, list]:
                 for copy in segment.blocks:
                     learned = np.broadcast_to(copy.loss, len(copy.order_N))
                     for index, patch in enumerate(copy.order_N.tolist()):
+                        cell = [patch // segment.grid[1], patch % segment.grid[1]]
                         if learned[index]:
                             found["loss_at"].append(len(found["at"]))
+                            noise = keyed_normal(torch.tensor([copy.key]), torch.tensor([cell]), 2, P)
+                            found["eps"].append(noise[0].tolist())
                         found["at"].append(b * length + len(line))
                         found["x"].append(segment.x_NP[patch].tolist())
                         found["image"].append(images)
-                        found["cell"].append([patch // segment.grid[1], patch % segment.grid[1]])
+                        found["cell"].append(cell)
                         found["t"].append(float(copy.draws["t"][index]))
-                        found["eps"].append(copy.draws["eps"][index].tolist())
+                        found["u"].append(copy.draws["u"][index].tolist())
                         line.append((t.pad, position, d, blocks, copy.bidirectional, copy.noised))
                     images, blocks = images + 1, blocks + 1
                 position += 1
@@ -236,16 +242,17 @@ def test_every_field_of_a_batch(seed: int) -> None:
         return int(rng.integers(1, 5)) if rng.random() < 0.2 else [segment() for _ in range(rng.integers(1, 4))]
 
     rows = [[document() for _ in range(rng.integers(0, 4))] for _ in range(rng.integers(1, 4))]
-    nothing = Block(np.arange(0), {"t": np.zeros(0, np.float32), "eps": np.zeros((0, 2), np.float32)})
-    strips = [[doc if isinstance(doc, int) else Writer(TOK).document(doc) for doc in row] for row in rows]
-    batch, expected = packed(strips, 130, TOK, nothing, P), walked(rows, 130)
+    nothing = Block(np.arange(0), {"t": np.zeros(0, np.float32), "u": np.zeros((0, 2), np.float32)})
+    strips = [[doc if isinstance(doc, int) else Writer(TOK, "shared").document(doc) for doc in row] for row in rows]
+    batch, expected = packed(strips, 130, TOK, nothing, P, noise_draws=2), walked(rows, 130)
     for f in fields(Batch):
         if f.name == "draws":
             continue
         value = getattr(batch, f.name)
         name = f.name.rsplit("_", 1)[0]
         assert value.tolist() == expected[name], f.name
-        kind = {"x_IP": torch.float32, "bidirectional_BS": torch.bool, "noised_BS": torch.bool}
+        kind = {"bidirectional_BS": torch.bool, "noised_BS": torch.bool}
+        kind |= dict.fromkeys(("x_IP", "eps_JKP"), torch.float32)
         assert value.dtype == kind.get(f.name, torch.int64), f.name
     assert batch.cell_I2.shape[1:] == batch.first_M2.shape[1:] == (2,)
     assert batch.x_IP.shape[1] == P
@@ -303,7 +310,7 @@ def test_an_undeclared_grid_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"^patch grid 5x4 is not one of the declared grids \(2x2, 3x2\): add its image"
     ):
-        Writer(TOK).open_image((5, 4))
+        Writer(TOK, "shared").open_image((5, 4))
 
 
 def test_user_text_is_never_a_special_token() -> None:

@@ -157,6 +157,9 @@ def check_same_data(stored: Checkpoint, fingerprint: str) -> None:
 def check_same_model(stored: Checkpoint, config: Config) -> None:
     """Raise ValueError if the settings of the model or the objective differ from the checkpoint's."""
     _refuse(differences(_model_shape(config), _model_shape(_settings(stored))), stored.folder)
+    if config.model.positions not in (None, stored.state.positions):
+        changed = f"model.positions ({config.model.positions!r} here, {stored.state.positions!r} there)"
+        _refuse([changed], stored.folder)
     facts, vae = stored.state.autoencoder, config.model.patcher.vae
     for name in ("mean", "std"):
         value = getattr(vae, name)
@@ -184,9 +187,9 @@ def describe_finished(stored: Checkpoint, config: Config) -> str:
 def _model_shape(settings: Config) -> dict[str, object]:
     """Settings that affect the model, without the sections of objectives that are not chosen.
 
-    Statistics of latents are left out: they are facts of the run, and `check_same_model` compares them.
+    Positions and statistics of latents are left out: they are facts of the run, and `check_same_model` compares them.
     """
-    model = settings.model.model_dump(mode="json")
+    model = settings.model.model_dump(mode="json", exclude={"positions"})
     for name in ("mean", "std"):
         del model["patcher"]["vae"][name]
     objective = settings.objective

@@ -75,7 +75,7 @@ def test_old_runs_and_exports_have_the_averaged_weights(version1: Path, name: st
 def test_a_trainer_state_is_restored_from_its_json() -> None:
     text = (FIXTURES / "mar" / "checkpoints" / "step-2" / "trainer.json").read_text()
     state = TrainerState.from_json(text)
-    assert json.loads(state.to_json()) == json.loads(text)
+    assert json.loads(state.to_json()) == {**json.loads(text), "positions": "shared", "noise": "loader"}
     assert (state.step, state.position, state.world) == (2, Position(**json.loads(text)["position"]), 1)
     streams = state.model_copy(update={"position": Cursors.of({"streams": [[0, 1, 2, 3, 4, 5, 6]]})})
     assert TrainerState.from_json(streams.to_json()) == streams
@@ -148,3 +148,17 @@ def test_the_section_of_another_objective_is_ignored(version1: Path, capsys: pyt
     code, _, err = run(capsys, *words, "--objective.mar.draws_per_patch", 7)
     assert code == 2
     assert "objective.mar.draws_per_patch" in err
+
+
+def test_an_old_run_continues_with_its_positions_and_a_line_about_the_noise(
+    version1: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for steps, expected in (("3", True), ("4", False)):
+        code, out, err = run(capsys, "train", "--config", "latent.yaml", "--train.steps", steps)
+        assert code == 0, err
+        assert ("is of an earlier version: the run continues with the noise of this one" in out) == expected
+    state = read_trainer(version1 / "latent" / "checkpoints" / "step-4")
+    assert (state.positions, state.noise) == ("shared", "philox4x32")
+    code, _, err = run(capsys, "train", "--config", "latent.yaml", "--train.steps", "5", "--model.positions", "raster")
+    assert code == 2
+    assert "model.positions ('raster' here, 'shared' there)" in err
