@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-EVERY = 10.0
-"""Seconds without output after which a line is printed."""
+from mmgen.train.heartbeat import Heartbeat
 
 
 class Noted:
@@ -28,39 +25,15 @@ class Noted:
         return getattr(self._stream, name)
 
 
-class Pulse:
-    """Prints `LABEL: N s so far` when nothing was written for `EVERY` seconds; `check` is called every second."""
-
-    def __init__(self, label: str, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
-        self.label, self.write, self.clock = label, write, clock
-        self.began = self.last = clock()
-
-    def note(self) -> None:
-        """Record that something was written."""
-        self.last = self.clock()
-
-    def check(self) -> None:
-        """Print a line if it is due."""
-        now = self.clock()
-        if now - self.last >= EVERY:
-            self.last = now
-            self.write(f"{self.label}: {now - self.began:.0f} s so far\n")
-
-
 @contextmanager
 def pulse(label: str) -> Iterator[None]:
-    """Inside the block, print a line whenever nothing was written to standard output or error for ten seconds."""
+    """Inside the block, print `LABEL: N s so far` whenever nothing was written to standard output or error."""
     out, err = sys.stdout, sys.stderr
-    beat, done = Pulse(label, err.write), threading.Event()
-
-    def watch() -> None:
-        while not done.wait(1.0):
-            beat.check()
-
-    sys.stdout, sys.stderr = Noted(out, beat.note), Noted(err, beat.note)  # type: ignore[assignment]
-    threading.Thread(target=watch, daemon=True).start()
+    beat = Heartbeat(lambda line: print(line, file=err, flush=True)).start()
+    beat.begin(label)
+    sys.stdout, sys.stderr = Noted(out, beat.touch), Noted(err, beat.touch)  # type: ignore[assignment]
     try:
         yield
     finally:
-        done.set()
+        beat.close()
         sys.stdout, sys.stderr = out, err

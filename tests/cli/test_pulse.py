@@ -5,18 +5,28 @@ from __future__ import annotations
 import io
 import sys
 
-from mmgen.cli.pulse import Noted, Pulse, pulse
+import pytest
+
+from mmgen.cli.pulse import Noted, pulse
+from mmgen.train.heartbeat import Heartbeat
 
 
-def test_a_line_after_ten_silent_seconds() -> None:
-    now, lines = [0.0], list[str]()
-    beat = Pulse("mmgen sample", lines.append, lambda: now[0])
-    for second in range(1, 36):
-        now[0] = second
-        if second == 14:
-            beat.note()
+def test_a_line_is_printed_while_a_command_is_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Any output of the command postpones the line (the clock of `Heartbeat` is tested with it)."""
+    beats: list[Heartbeat] = []
+    monkeypatch.setattr(Heartbeat, "start", lambda beat: beats.append(beat) or beat)
+    with pulse("mmgen sample"):
+        (beat,) = beats
+        beat.every = 0.0
         beat.check()
-    assert lines == ["mmgen sample: 10 s so far\n", "mmgen sample: 24 s so far\n", "mmgen sample: 34 s so far\n"]
+        beat.every = 60.0
+        print("drawn")
+        beat.check()
+        assert beat.quiet < 5
+    out, err = capsys.readouterr()
+    assert (out, err) == ("drawn\n", "mmgen sample: 0 s so far\n")
 
 
 def test_streams_are_noted_and_restored() -> None:
