@@ -21,15 +21,12 @@ import itertools
 import json
 import math
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TypeGuard
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 from scipy import stats
@@ -43,6 +40,7 @@ from mmgen.evaluate.report import write_report
 from mmgen.model import MMGenConfig, MMGenModel, build_model
 from mmgen.sequence.batch import prepare
 from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train.command import keep_settings, run_command
 
 WIDTH_STEP = 8
 """Feed-forward widths of arms of equal parameters are multiples of this."""
@@ -256,25 +254,12 @@ def ablate(path: Path, report: Callable[[str], None]) -> Comparison:
 
 def _run(config: Config, arm: Arm, report: Callable[[str], None]) -> Report:
     """Return the report of one run, after training and scoring it if that is not done yet."""
-    folder = config.run.dir
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / "ablation.yaml"
-    wanted = config.model_dump(mode="json")
-    if settings.exists() and yaml.safe_load(settings.read_text()) != wanted:
-        raise ValueError(f"{settings} has other settings than the ablation file now has: choose another `out`")
-    settings.write_text(yaml.safe_dump(wanted, sort_keys=False))
-    scores_file = folder / "report.json"
+    settings = keep_settings(config, "ablation.yaml", "choose another `out` in the ablation file")
+    scores_file = config.run.dir / "report.json"
     if not scores_file.exists():
         for command in ("train", "eval"):
-            report(f"{folder}: {command}")
-            with (folder / f"{command}.log").open("w") as output:
-                words = [sys.executable, "-m", "mmgen.cli", command, "--config", str(settings)]
-                code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT).returncode
-            if code:
-                raise ChildProcessError(
-                    f"{command} of {folder} ended with code {code}: see {output.name}. "
-                    "Repeat the command to resume the ablation"
-                )
+            report(f"{config.run.dir}: {command}")
+            run_command(command, settings)
     scores = json.loads(scores_file.read_text())
     seconds = scores["train_seconds"] / config.train.steps
     return {

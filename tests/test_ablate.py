@@ -124,7 +124,7 @@ def test_runs_resume_and_failures_are_named(tmp_path: Path, config: Config, monk
             (Path(settings["run"]["dir"]) / "report.json").write_text(json.dumps(report))
         return subprocess.CompletedProcess(words, 0)
 
-    monkeypatch.setattr(ablate.subprocess, "run", fake)
+    monkeypatch.setattr(subprocess, "run", fake)
     path, lines = written(tmp_path, config), list[str]()
     with pytest.raises(ChildProcessError, match=r"train of .*transfusion/seed-1 ended with code 1: see .*train\.log"):
         ablate.ablate(path, lines.append)

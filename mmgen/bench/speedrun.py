@@ -7,14 +7,9 @@ checkpoint that reaches the target in both scores, so the time of scoring is not
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
 
 from mmgen.config import Config, choose
 from mmgen.config_io import override
@@ -25,6 +20,7 @@ from mmgen.evaluate.metrics import agreement
 from mmgen.evaluate.report import Generator, arrays, caption_scores, repeated
 from mmgen.evaluate.tasks import TASKS, Task
 from mmgen.train.checkpoint.read import candidates, load_model, read_trainer
+from mmgen.train.command import keep_settings, run_command
 
 CHECKPOINTS = 20
 """Number of checkpoints of a run that are kept and scored."""
@@ -105,7 +101,9 @@ def _attempt(config: Config, seed: int, options: Options, report: Callable[[str]
         "train": {"save_every": every, "keep_every": every, "sample_every": 0, "first_sample": 0, "val_every": 0},
     }
     run = override(config, changes)
-    _train(run, options, report)
+    settings = keep_settings(run, "speedrun.yaml", "choose another --out")
+    report(f"{folder}: training {run.train.steps} steps with {options.threads} threads")
+    run_command("train", settings, options.threads)
     task: Task = choose(TASKS, config.eval.task, "eval.task")()
     judge = Judge(task, config.eval.judge)
     samples = list(read(config.data.val))
@@ -127,21 +125,3 @@ def _attempt(config: Config, seed: int, options: Options, report: Callable[[str]
         if history[-1].reaches(options.target):
             break
     return Attempt(seed, history, history[-1].reaches(options.target))
-
-
-def _train(run: Config, options: Options, report: Callable[[str], None]) -> None:
-    """Train a run to its end, unless it is complete."""
-    folder = run.run.dir
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / "speedrun.yaml"
-    wanted = run.model_dump(mode="json")
-    if settings.exists() and yaml.safe_load(settings.read_text()) != wanted:
-        raise ValueError(f"{settings} has other settings than this command: choose another --out")
-    settings.write_text(yaml.safe_dump(wanted, sort_keys=False))
-    report(f"{folder}: training {run.train.steps} steps with {options.threads} threads")
-    words = [sys.executable, "-m", "mmgen.cli", "train", "--config", str(settings)]
-    with (folder / "train.log").open("a") as output:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-        code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
-    if code:
-        raise ChildProcessError(f"training {folder} ended with code {code}: see {output.name}")
