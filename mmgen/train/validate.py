@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -79,13 +80,17 @@ class Probe:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, log: Log) -> None:
         self.engine, self.tokenizer, self.log = engine, tokenizer, log
-        self.prompts = sample_prompts(engine.config)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The prompts of the sample grids, read when the first grid is due."""
+        return sample_prompts(self.engine.config)
 
     def show(self, step: int) -> None:
         """Draw and validate after a step if due; every rank must call this."""
         config, settings = self.engine.config, self.engine.config.train
         due = step == settings.first_sample or (settings.sample_every and step % settings.sample_every == 0)
-        if self.prompts and due:
+        if due and self.prompts:
             self.log.heartbeat.begin(f"drawing samples of step {step}")
             path = config.run.dir / "samples" / f"step-{step}.png"
             self._draw(path)
