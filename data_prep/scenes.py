@@ -1,10 +1,9 @@
 """Coloured scenes composed of real digits: `python -m data_prep.scenes --out data/scenes`.
 
 A scene is a 16x16 RGB image with one or two handwritten digits. Each digit is in one of four quadrants and has one of
-six colours; two digits of a scene have different colours.
-The digits of `train` and `val` come from the train and val parts of `data_prep.digits`, those of `test` and `heldout`
-from its test part. About one in seven colour-digit combinations occurs only in `heldout`, where every scene contains
-one.
+six colours; two digits of a scene have different colours. The digits of `train` and `val` come from the train and val
+parts of `data_prep.digits`, those of `test` and `heldout` from its test part. About one in seven colour-digit
+combinations occurs only in `heldout`, where every scene contains one.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def compiled_normal(key_J: Tensor, cell_J2: Tensor, draws: int, length: int) -> 
 
     Compiling takes seconds to a minute, so it is worth while on a GPU only.
     """
-    return _keyed_normal(_compiled_four_normal, key_J, cell_J2, draws, length)
+    return _keyed_normal(_compiled(), key_J, cell_J2, draws, length)
 
 
 def _four_normal(a: Tensor, b: Tensor, c: Tensor, d: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -72,13 +73,14 @@ def _four_normal(a: Tensor, b: Tensor, c: Tensor, d: Tensor, low: Tensor, high: 
     return torch.stack([*box_muller(words[0], words[1]), *box_muller(words[2], words[3])], dim=-1)
 
 
-# Without these limits, intermediate words would be written to memory by several kernels.
-_LIMITS: dict[str, Any] = {
-    "realize_opcount_threshold": 4096,
-    "realize_reads_threshold": 64,
-    "realize_acc_reads_threshold": 64,
-}
-_compiled_four_normal = torch.compile(_four_normal, dynamic=True, options=_LIMITS)  # compiled at the first call
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    # Without these limits, several kernels would write intermediate words to memory.
+    limits: dict[str, Any] = {
+        "realize_opcount_threshold": 4096, "realize_reads_threshold": 64, "realize_acc_reads_threshold": 64,
+    }  # fmt: skip
+    compiled: Callable[..., Tensor] = torch.compile(_four_normal, dynamic=True, options=limits)
+    return compiled
 
 
 def _keyed_normal(
