@@ -1,7 +1,8 @@
 """`mmgen bench data`: times reading against webdataset's pipeline, and measures packing, waiting and resuming.
 
 All readers decode with the same functions and return the same token ids and patches, in one process and one thread, in
-alternating rounds. Seconds are processor time, which other programs on the machine affect little.
+alternating rounds. Seconds are processor time, which other programs on the machine affect little. `pictures.py` adds
+the comparison with the bare decoder, on photographs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmgen.bench.pictures import PICTURES, PictureTimes, bench_pictures
 from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.data.loader import Corpus, steps
@@ -126,17 +128,21 @@ class DataTimes:
     document_lengths: dict[str, int]
     """Positions of a document, by percentile."""
     rounds: int
+    pictures: PictureTimes
+    """The loader against the bare decoder."""
 
     def as_dict(self) -> dict[str, object]:
         """Return the times as `mmgen bench data --json` prints them."""
         rates, rest = self.rates, asdict(self)
         del rest["rates"]
+        pictures = rest.pop("pictures")
         return {
             "cold_vs_webdataset": rates["cold"] / rates["webdataset"],
             "warm_vs_webdataset": rates["warm"] / rates["webdataset"],
             **({"cold_vs_spdl": rates["cold"] / rates["spdl"]} if "spdl" in rates else {}),
             **{f"{name}_samples_per_second": value for name, value in rates.items()},
             **rest,
+            **pictures,
         }
 
 
@@ -198,6 +204,7 @@ def bench_data(config: Config, rounds: int, samples: int, report: Callable[[str]
         lost=len(warm.bad),
         document_lengths={str(q): int(np.quantile(lengths, q / 100)) for q in (0, 10, 50, 90, 100)},
         rounds=rounds,
+        pictures=bench_pictures(config, rounds, report, min(samples, PICTURES)),
     )
 
 

@@ -17,12 +17,16 @@ def parity(
     inject: Annotated[
         str | None,
         Parameter(
-            help="Break the decoder on purpose: noisy-context, shifted-t, causal-mask, stale-cache or wrong-position."
+            help="Break the decoder on purpose: noisy-context, shifted-t, causal-mask, stale-cache, wrong-position or "
+            "wrong-settings."
         ),
     ] = None,
     as_json: Json = False,
 ) -> int:
     """Compare what sampling and training compute; code 1 if they differ.
+
+    Images are drawn with the settings `sample` of the configuration. The check proves that the decoder computes what
+    training computes at equal z, t and context. It says nothing about which z, t and contexts training covers.
 
     Example:
         mmgen check parity --config configs/scenes.yaml

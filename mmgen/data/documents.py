@@ -160,8 +160,9 @@ class Documents(ABC):
                 document.append(segment)
                 continue
             rng = keyed(self.config.run.seed, planned.epoch, decoded.shard, decoded.key, "noise", image)
-            blocks = [self.layout.context(segment.grid)]
-            if segment.learn:
+            if not segment.learn:
+                blocks = [self.layout.context(segment.grid)]
+            else:
                 quantile = rng.random() if drawn is None else next(drawn)
                 before, after = bool(texts) and texts[0] < i, bool(texts) and texts[-1] > i
                 key = int(rng.integers(-(2**63), 2**63))
@@ -184,8 +185,8 @@ class Documents(ABC):
         spare = 2 + sum(self._positions(segment, segment is segments[-1]) for segment in segments) - length
         kept: list[TextSegment | DecodedImage] = []
         for segment in reversed(segments):
-            if isinstance(segment, TextSegment):
-                ids = segment.ids[: max(0, len(segment.ids) - max(0, spare))]
+            if spare > 0 and isinstance(segment, TextSegment):
+                ids = segment.ids[: max(0, len(segment.ids) - spare)]
                 spare -= len(segment.ids) - len(ids)
                 segment = replace(segment, ids=ids)
             if isinstance(segment, DecodedImage) or segment.ids:

@@ -20,6 +20,8 @@ Hashes = NDArray[np.uint64]
 PATTERN = 1 << 14
 """Period of the sequence of a mixture's sources, in documents; weights are exact to 1 in this number."""
 ROUNDS = 6
+LEAST_BITS = 4
+"""Half the bits of the smallest network of `permuted`."""
 
 
 def _digest(parts: tuple[object, ...]) -> bytes:
@@ -62,7 +64,7 @@ def permuted(numbers: Ints, count: int, *parts: object) -> Ints:
     A Feistel network on the next larger power of four, applied until the result is below `count` (cycle walking,
     Black and Rogaway 2002).
     """
-    half = np.uint64(max(4, ((max(count, 2) - 1).bit_length() + 1) // 2))
+    half = np.uint64(max(LEAST_BITS, ((max(count, 2) - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     keys = [_salts((*parts, r))[0] for r in range(ROUNDS)]
 
@@ -72,10 +74,21 @@ def permuted(numbers: Ints, count: int, *parts: object) -> Ints:
             left, right = right, left ^ (mix(right ^ key) & mask)
         return (left << half) | right
 
+    if half == LEAST_BITS:  # a short range may take hundreds of rounds, each of which is then one look-up
+        table = once(np.arange(1 << (2 * int(half)), dtype=np.uint64)).tolist()
+        return np.array([_walked(table, number, count) for number in numbers.tolist()], dtype=np.int64)
     values = once(numbers.astype(np.uint64))
     while (outside := values >= np.uint64(count)).any():
         values[outside] = once(values[outside])
     return values.astype(np.int64)
+
+
+def _walked(table: Sequence[int], number: int, count: int) -> int:
+    """Follow a permutation from `number` to the first value below `count`."""
+    number = table[number]
+    while number >= count:
+        number = table[number]
+    return number
 
 
 def epoch_order(count: int, seed: object, epoch: int, where: range | None = None, block: int = 1) -> Ints:

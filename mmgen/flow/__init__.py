@@ -10,7 +10,7 @@ steps. A time t is a scalar or has as many axes as z, so that it broadcasts agai
 from mmgen.flow.adaptive import solve_adaptive
 from mmgen.flow.bridge import drive
 from mmgen.flow.field import Field, FiniteSet, GaussianMixture
-from mmgen.flow.guide import Guidance, classifier, classifier_free
+from mmgen.flow.guide import Guidance, classifier, classifier_free, gradient_of
 from mmgen.flow.likelihood import Ode, bits_per_dim, slerp
 from mmgen.flow.loss import WEIGHTS, FlowLoss, min_snr
 from mmgen.flow.path import KINDS, Path
@@ -46,6 +46,7 @@ __all__ = [
     "cosine_grid",
     "discrete",
     "drive",
+    "gradient_of",
     "log_snr_grid",
     "min_snr",
     "normal",

@@ -91,6 +91,20 @@ def classifier_free(conditional: Tensor, unconditional: Tensor, t: Tensor, guida
     return guided
 
 
+def gradient_of(
+    log_likelihood: Callable[[Tensor, Tensor], Tensor], scale: GuidanceScale = 1.0
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function (z, t) to scale * grad log p(y | z), of the shape of z; see `classifier`."""
+
+    def gradient(z: Tensor, t: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = z.detach().clone().requires_grad_()
+            (slope,) = torch.autograd.grad(log_likelihood(leaf, t.clone()).sum(), leaf)
+        return _weight(scale, t, z) * slope
+
+    return gradient
+
+
 def classifier(
     path: Path,
     velocity: Callable[[Tensor, Tensor], Tensor],
@@ -117,11 +131,10 @@ def classifier(
         ValueError: in the returned function, shapes that do not fit, or times at which the path diverges.
     """
 
+    gradient = gradient_of(log_likelihood, scale)
+
     def guided(z: Tensor, t: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = z.detach().clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(log_likelihood(leaf, t.clone()).sum(), leaf)
         # At fixed z, v is affine in the score: adding to the score adds a multiple of it to v.
-        return velocity(z, t) + path.gain("score", "v", t, clip) * _weight(scale, t, z) * gradient
+        return velocity(z, t) + path.gain("score", "v", t, clip) * gradient(z, t)
 
     return guided

@@ -31,7 +31,7 @@ from mmgen.flow.grid import AffineSteps, Grid
 from mmgen.flow.langevin import annealed_langevin, langevin, predictor_corrector
 from mmgen.flow.path import Path
 from mmgen.flow.schedule import LinearPath
-from mmgen.flow.steps import Noise, Solver, add, add_to, normal, take
+from mmgen.flow.steps import Noise, Pull, Solver, add, add_to, normal, take
 
 Level = Callable[[Path, Tensor], Tensor]
 """(path, t) to the noise rate w(t) of an SDE."""
@@ -141,22 +141,38 @@ def ddim(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Noise | N
     return (yield from take(z, grid, grid.ddim(eta), noise or normal()))
 
 
-def ancestral(z: Tensor, times: Tensor, *, path: Path | None = None, noise: Noise | None = None) -> Solver:
+def ancestral(
+    z: Tensor,
+    times: Tensor,
+    *,
+    path: Path | None = None,
+    noise: Noise | None = None,
+    gradient: Pull | None = None,
+) -> Solver:
     """Ancestral sampling, the solver of DDPM, on any path and grid.
 
     From time k to j it draws from q(z_j | z_k, x) at the denoised estimate x (Ho et al. 2020). With
     c = 1 - exp(log-SNR_k - log-SNR_j), the mean is alpha_j (z (1 - c) / alpha_k + c x) and the variance c sigma_j^2
     (Kingma et al. 2021, appendix A.4). Requests the denoised estimate and ends on it at t = 1.
 
+    Args:
+        z: the initial state, [R, ...].
+        times: [N + 1] or [N + 1, R], rising.
+        path: `LinearPath()` by default.
+        noise: standard normal by default.
+        gradient: classifier guidance: (z, t) to the gradient of log p(y | z_t), of the shape of z, times the guidance
+            scale; `mmgen.flow.guide.gradient_of` makes one of a classifier. The mean of each step moves by the variance
+            of the step times the gradient at its start (Dhariwal and Nichol 2021, algorithm 1).
+
     Raises:
-        ValueError: times that do not fit.
+        ValueError: times that do not fit, or a gradient of another shape than z.
     """
     grid = Grid(z, times, path or LinearPath())
     noise_levels = grid.noise_levels()
     # (1 - c) alpha_j / alpha_k, in a form that also holds where alpha_k is zero.
     by_z = noise_levels.alpha_k * noise_levels.sigma_j.square() / (noise_levels.alpha_j * noise_levels.sigma_k.square())
     by_x = (1 - noise_levels.kept).clamp(min=0) * noise_levels.alpha_j
-    return (yield from take(z, grid, AffineSteps(by_x, by_z, noise_levels.std), noise or normal()))
+    return (yield from take(z, grid, AffineSteps(by_x, by_z, noise_levels.std), noise or normal(), pull=gradient))
 
 
 def dpmpp_2m(z: Tensor, times: Tensor, *, path: Path | None = None) -> Solver:
@@ -208,23 +224,26 @@ def euler_maruyama(
 ) -> Solver:
     """Euler-Maruyama for the SDE with any noise rate w(t): weak order 1, one evaluation per step.
 
-    The SDE is dz = (v + w^2 score / 2) dt + w dW. It has the marginals of the path for every w(t) >= 0 (Albergo et al.
-    2023, section 2.4). w = 0 is the ODE, and w = g is the reverse SDE of Song et al. 2021, eq. 6. Requests v.
+    With rising times, from noise to data, the SDE is dz = (v + w^2 score / 2) dt + w dW. With falling times, from data
+    to noise, it is dz = (-v + w^2 score / 2) |dt| + w dW. Both have the marginals of the path for every w(t) >= 0
+    (Albergo et al. 2023, section 2.4). w = 0 is the ODE. w = g is the reverse SDE of Song et al. 2021, eq. 6, and with
+    falling times the noising SDE dz = f z |dt| + g dW, in which the field has no part. Requests v.
 
     Args:
         z: the initial state, [R, ...].
-        times: [N + 1] or [N + 1, R], rising.
+        times: [N + 1] or [N + 1, R], rising; with `end="full"` they may fall instead.
         path: `LinearPath()` by default.
         noise: standard normal by default.
         level: the noise rate w: a name of `LEVELS`, or a function (path, t) to a tensor of the shape of t.
         end: as in `runge_kutta`.
 
     Raises:
-        ValueError: an unknown or negative noise rate, an unknown end, or a time at which the rate or score diverges.
+        ValueError: an unknown or negative noise rate, an unknown end, or a time at which v, the rate or the score
+            diverges.
     """
     path = path or LinearPath()
     _check_end(end)
-    grid = Grid(z, times, path)
+    grid = Grid(z, times, path, rising=end == "clean")
     if isinstance(level, str):
         if level not in LEVELS:
             raise ValueError(f"unknown level '{level}' (one of: {', '.join(LEVELS)}; or a function of path and t)")
@@ -234,14 +253,16 @@ def euler_maruyama(
     h, start = grid.gaps, grid.t[:-1]
     if grid.resting:
         start = torch.where(grid.still, 0.5, start)  # any time will do: the step of a resting sample is zero
+    path.require("v", start)
     w = torch.as_tensor(level(path, start), dtype=start.dtype)
     if w.shape not in (start.shape, ()) or not bool((w >= 0).all()):
         raise ValueError(
             f"level must return one noise rate per time, none negative, in the shape {tuple(start.shape)}; got {w}"
         )
-    by_v, by_z = path.coefficients("v", "score", start, clip=0.0)
+    # Where w is zero the score has no part; it may diverge there, as at the data.
+    by_v, by_z = path.coefficients("v", "score", torch.where(w == 0, 0.5, start), clip=0.0)
     half = w.square() / 2
-    p, q, s = h * (1 + half * by_v), 1 + h * half * by_z, h.sqrt() * w
+    p, q, s = h + h.abs() * half * by_v, 1 + h.abs() * half * by_z, h.abs().sqrt() * w
     if end == "clean":
         jumps, clean = grid.arriving, grid.to_clean()
         p, q, s = torch.where(jumps, clean[0], p), torch.where(jumps, clean[1], q), torch.where(jumps, 0.0, s)
@@ -260,6 +281,8 @@ class SolverKind:
     """Whether the function has an argument `noise`."""
     from_noise: bool = True
     """Whether the solver moves from noise to data."""
+    noisy_with: str = ""
+    """The option without which a stochastic solver adds no noise."""
 
 
 SOLVERS: dict[str, SolverKind] = {
@@ -269,13 +292,19 @@ SOLVERS: dict[str, SolverKind] = {
     "rk4": SolverKind(rk4, "v"),
     "euler_maruyama": SolverKind(euler_maruyama, "v", stochastic=True),
     "ancestral": SolverKind(ancestral, "x", stochastic=True),
-    "ddim": SolverKind(ddim, "x", stochastic=True),
+    "ddim": SolverKind(ddim, "x", stochastic=True, noisy_with="eta"),
     "dpmpp_2m": SolverKind(dpmpp_2m, "x"),
     "predictor_corrector": SolverKind(predictor_corrector, "x", stochastic=True),
     "annealed_langevin": SolverKind(annealed_langevin, "x", stochastic=True),
     "langevin": SolverKind(langevin, "x", stochastic=True, from_noise=False),
 }
 """All solvers, by name."""
+NOISY = tuple(
+    name + (f" with {kind.noisy_with}" if kind.noisy_with else "")
+    for name, kind in SOLVERS.items()
+    if kind.stochastic and kind.from_noise
+)
+"""The solvers that start from noise and add noise on the way, for messages."""
 
 
 @cache
@@ -312,6 +341,18 @@ def build_solver(name: str, z: Tensor, times: Tensor, path: Path, noise: Noise |
     if kind.stochastic:
         options["noise"] = noise
     return kind.make(z, times, path=path, **options)
+
+
+def adds_noise(name: str, times: Tensor, path: Path, **options: Any) -> bool:
+    """Return whether the solver `name` draws noise on this grid with these options; see `build_solver`."""
+    drawn: list[Tensor] = []
+
+    def noise(z: Tensor) -> Tensor:
+        drawn.append(z)
+        return torch.zeros_like(z)
+
+    solve(build_solver(name, torch.zeros(1, dtype=torch.float64), times, path, noise, **options), lambda z, t: z)
+    return bool(drawn)
 
 
 def solve(solver: Solver, field: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

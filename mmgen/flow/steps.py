@@ -15,6 +15,9 @@ Solver = Generator[tuple[Tensor, Tensor], Tensor, Tensor]
 Noise = Callable[[Tensor], Tensor]
 """Returns standard normal noise of the shape, type and device of its argument."""
 
+Pull = Callable[[Tensor, Tensor], Tensor]
+"""(z, t) to a gradient of the shape of z, in whose direction a stochastic step moves its mean."""
+
 
 class Correction(Protocol):
     """Changes z at time i of a grid, between two steps."""
@@ -58,14 +61,34 @@ def add_noise(z: Tensor, coefficient: Coefficient, noise: Noise) -> Tensor:
     return add_to(z, coefficient, n)
 
 
-def take(z: Tensor, grid: Grid, steps: AffineSteps, noise: Noise, correct: Correction | None = None) -> Solver:
-    """Take affine steps along a grid; `correct`, if given, follows every step except the last."""
+def take(
+    z: Tensor,
+    grid: Grid,
+    steps: AffineSteps,
+    noise: Noise,
+    correct: Correction | None = None,
+    pull: Pull | None = None,
+) -> Solver:
+    """Take affine steps along a grid.
+
+    `correct`, if given, follows every step except the last. `pull`, if given, moves the mean of every step with noise
+    by its variance times the gradient at its start.
+    """
     t = grid.starts().unbind()
     p, q, s = grid.send(steps.by_estimate), grid.send(steps.by_z), grid.send(steps.std)
+    variance = grid.send(steps.std.square())
     noisy = (steps.std > 0).flatten(1).any(1).tolist()
     for i in range(grid.steps):
         estimate = yield z, t[i]
+        gradient = pull(z, t[i]) if pull is not None and noisy[i] else None
         z = add_to(q[i] * z, p[i], estimate)
+        if gradient is not None:
+            if gradient.shape != z.shape:
+                raise ValueError(
+                    f"the gradient has shape {tuple(gradient.shape)} but the state has shape {tuple(z.shape)}: they "
+                    "must be equal"
+                )
+            z = add_to(z, variance[i], gradient)
         if noisy[i]:
             z = add_noise(z, s[i], noise)
         if correct is not None and i < grid.steps - 1:

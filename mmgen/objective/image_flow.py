@@ -14,7 +14,7 @@ from mmgen.flow.guide import Guidance, classifier_free
 from mmgen.flow.loss import WEIGHT_SPACES, WEIGHTS, FlowLoss
 from mmgen.flow.path import Path
 from mmgen.flow.schedule import PATHS, ScaledNoise
-from mmgen.flow.solvers import SOLVERS, build_solver
+from mmgen.flow.solvers import NOISY, SOLVERS, adds_noise, build_solver
 from mmgen.flow.steps import Noise
 from mmgen.flow.time import shifted_grid
 
@@ -95,10 +95,11 @@ class ImageFlow:
                 f"sample.solver '{sample.solver}' only corrects samples at one time: choose one that starts from noise"
             )
         temperature = sample.noise_temperature
-        if temperature != 1 and not kind.stochastic:
+        if temperature != 1 and not adds_noise(sample.solver, times, self.path, **sample.solver_options):
+            options = " with these sample.solver_options" if kind.stochastic else ""
             raise ValueError(
-                f"sample.noise_temperature is {temperature}, but the solver '{sample.solver}' adds no noise: "
-                "set sample.solver to euler_maruyama, ancestral or ddim with eta, or sample.noise_temperature to 1"
+                f"sample.noise_temperature is {temperature}, but the solver '{sample.solver}' adds no noise{options}: "
+                f"set sample.solver to one that does ({', '.join(NOISY)}), or sample.noise_temperature to 1"
             )
 
         def noise(like: Tensor) -> Tensor:

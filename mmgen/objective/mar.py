@@ -8,7 +8,6 @@ predicts the next patch.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmgen.config import HeadConfig, MaskRatioConfig, ObjectiveConfig, PatcherConfig, SampleConfig, choose
+from mmgen.flow.steps import Noise
 from mmgen.flow.time import TIMES
 from mmgen.image.patch import Floats, Grid, raster
 from mmgen.objective.image_flow import FlowSpec, Given, ImageFlow
@@ -31,7 +31,7 @@ from mmgen.objective.interface import (
     ImageSpec,
 )
 from mmgen.objective.layers import CellEmbedding, OutputLinear, TimeEmbedding, build_projection
-from mmgen.objective.replay import TOLERANCE, Replay, redraw
+from mmgen.objective.replay import Replay, redraw
 from mmgen.sequence.batch import Batch, Cells
 from mmgen.sequence.document import Block
 
@@ -279,22 +279,27 @@ class MARObjective(ImageObjective):
             self._replay_unmasking(replay)
 
     def _replay_unmasking(self, replay: Replay) -> None:
-        image, n = replay.image, len(replay.image.noise_NP)
-        embedded_ND = self.place(torch.from_numpy(raster(image.grid)))
-        shown = [(inputs - embedded_ND - self.mask_vector).abs().amax(1) > TOLERANCE for inputs in image.inputs]
-        shown.append(torch.ones(n, dtype=torch.bool))
-        for i, (seen_N, after_N) in enumerate(pairwise(shown)):
-            now_N = after_N & ~seen_N
+        """The order of unmasking follows from the first recorded noise; the steps follow from the settings."""
+        image, n, done = replay.image, len(replay.image.noise_NP), 0
+        reveal_N, further = image.draws[0].argsort(), iter(image.draws[1:])
+        for i, count in enumerate(unmask_counts(n, image.sample.unmask_steps)):
+            now_n, unseen_N = reveal_N[done : done + count], torch.ones(n, dtype=torch.bool)
+            unseen_N[reveal_N[:done]] = False
+            done += count
 
-            def put(batch: Batch, at: Tensor, seen_N: Tensor = seen_N) -> None:
-                batch.x_IP[at] = image.x_NP * seen_N.unsqueeze(1)
-                batch.draws["masked"][at] = (~seen_N).to(torch.float64)
-                batch.loss_at_J = at[~seen_N]
+            def put(batch: Batch, at: Tensor, unseen_N: Tensor = unseen_N) -> None:
+                batch.x_IP[at] = image.x_NP * ~unseen_N.unsqueeze(1)
+                batch.draws["masked"][at] = unseen_N.to(torch.float64)
+                batch.loss_at_J = at[unseen_N]
 
-            hidden = [trained.hidden_JD[now_N[~seen_N]] for trained in replay.train(f"step {i}", slice(i, i + 1), put)]
-            scale = torch.tensor(guidance_at(float(after_N.double().mean()), image.sample), dtype=torch.float64)
-            drawn = self._redraw(image.noise_NP[now_N], hidden, scale, image.sample.steps)
-            replay.compare(f"step {i}", image.x_NP[now_N], drawn)
+            learned_n = unseen_N.cumsum(0)[now_n] - 1  # index among the patches that are learned in this step
+            hidden = [
+                trained.hidden_JD[learned_n].unsqueeze(0) for trained in replay.train(f"step {i}", slice(i, i + 1), put)
+            ]
+            scale = guidance_at(done / n, image.sample)
+            noise_1nP = image.noise_NP[now_n].unsqueeze(0)
+            drawn = self._redraw(noise_1nP, hidden, scale, image.sample, lambda z: next(further).unsqueeze(0))
+            replay.compare(f"step {i}", image.x_NP[now_n], drawn[0])
 
     def _replay_next_patches(self, replay: Replay) -> None:
         image, n = replay.image, len(replay.image.noise_NP)
@@ -302,20 +307,27 @@ class MARObjective(ImageObjective):
         def put(batch: Batch, at: Tensor) -> None:
             batch.x_IP[at] = image.x_NP[image.order_N]
 
-        hidden = [trained.hidden_JD for trained in replay.train("", slice(None), put)]
-        scales = [guidance_at((k + 1) / n, image.sample) for k in range(n)]
-        scale_N1 = torch.tensor(scales, dtype=torch.float64).unsqueeze(1)
-        drawn = self._redraw(image.noise_NP[image.order_N], hidden, scale_N1, image.sample.steps)
-        replay.compare("", image.x_NP[image.order_N], drawn)
+        hidden = [trained.hidden_JD.unsqueeze(1) for trained in replay.train("", slice(None), put)]
+        scale_N11 = torch.tensor([guidance_at((k + 1) / n, image.sample) for k in range(n)], dtype=torch.float64)
+        each = len(image.draws) // n  # the decoder drew the patches one after another, here they are drawn together
+        further = iter([torch.stack(image.draws[d::each]) for d in range(each)])
+        noise_N1P = image.noise_NP[image.order_N].unsqueeze(1)
+        drawn = self._redraw(noise_N1P, hidden, scale_N11.view(n, 1, 1), image.sample, lambda z: next(further))
+        replay.compare("", image.x_NP[image.order_N], drawn.squeeze(1))
 
-    def _redraw(self, noise: Tensor, hidden: list[Tensor], scale: Tensor, steps: int) -> Tensor:
-        """Patches that the head draws from hidden states, which are one tensor for each guidance lane."""
+    def _redraw(
+        self, noise_RnP: Tensor, hidden: list[Tensor], scale: float | Tensor, sample: SampleConfig, further: Noise
+    ) -> Tensor:
+        """Patches [R, n, P] that the head draws from hidden states [R, n, D], one tensor for each guidance lane."""
         states = [self.head.state(h) for h in hidden]
+        if self.section.head.kind == "mse":
+            means = [self._regress(state, noise_RnP) for state in states]
+            return means[-1] + scale * (means[0] - means[-1])
 
         def outputs(z: Tensor, t: Tensor) -> list[Tensor]:
-            return [self.head(z, t.expand(len(z)), state) for state in states]
+            return [self.head(z, t, state) for state in states]
 
-        return redraw(self.flow, outputs, noise, scale, steps)
+        return redraw(self.flow, outputs, noise_RnP, scale, sample, further)
 
 
 def mask_ratio(quantile: float, settings: MaskRatioConfig) -> float:

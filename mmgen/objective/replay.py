@@ -9,13 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmgen.config import SampleConfig
+from mmgen.flow.solvers import SOLVERS, build_solver, solve
+from mmgen.flow.steps import Noise
 from mmgen.image.patch import Grid
 from mmgen.objective.image_flow import ImageFlow
 from mmgen.sequence.batch import Batch
@@ -33,10 +34,12 @@ class SampledImage:
     grid: Grid
     order_N: Tensor
     noise_NP: Tensor
+    """The noise from which the solver started."""
     x_NP: Tensor
-    inputs: list[Tensor]
-    """Inputs [n, D] of the conditional lane, one tensor for each backbone call."""
+    draws: list[Tensor]
+    """All further noise, in the order in which the decoder drew it."""
     sample: SampleConfig
+    """The sampling settings of the user."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,57 @@ class Replay(ABC):
 
 
 def redraw(
-    flow: ImageFlow, outputs: Callable[[Tensor, Tensor], list[Tensor]], noise: Tensor, scale: Tensor, steps: int
+    flow: ImageFlow,
+    outputs: Callable[[Tensor, Tensor], list[Tensor]],
+    noise_RnP: Tensor,
+    scale: float | Tensor,
+    sample: SampleConfig,
+    further: Noise,
 ) -> Tensor:
-    """Clean patches from noise by Euler steps of the guided flow, independent of the solvers of `mmgen.flow`.
+    """Draw clean patches [R, n, P] with the sampling settings, from outputs that training's forward pass gave.
 
-    `outputs(z, t)` returns the outputs of the network for each guidance lane, the conditional lane first.
+    The time grid, guidance, its corrections and the clipping are written here a second time, without the code that the
+    decoder uses. The solver is that of `mmgen.flow`, which its own tests compare with other libraries.
+
+    Args:
+        flow: the flow of the objective.
+        outputs: (z, t) to the outputs of the network for each guidance lane, the conditional lane first.
+        noise_RnP: the noise from which the decoder's solver started.
+        scale: guidance scale, a number or [R, 1, 1].
+        sample: the sampling settings.
+        further: returns the recorded noise of a stochastic solver, in order.
     """
-    times = torch.arange(steps + 1, dtype=torch.float64) / steps
-    z: Tensor = noise * flow.path.sigma(times[0])
-    for t, following in pairwise(times):
-        prediction = flow.settings.prediction
-        v = [flow.path.convert(prediction, "v", output, z, t, 1e-6) for output in outputs(z, t)]
-        conditional, unconditional = v
-        z = z + (following - t) * (unconditional + scale * (conditional - unconditional))
-    return z
+    path, kind = flow.path, SOLVERS[sample.solver]
+    even = torch.arange(sample.steps + 1, dtype=torch.float64) / sample.steps
+    times = even / (even + sample.time_shift * (1 - even))
+    clip = path.smallest_level(times)
+
+    def answer(z: Tensor, t: Tensor) -> Tensor:
+        v = [path.convert(flow.settings.prediction, "v", output, z, t, clip) for output in outputs(z, t)]
+        guided = v[0] if len(v) == 1 else _guided(v[0], v[1], t, scale, sample)
+        x = path.convert("v", "x", guided, z, t, clip)
+        if sample.clean_range is None:
+            return x if kind.asks == "x" else guided
+        return path.convert("x", kind.asks, x.clamp(*sample.clean_range), z, t, clip)
+
+    solver = build_solver(
+        sample.solver,
+        noise_RnP * path.sigma(times[0]),
+        times,
+        path,
+        lambda z: sample.noise_temperature * further(z),
+        **sample.solver_options,
+    )
+    return solve(solver, answer)
+
+
+def _guided(conditional: Tensor, other: Tensor, t: Tensor, scale: float | Tensor, sample: SampleConfig) -> Tensor:
+    """Return the guided velocity of R images, each with its own deviation and norm."""
+    low, high = sample.guidance_interval
+    v = other + (scale if low <= float(t) <= high else 1.0) * (conditional - other)
+    deviations = [one.flatten(1).std(1, correction=0).view(-1, 1, 1) for one in (conditional, v)]
+    v = v * (1 - sample.guidance_rescale + sample.guidance_rescale * deviations[0] / deviations[1])
+    if sample.guidance_renorm:
+        norms = [one.flatten(1).norm(dim=1).view(-1, 1, 1) for one in (conditional, v)]
+        v = v * (norms[0] / norms[1]).clamp(max=1.0)
+    return v

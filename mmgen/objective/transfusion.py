@@ -131,23 +131,33 @@ class TransfusionObjective(ImageObjective):
             return clean
 
     def replay(self, replay: Replay) -> None:
-        """Draw an image again: each solver step is one forward pass of training with the z and t of that step."""
-        image, steps = replay.image, count()
+        """Draw an image again: each evaluation of the solver is one forward pass of training with its z and t."""
+        image, steps, path = replay.image, count(), self.flow.path
 
         def output(trained: Trained, t: Tensor) -> Tensor:
             j = trained.at_J
             cells = Cells(trained.batch.image_I[j], trained.batch.cell_I2[j])
             noised: Noised = trained.state
             memory = None if noised.memory is None else noised.memory[j]
-            return self.projection.leave.leave(trained.hidden_JD, memory, t.expand(len(j)), cells)
+            return self.projection.leave.leave(trained.hidden_JD, memory, t.expand(len(j)), cells).unsqueeze(0)
 
         def outputs(z: Tensor, t: Tensor) -> list[Tensor]:
             def put(batch: Batch, at: Tensor) -> None:
-                batch.x_IP[at], batch.draws["t"][at] = 0.0, t
-                batch.eps_JKP[torch.isin(batch.loss_at_J, at), 0] = z / self.flow.path.sigma(t)
+                # z is given as data alone or as noise alone, whichever has the larger weight.
+                data, learned = bool(path.alpha(t) > path.sigma(t)), torch.isin(batch.loss_at_J, at)
+                batch.x_IP[at], batch.draws["t"][at] = z[0] / path.alpha(t) if data else 0.0, t
+                batch.eps_JKP[learned, 0] = 0.0 if data else z[0] / path.sigma(t)
 
             step = next(steps)
             return [output(trained, t) for trained in replay.train(f"t = {float(t):.2f}", slice(step, step + 1), put)]
 
-        scale = torch.tensor(image.sample.guidance_scale, dtype=torch.float64)
-        replay.compare("", image.x_NP, redraw(self.flow, outputs, image.noise_NP, scale, image.sample.steps))
+        further = iter(image.draws)
+        drawn = redraw(
+            self.flow,
+            outputs,
+            image.noise_NP.unsqueeze(0),
+            image.sample.guidance_scale,
+            image.sample,
+            lambda z: next(further).unsqueeze(0),
+        )
+        replay.compare("", image.x_NP, drawn[0])

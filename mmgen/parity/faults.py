@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,12 @@ def late(objective: ImageObjective, spec: ImageSpec) -> Drawing:
     return drawing
 
 
+def another_step(objective: ImageObjective, spec: ImageSpec) -> Drawing:
+    """Draw with one solver step more than the settings say."""
+    sample = spec.sample.model_copy(update={"steps": spec.sample.steps + 1})
+    return objective.generate(replace(spec, sample=sample))
+
+
 def causal(q: Sites, k: Sites) -> Tensor:
     """The attention rule without bidirectional attention: patches do not see later patches of their image."""
     return dense_visible(q, k) & (k.slot.unsqueeze(1) <= q.slot.unsqueeze(2))
@@ -86,5 +93,6 @@ FAULTS: dict[str, Parts] = {
     "causal-mask": Parts(visible=causal),
     "stale-cache": Parts(cache=FirstWins),
     "wrong-position": Parts(writer=CountingWriter),
+    "wrong-settings": Parts(generate=another_step),
 }
 """The faults of `mmgen check parity --inject`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmgen.generate.parts import CanvasCall, LaneCall, Observer
 from mmgen.image.patch import Grid
-from mmgen.objective import ImageSpec
+from mmgen.objective import Drawing, ImageObjective, ImageSpec
 from mmgen.sequence.document import Strip
 
 
@@ -53,6 +53,10 @@ class DrawnImage:
     grid: Grid
     order_N: NDArray[np.int64]
     noise_NP: Tensor
+    lanes: int
+    """Number of guidance lanes."""
+    draws: list[Tensor] = field(default_factory=list)
+    """All further noise, in the order in which it was drawn."""
     calls: list[list[list[Fed]]] = field(default_factory=list)
     """[call][guidance lane][position] of the patches that were fed."""
     x_NP: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -68,20 +72,39 @@ class _Lane:
 
 
 class Recorder(Observer):
-    """Records what every lane was fed and what it attended to."""
+    """Records what every lane was fed and what it attended to, and the noise of stochastic solvers.
 
-    def __init__(self) -> None:
+    The noise is recorded only if `generate` is a part of the decoder; it draws with `inner`.
+    """
+
+    def __init__(self, inner: Callable[[ImageObjective, ImageSpec], Drawing]) -> None:
+        self._inner = inner
         self.fed: dict[int, list[Fed]] = {}
         """Positions of text and finished images, by lane."""
         self.drawn: dict[int, list[DrawnImage]] = {}
         """Images by request, whose index is also that of its conditional lane."""
         self._lanes: dict[int, _Lane] = {}
+        self._opened: list[DrawnImage] = []
 
     def opened(self, requests: Sequence[int], spec: ImageSpec) -> None:
         for i, request in enumerate(requests):
             order_N = spec.order_RN[i].cpu().numpy()
-            image = DrawnImage(self._lanes[request].images, spec.grid, order_N, spec.noise_RNP[i].clone())
+            lanes = len(spec.opening_GRD)
+            image = DrawnImage(self._lanes[request].images, spec.grid, order_N, spec.noise_RNP[i].clone(), lanes)
             self.drawn.setdefault(request, []).append(image)
+        self._opened = [self.drawn[request][-1] for request in requests]
+
+    def generate(self, objective: ImageObjective, spec: ImageSpec) -> Drawing:
+        """Draw the images that were opened last, and record the noise that this takes."""
+        images = self._opened
+
+        def noise(like: Tensor) -> Tensor:
+            drawn = spec.noise(like)
+            for image, one in zip(images, drawn, strict=True):
+                image.draws.append(one.clone())
+            return drawn
+
+        return self._inner(objective, replace(spec, noise=noise))
 
     def drew(self, requests: Sequence[int], x_RNP: Tensor) -> None:
         for request, x_NP in zip(requests, x_RNP, strict=True):

@@ -101,7 +101,8 @@ class Reference:
         site = ImageSite(picture.grid, text_before=True, text_after=True, quantile=0.4, key=0)
         blocks = self.layout.blocks(site, rng)
         if self.layout.copies == 1 and not learning:
-            # In sampling a finished image is always clean; in training its only copy may be noisy.
+            # In sampling a finished image is always clean, at t = 1; in training its only copy may be noisy, and few
+            # timestep distributions come near t = 1.
             clean = self.layout.context(picture.grid).draws
             blocks = [replace(block, draws=clean, loss=False) for block in blocks]
         return [replace(block, order_N=picture.order_N) for block in blocks]
@@ -132,10 +133,12 @@ class ImageReplay(Replay):
             order_N=torch.from_numpy(drawn.order_N),
             noise_NP=drawn.noise_NP,
             x_NP=drawn.x_NP,
-            inputs=[torch.stack([fed.inputs_D for fed in call[0]]) for call in drawn.calls],
+            draws=drawn.draws,
             sample=sample,
         )
         self.where = ""
+        self.used = 0
+        """Number of backbone calls that were compared."""
         self.documents: list[Document] = []
         """The document of each guidance lane."""
 
@@ -143,11 +146,14 @@ class ImageReplay(Replay):
         """Compare the image with training; `segments` are the whole document that contains it."""
         at = [i for i, segment in enumerate(segments) if isinstance(segment, Picture)][self.drawn.number]
         self.where = where
-        self.documents = [Document(segments[: at + 1], self.drawn.number), Document([segments[at]], 0)]
+        documents = [Document(segments[: at + 1], self.drawn.number), Document([segments[at]], 0)]
+        self.documents = documents[: self.drawn.lanes]
         self.reference.model.objective.replay(self)
+        self.report.calls(where, len(self.drawn.calls), self.used)
 
     def train(self, step: str, calls: slice, put: Put) -> list[Trained]:
         trained = []
+        self.used += len(range(*calls.indices(len(self.drawn.calls))))
         for lane, document in enumerate(self.documents):
             reading = self.reference.read(document, put)
             sampled = [fed for call in self.drawn.calls[calls] for fed in call[lane]]

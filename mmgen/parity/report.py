@@ -59,6 +59,11 @@ class Report:
         self.largest.patches = max(self.largest.patches, difference)
         self._bound(where, "patches", difference)
 
+    def calls(self, where: str, made: int, compared: int) -> None:
+        """Compare the number of backbone calls for an image with the number that the settings ask for."""
+        if made != compared:
+            self._note(where, f"the decoder made {made} backbone calls, of which the settings explain {compared}")
+
     def _position(self, where: str, fed: Fed, trained: Fed) -> None:
         self.positions += 1
         if fed.position != trained.position:

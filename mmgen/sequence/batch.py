@@ -21,6 +21,7 @@ from mmgen.image.patch import Grid, Patcher, Patches, raster
 from mmgen.sequence.attention import Sites
 from mmgen.sequence.document import Block, ImagePatches, Opening, PlacedBlock, Strip
 from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.sequence.wire import pack, unpack
 
 
 class Cells(NamedTuple):
@@ -97,6 +98,18 @@ class RawBatch(Rows):
     """Key of the noise of each image copy, int64."""
     noise_draws: int
     """Number of draws of noise for each learned patch, K."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a loader worker sends: the patches as they are, everything else in a few bytes per patch."""
+        plain = vars(self)
+        tensors = {name: value for name, value in plain.items() if isinstance(value, Tensor)}
+        patches_UP = tensors.pop("patches_UP")
+        rest = {name: value for name, value in plain.items() if not isinstance(value, Tensor) and name != "draws"}
+        return {"patches_UP": patches_UP, "tensors": pack(tensors), "draws": pack(self.draws), **rest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors, draws = unpack(state.pop("tensors")), unpack(state.pop("draws"))
+        vars(self).update(state | tensors, draws=draws)
 
     def pin_memory(self) -> RawBatch:
         """A copy in page-locked memory, which a GPU can copy while it computes."""
@@ -238,7 +251,10 @@ def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
     label = next_tokens(ids, document, block, learned, tokenizer)
     starts = np.cumsum([0] + [len(image.x_NP) for image in images])
     counts = [len(p.block.order_N) for p in placed]
-    losses = [np.broadcast_to(p.block.loss, n) for p, n in zip(placed, counts, strict=True)]
+    losses = [
+        p.block.loss if isinstance(p.block.loss, np.ndarray) else np.full(n, p.block.loss)
+        for p, n in zip(placed, counts, strict=True)
+    ]
     empty = np.zeros((0, form.patches.length), form.patches.dtype)
     drawn = [form.nothing.draws, *(p.block.draws for p in placed)]
     return RawBatch(
