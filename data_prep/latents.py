@@ -24,7 +24,7 @@ from webdataset import TarWriter
 
 from data_prep import log, run, writable
 from data_prep.shards import read_note
-from mmgen.config import Config
+from mmgen.config import Config, SourceConfig
 from mmgen.config_io import load
 from mmgen.data.latents import device
 from mmgen.data.progress import Progress
@@ -52,7 +52,7 @@ def main(
 ) -> None:
     """Write the latents of shards of images as new shards of the same names and keys; repeat the command to resume."""
     settings = load(config)
-    patterns = [*shards] or [*settings.data.train, *settings.data.val]
+    patterns: list[str | SourceConfig] = [*shards] or [*settings.data.train, *settings.data.val]
     sources = list(dict.fromkeys(store.expand(patterns)))
     targets = {out / plain(store.name(shard)): shard for shard in sources}
     if len(targets) < len(sources):

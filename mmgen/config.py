@@ -58,12 +58,14 @@ class LimitsConfig(Settings):
 
 
 class SourceConfig(Settings):
-    """One source of a mixture of training data."""
+    """One source of data: a part of a mixture in `data.train`, or a part with losses of its own in `data.val`."""
 
     shards: list[str]
     """Shards of this source: paths, URLs, brace patterns or globs."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of documents that are drawn from this source, relative to the other sources."""
+    """Share of documents that are drawn from this source, relative to the other sources; in `data.train` only."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = None
+    """Name in the keys of validation losses: letters, digits, `_`, `.` and `-`."""
 
 
 class DataConfig(Settings):
@@ -71,8 +73,9 @@ class DataConfig(Settings):
 
     train: list[str | SourceConfig] = []
     """Training shards: paths, URLs, brace patterns or globs, or `{shards: ..., weight: ...}` for a mixture."""
-    val: list[str] = []
-    """Validation shards, on which the model is not trained: paths, URLs, brace patterns or globs."""
+    val: list[str | SourceConfig] = []
+    """Validation shards, on which the model is not trained: paths, URLs, brace patterns or globs, or
+    `{name: ..., shards: ...}` for a source with validation losses of its own."""
     limits: LimitsConfig = LimitsConfig()
     """Limits on the size of shards and samples."""
     captionless: Literal["refuse", "keep"] = "refuse"
@@ -108,6 +111,16 @@ class DataConfig(Settings):
     be a multiple of it, and it must be a multiple of the number of processes."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Number of loader processes; 0 decodes in the training process."""
+
+    def check(self) -> None:
+        sources = [source for source in self.val if isinstance(source, SourceConfig)]
+        names = [source.name for source in sources if source.name is not None]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"data.val has several sources named {', '.join(twice)}: give each its own name")
+        if any(source.weight != 1 for source in sources):
+            raise ValueError(
+                "data.val has a source with a weight, but validation reads every document once: leave the weight out"
+            )
 
 
 def _name_to_backbone(value: object) -> object:

@@ -76,6 +76,8 @@ class Losses:
     """Number of learned patches."""
     image_J: Tensor
     """Loss of each learned patch, without gradient."""
+    text_L: Tensor | None = None
+    """Cross-entropy of each text target in nats, without gradient; None in training, which does not need it."""
 
 
 def _compiled_in_training(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -197,9 +199,11 @@ class MMGenModel(PreTrainedModel):
             flat = hidden_BSD.flatten(0, 1).to(inputs_BSD.dtype)
             scores = self.logits(flat[batch.label_at_L])
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-            text = F.cross_entropy(scores, batch.label_BS.flatten()[batch.label_at_L], reduction="sum")
+            label_L = batch.label_BS.flatten()[batch.label_at_L]
+            text = F.cross_entropy(scores, label_L, reduction="sum")
+            text_L = None if self.training else F.cross_entropy(scores.detach(), label_L, reduction="none")
             image_J = self.objective.loss(flat[embedded.read_at_J], embedded.state)
-        return Losses(text, image_J.sum(), len(batch.label_at_L), len(batch.loss_at_J), image_J.detach())
+        return Losses(text, image_J.sum(), len(batch.label_at_L), len(batch.loss_at_J), image_J.detach(), text_L)
 
 
 def build_model(config: Config, vocabulary: int, autoencoder: AutoencoderFacts | None = None) -> MMGenModel:

@@ -203,7 +203,7 @@ def overlong_remedy(data: DataConfig) -> str:
 
 
 class Sources:
-    """The shards of each source, and the weights of the sources."""
+    """The shards, weights and names of the sources."""
 
     def __init__(self, patterns: Patterns) -> None:
         plain = [pattern for pattern in patterns if isinstance(pattern, str)]
@@ -211,6 +211,7 @@ class Sources:
         parts += [pattern for pattern in patterns if isinstance(pattern, SourceConfig)]
         self.shards = [expand(part.shards) for part in parts] if parts else [expand([])]
         self.weights = [part.weight for part in parts]
+        self.names = [part.name for part in parts]
 
 
 class Dataset(Measured):
@@ -226,7 +227,7 @@ class Dataset(Measured):
         self.tokenizer = tokenizer
         sources = Sources(patterns)
         self.shards = [shard for part in sources.shards for shard in part]
-        self.weights = sources.weights
+        self.weights, self.names = sources.weights, sources.names
         ensure_all(self.shards, tokenizer, config.data)
         self.bad: list[BadRecord] = []
         self.hashes: list[str] = []

@@ -105,6 +105,19 @@ class Decoded:
         return sum(sizes) + 200
 
 
+def cut(segments: Sequence[TextSegment | DecodedImage], spare: int) -> list[TextSegment | DecodedImage]:
+    """The segments without the last `spare` tokens of text; empty text is dropped."""
+    kept: list[TextSegment | DecodedImage] = []
+    for segment in reversed(segments):
+        if spare > 0 and isinstance(segment, TextSegment):
+            ids = segment.ids[: max(0, len(segment.ids) - spare)]
+            spare -= len(segment.ids) - len(ids)
+            segment = replace(segment, ids=ids)
+        if isinstance(segment, DecodedImage) or segment.ids:
+            kept.insert(0, segment)
+    return kept
+
+
 class Documents(ABC):
     """Turns samples into documents, one at a time.
 
@@ -150,7 +163,8 @@ class Documents(ABC):
         if planned.form == DROPPED:
             segments = [segment for segment in segments if isinstance(segment, DecodedImage)]
         last = segments[-1]  # before text is cut, as lengths are planned without knowing what is left of it
-        segments = self._cut(segments, planned.length)
+        whole = 2 + sum(self._positions(segment, segment is last) for segment in segments)
+        segments = cut(segments, whole - planned.length)
         texts = [i for i, segment in enumerate(segments) if isinstance(segment, TextSegment)]
         document: list[TextSegment | ImageSegment] = []
         drawn = iter(quantiles) if quantiles is not None else None
@@ -179,19 +193,6 @@ class Documents(ABC):
         if len(strip) != planned.length:
             raise BadSample(f"its document has {len(strip)} positions, but {planned.length} were planned")
         return strip
-
-    def _cut(self, segments: Sequence[TextSegment | DecodedImage], length: int) -> list[TextSegment | DecodedImage]:
-        """The segments with text cut from the end to the planned length of the document; empty text is dropped."""
-        spare = 2 + sum(self._positions(segment, segment is segments[-1]) for segment in segments) - length
-        kept: list[TextSegment | DecodedImage] = []
-        for segment in reversed(segments):
-            if spare > 0 and isinstance(segment, TextSegment):
-                ids = segment.ids[: max(0, len(segment.ids) - spare)]
-                spare -= len(segment.ids) - len(ids)
-                segment = replace(segment, ids=ids)
-            if isinstance(segment, DecodedImage) or segment.ids:
-                kept.insert(0, segment)
-        return kept
 
     def _positions(self, segment: TextSegment | DecodedImage, last: bool) -> int:
         """Number of positions of a segment in a row; `last` marks the last segment of its document."""

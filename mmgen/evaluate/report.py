@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mmgen.data.loader import Corpus
 from mmgen.data.progress import Progress
 from mmgen.data.shards.samples import BadRecord, Sample, read
 from mmgen.data.shards.store import Patterns
+from mmgen.data.views import validation_corpus
 from mmgen.evaluate.baselines import BASELINES, draw_baseline, training_digit
 from mmgen.evaluate.features import Pictures, Real
 from mmgen.evaluate.judge import Judge, pixels, truth
@@ -29,7 +31,7 @@ from mmgen.model import MMGenModel
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.ranks import Ranks
 from mmgen.train.state import TrainerState
-from mmgen.train.validate import held_out
+from mmgen.train.validate import FixedLosses, fixed_losses, held_out
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class CaptionScores:
 
 @dataclass(frozen=True)
 class HeldOutLosses:
-    """Losses over one epoch of held-out data, with fixed noise."""
+    """Losses over one epoch of held-out data.
+
+    The first three are those of training: forms, context and t are drawn as in training, with a fixed seed.
+    """
 
     val_loss_text: float
     """Cross-entropy in nats per text target."""
@@ -52,6 +57,13 @@ class HeldOutLosses:
     """Image loss per entry of a patch."""
     val_loss_image_by_place: list[float]
     """Image loss of each cell of the first declared patch grid, in raster order."""
+    fixed: FixedLosses | None = None
+    """Losses that do not depend on the settings of training."""
+
+    def flat(self) -> dict[str, Any]:
+        """The losses under their keys in `report.json`."""
+        plain = {name: value for name, value in vars(self).items() if name != "fixed"}
+        return plain | (self.fixed.flat("val_loss_") if self.fixed else {})
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,9 @@ class Report:
         """Return one flat object for JSON, without the scores that the settings do not ask for."""
         flat: dict[str, Any] = {}
         for name, value in asdict(self).items():
-            if name in ("scores", "captions", "losses"):
+            if name == "losses":
+                flat |= self.losses.flat() if self.losses else {}
+            elif name in ("scores", "captions"):
                 flat |= value or {}
             elif value is not None:
                 flat[name] = value
@@ -180,7 +194,7 @@ def evaluate(
     captions = caption_scores(generator.describe(test.images), task, test.truth)
     report(f"images to captions: accuracy {captions.i2t_accuracy:.3f}")
     losses = (
-        held_out_losses(model, Corpus(config.data.val, tokenizer, config, model.autoencoder), report)
+        held_out_losses(model, validation_corpus(config, tokenizer, model.autoencoder), report)
         if config.data.val
         else None
     )
@@ -235,7 +249,7 @@ def caption_scores(captions: Sequence[str], task: Task, wanted: Sequence[Truth])
 def held_out_losses(
     model: MMGenModel, corpus: Corpus, report: Callable[[str], None] = lambda line: None
 ) -> HeldOutLosses:
-    """Losses over one epoch of a corpus with fixed noise."""
+    """Losses over one epoch of a corpus."""
     rows, columns = model.patcher.grids[0]
     text, image, texts, images = 0.0, 0.0, 0, 0
     sums, counts = torch.zeros(2, rows * columns, dtype=torch.float64)
@@ -249,7 +263,9 @@ def held_out_losses(
         sums += torch.bincount(cell, losses.image_J.double().cpu()[inside], minlength=rows * columns)
         counts += torch.bincount(cell, minlength=rows * columns)
     by_cell = (sums / counts.clamp(min=1)).tolist()
-    return HeldOutLosses(text / max(texts, 1), image / max(images, 1), by_cell)
+    with Progress("scoring held-out documents", "samples", len(corpus.samples), report) as progress:
+        fixed = fixed_losses(model, corpus, Ranks(), partial(setattr, progress, "done"))
+    return HeldOutLosses(text / max(texts, 1), image / max(images, 1), by_cell, fixed)
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:

@@ -78,6 +78,11 @@ class Watchdog:
         if self.heartbeat is not None:
             self.heartbeat.begin(f"{PHASES.get(name, name)} of step {step}")
 
+    def restart(self) -> None:
+        """The present phase makes progress: its time counts from now."""
+        if self._now is not None:
+            self._now = (*self._now[:2], time.monotonic())
+
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.timeout / 4)):
             now = self._now

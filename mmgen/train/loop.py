@@ -208,7 +208,7 @@ def open_run(start: Start, watchdog: Watchdog, heartbeat: Heartbeat) -> Run:
         + (f", {ranks.world} processes, ZeRO stage {config.train.zero_stage}" if shard(config) else "")
     )
     saver = Saver(config.run.dir / "checkpoints", engine, tokenizer, log.print)
-    probe = Probe(engine, tokenizer, log)
+    probe = Probe(engine, tokenizer, log, watchdog)
     return Run(engine, corpus, patcher, progress, log, reporter, saver, probe, watchdog)
 
 

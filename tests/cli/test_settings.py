@@ -33,7 +33,7 @@ def test_every_setting_is_listed_with_its_meaning(capsys: pytest.CaptureFixture)
         "name": "run.dir", "type": "Path", "default": "runs/default", "choices": [],
         "description": "Run folder: config, metrics, samples, checkpoints and reports.",
     }  # fmt: skip
-    types = {"train.micro_rows": "int | null", "data.val": "list[str]", "train.ema_more": "tuple[float, ...]"}
+    types = {"train.micro_rows": "int | null", "data.val": "list[str | dict]", "train.ema_more": "tuple[float, ...]"}
     types |= {"model.patcher.image_sizes": "list[tuple[int, int]]", "sample.solver_options": "dict[str, any]"}
     assert {name: found[name]["type"] for name in types} == types
     assert found["train.precision"]["choices"] == ["auto", "fp32", "bf16"]

@@ -34,7 +34,8 @@ def test_held_out_losses_report_batches(config: Config) -> None:
     model, tokenizer = awake(config, torch.float32)
     lines: list[str] = []
     held_out_losses(model, Corpus(config.data.val, tokenizer, config), lines.append)
-    assert re.fullmatch(r"computing held-out losses: \d+ batches", lines[-1])
+    assert re.fullmatch(r"computing held-out losses: \d+ batches", lines[0])
+    assert lines[-1] == "scoring held-out documents: 40 of 40 samples"
 
 
 @pytest.mark.broad
