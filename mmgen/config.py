@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,9 @@ Prediction = Literal["x", "eps", "v", "score", "v_sh"]
 Positions = Literal["shared", "raster", "axial"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+ImageLoss = Literal["patch", "image"]
+Count = TypeVar("Count")
+"""A number of patches: a number, or a tensor of numbers."""
 
 
 class Settings(BaseModel):
@@ -31,6 +34,30 @@ class Settings(BaseModel):
     def _checked(self) -> Self:
         self.check()
         return self
+
+
+class BySize(Settings):
+    """A value that depends on the size of an image: base * (number of its patches / patches) ** power."""
+
+    base: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """The value for an image of `patches` patches."""
+    patches: Positive
+    """Number of patches of an image for which the value is `base`."""
+    power: Annotated[float, Field(allow_inf_nan=False)] = 0.5
+    """Power of the number of patches: 0.5 makes the value proportional to the side of the image."""
+
+
+SizeRule = Annotated[float, Field(gt=0, allow_inf_nan=False)] | BySize
+"""A value for every image size, or a rule that computes it from the number of patches."""
+
+
+def at_size(rule: SizeRule, patches: Count) -> float | Count:
+    """The value of a rule for images of this many patches; a number is its own value, whatever the size."""
+    if not isinstance(rule, BySize):
+        return rule
+    count: Any = patches
+    value: Count = rule.base * (count / rule.patches) ** rule.power
+    return value
 
 
 class RunConfig(Settings):
@@ -286,6 +313,9 @@ class TimeConfig(Settings):
     """Mean of the logit of t, for `logit_normal`; `constant` always uses this value."""
     sigma: Annotated[float, Field(ge=0)] = 1.0
     """Standard deviation of the logit of t, for `logit_normal`."""
+    shift: SizeRule = 1.0
+    """Shift of t in training; above 1, more of the draws are at high noise, as large images need. A number, or a rule
+    by size `{base: 1.0, patches: 64, power: 0.5}`: base * (patches of the image / patches) ** power."""
     stratified: bool = True
     """Spread the draws of one optimiser step evenly over the quantiles, instead of drawing each t independently."""
 
@@ -387,11 +417,15 @@ class ObjectiveConfig(Settings):
     """How data and noise are mixed: alpha and sigma as functions of t in z = alpha x + sigma eps."""
     path_options: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
     """Arguments of the path, such as `{log_snr_min: -10}`."""
-    noise_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Standard deviation of the noise; larger images need more (JiT uses image side / 256)."""
+    noise_scale: SizeRule = 1.0
+    """Standard deviation of the noise; larger images need more (JiT uses image side / 256). A number, or a rule by size
+    as in `objective.time.shift`."""
     weight: str | None = None
     """Weight of the squared error as a function of t; some weights need one loss space (`min_snr` x, `sigmoid` eps,
     `sigma_squared` score)."""
+    image_loss: ImageLoss = "patch"
+    """What the image loss is a mean over: all learned patches (`patch`), or learned images (`image`), where each image
+    counts with the mean over its learned patches."""
     lambda_image: Annotated[float, Field(ge=0)] = 5.0
     """Weight of the image loss, relative to the text loss."""
     time: TimeConfig = TimeConfig()
@@ -559,8 +593,9 @@ class SampleConfig(Settings):
     """Solver that integrates the flow from noise to data."""
     solver_options: Annotated[dict[str, Any], BeforeValidator(_read_words)] = {}
     """Arguments of the solver, such as `{eta: 0.5}` for `ddim`."""
-    time_shift: Annotated[float, Field(gt=0)] = 1.0
-    """Shift of the time grid; above 1, more of the steps are at high noise, as large images need."""
+    time_shift: SizeRule | None = None
+    """Shift of the time grid; above 1, more of the steps are at high noise, as large images need. A number, or a rule
+    by size as in `objective.time.shift`; null takes that setting."""
     guidance_scale: float = 2.0
     """Scale of classifier-free guidance: 0 is unconditional, 1 conditional, above 1 closer to the caption."""
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)

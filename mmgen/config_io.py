@@ -276,6 +276,9 @@ def explain_all(errors: Iterable[ErrorDetails]) -> list[str]:
     for error in errors:
         line = explain(error)
         location = tuple(part for part in error["loc"] if isinstance(part, str))
+        key, field = _field(".".join(location), Config)
+        if field is not None and section_of(field.annotation) is None:
+            location = (key,)  # of a value of several types, each type that it does not have is an error
         first.setdefault(location or line, line)
     return [*dict.fromkeys(first.values())]
 

@@ -69,13 +69,15 @@ class Losses:
     text: Tensor
     """Sum of the cross-entropy over text targets, in nats."""
     image: Tensor
-    """Sum of the losses of learned patches, each averaged over the values of the patch."""
+    """Sum of the losses of learned patches, each averaged over the values of the patch and times its weight."""
     text_count: int
     """Number of text targets."""
     image_count: int
-    """Number of learned patches."""
+    """Number of learned patches; with `objective.image_loss: image`, of learned images."""
     image_J: Tensor
     """Loss of each learned patch, without gradient."""
+    weight_J: Tensor
+    """Weight of each learned patch in `image`: 1, or its share in its image."""
     text_L: Tensor | None = None
     """Cross-entropy of each text target in nats, without gradient; None in training, which does not need it."""
 
@@ -203,7 +205,13 @@ class MMGenModel(PreTrainedModel):
             text = F.cross_entropy(scores, label_L, reduction="sum")
             text_L = None if self.training else F.cross_entropy(scores.detach(), label_L, reduction="none")
             image_J = self.objective.loss(flat[embedded.read_at_J], embedded.state)
-        return Losses(text, image_J.sum(), len(batch.label_at_L), len(batch.loss_at_J), image_J.detach(), text_L)
+            image_loss = self.objective.settings.image_loss
+            weight_J = torch.ones_like(image_J)
+            if image_loss == "image":
+                weight_J = weight_J / batch.image_learned
+            image = (image_J * weight_J).sum()
+        counts = len(batch.label_at_L), batch.image_terms(image_loss)
+        return Losses(text, image, *counts, image_J.detach(), weight_J.detach(), text_L)
 
 
 def build_model(config: Config, vocabulary: int, autoencoder: AutoencoderFacts | None = None) -> MMGenModel:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmgen.evaluate.features import Real, features
-from mmgen.evaluate.tasks import Object, Pixels, Truth
+from mmgen.evaluate.tasks import Object, Pixels, Truth, resized
 
 Grey = NDArray[np.generic]
 Baseline = Callable[[list[Pixels], np.random.Generator], Grey]
@@ -59,4 +59,5 @@ def draw_baseline(baseline: Baseline, wanted: Sequence[Truth], real: Real) -> li
         return np.clip(np.rint(baseline(real.digits[thing.digit], rng)), 0, 255).astype(np.uint8)
 
     ordered = [sorted(things, key=lambda thing: (thing.place or "", thing.digit)) for things in wanted]
-    return [real.task.compose([(grey(thing), thing) for thing in things]) for things in ordered]
+    composed = (real.task.compose([(grey(thing), thing) for thing in things]) for things in ordered)
+    return [resized(picture, real.size) for picture in composed]

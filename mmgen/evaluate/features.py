@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 from PIL import Image
@@ -50,6 +51,13 @@ class Pictures:
         self.pixels = [pixels(image) for image in self.images]
         self.truth = [truth(sample) for sample in self.samples]
 
+    def of_size(self, size: tuple[int, int]) -> Pictures:
+        """Return those of (height, width) `size`, which may be none."""
+        kept, chosen = [i for i, values in enumerate(self.pixels) if values.shape[:2] == size], copy(self)
+        chosen.samples, chosen.images = [self.samples[i] for i in kept], [self.images[i] for i in kept]
+        chosen.pixels, chosen.truth = [self.pixels[i] for i in kept], [self.truth[i] for i in kept]
+        return chosen
+
 
 def decoded(stored: Sequence[Image.Image | tuple[Floats, Grid]], patcher: Patcher) -> list[Image.Image]:
     """Decode the items that are patches [N, P] with their grid, one grid at a time; images stay unchanged."""
@@ -66,11 +74,15 @@ def decoded(stored: Sequence[Image.Image | tuple[Floats, Grid]], patcher: Patche
 
 
 class Real:
-    """Real pictures of known content, from training and held-out shards; comparisons use `n` pictures of each side."""
+    """Real pictures of known content and one size, from training and held-out shards.
+
+    Comparisons use `n` pictures of each side.
+    """
 
     def __init__(self, task: Task, train: Pictures, test: Pictures, n: int) -> None:
         self.task, self.n = task, min(n, len(test.pixels), len(train.pixels))
         self.test, self.test_truth = test.pixels, test.truth
+        self.size: tuple[int, int] = (test.images[0].height, test.images[0].width)
         self.train_features, self.test_features = features(train.pixels), features(test.pixels)
         self.pca = compress(self.train_features)
         self.digits = digits_by_class(task, train.pixels, train.truth)
@@ -115,7 +127,7 @@ def digits_by_class(task: Task, pictures: Sequence[Pixels], truths: Sequence[Tru
     classes: dict[int, list[Pixels]] = defaultdict(list)
     for picture, objects in zip(pictures, truths, strict=True):
         expected = {thing.place: thing.digit for thing in objects}
-        for mark in task.marks(picture) or []:
+        for mark in task.find(picture) or []:
             if mark.place in expected:
                 classes[expected[mark.place]].append(mark.grey)
     return dict(sorted(classes.items()))

@@ -48,7 +48,7 @@ class Judge:
 
     def read(self, pictures: Sequence[Pixels]) -> list[Truth | None]:
         """Return the objects that each picture shows, or None for a picture that the task cannot read."""
-        by_picture: list[list[Mark] | None] = [self.task.marks(picture) for picture in pictures]
+        by_picture: list[list[Mark] | None] = [self.task.find(picture) for picture in pictures]
         every = [mark for marks in by_picture if marks for mark in marks]
         names = iter(self._digits.predict(_features([mark.grey for mark in every])).tolist() if every else [])
         return [

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mmgen.evaluate.metrics import Drawn, Scores, agreement, score
 from mmgen.evaluate.tasks import TASKS, Pixels, Task, Truth
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.image import sheet
+from mmgen.image.patch import Grid
 from mmgen.model import MMGenModel
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.ranks import Ranks
@@ -60,10 +61,37 @@ class HeldOutLosses:
     fixed: FixedLosses | None = None
     """Losses that do not depend on the settings of training."""
 
+    by_size: dict[str, float] = field(default_factory=dict)
+    """Image loss of each declared size; empty if only one is declared."""
+
     def flat(self) -> dict[str, Any]:
         """The losses under their keys in `report.json`."""
-        plain = {name: value for name, value in vars(self).items() if name != "fixed"}
-        return plain | (self.fixed.flat("val_loss_") if self.fixed else {})
+        plain = {name: value for name, value in vars(self).items() if name not in ("fixed", "by_size")}
+        sizes = {f"val_loss_image_{size}": loss for size, loss in self.by_size.items()}
+        return plain | sizes | (self.fixed.flat("val_loss_") if self.fixed else {})
+
+
+@dataclass(frozen=True)
+class SizeScores:
+    """The scores of pictures of one declared size, drawn and real."""
+
+    t2i_n: int
+    seconds_per_image: float
+    scores: Scores
+    t2i_accuracy_w1: float
+    t2i_accuracy_shuffled: float
+    t2i_ceiling: float
+    fd_pixel_floor: float
+    two_sample_accuracy_real: float
+    t2i_accuracy_heldout_combination: float | None
+    captions: CaptionScores
+    reference_generators: dict[str, Scores]
+
+    def flat(self, suffix: str) -> dict[str, Any]:
+        """Return the scores with `suffix` at the end of each key, without those that the settings do not ask for."""
+        nested = {**asdict(self), "scores": None, "captions": None}
+        flat = {name: value for name, value in nested.items() if value is not None}
+        return {f"{name}{suffix}": value for name, value in (flat | self.scores | asdict(self.captions)).items()}
 
 
 @dataclass(frozen=True)
@@ -101,9 +129,14 @@ class Report:
     reference_generators: dict[str, Scores]
     """Every metric of each baseline."""
     eval_seconds: float
+    sizes: dict[str, SizeScores] = field(default_factory=dict)
+    """Scores at the further declared sizes, by size; all other scores of pictures are those of the first size."""
 
     def flat(self) -> dict[str, Any]:
-        """Return one flat object for JSON, without the scores that the settings do not ask for."""
+        """Return one flat object for JSON, without the scores that the settings do not ask for.
+
+        Keys of a further size end with it, as in `t2i_accuracy_16x16`.
+        """
         flat: dict[str, Any] = {}
         for name, value in asdict(self).items():
             if name == "losses":
@@ -112,6 +145,8 @@ class Report:
                 flat |= value or {}
             elif value is not None:
                 flat[name] = value
+        for size, scores in self.sizes.items():
+            flat |= scores.flat(f"_{size}")
         return flat
 
 
@@ -126,9 +161,9 @@ class Generator:
     report: Callable[[str], None]
     """Called with lines of progress."""
 
-    def draw(self, samples: Sequence[Sample], guidance_scale: float) -> list[Image.Image]:
-        """Draw a picture for the caption of each sample."""
-        requests = [Request([sample.caption], "image", seed) for seed, sample in enumerate(samples)]
+    def draw(self, samples: Sequence[Sample], guidance_scale: float, grid: Grid | None = None) -> list[Image.Image]:
+        """Draw a picture for the caption of each sample, with the first declared patch grid if none is given."""
+        requests = [Request([sample.caption], "image", seed, grid) for seed, sample in enumerate(samples)]
         decoder = self._decoder(guidance_scale=guidance_scale)
         label = f"drawing at guidance {guidance_scale:g}"
         return [result.images[0] for part in self._batches(requests, label) for result in decoder.generate(part)]
@@ -153,12 +188,14 @@ class Generator:
 def evaluate(
     model: MMGenModel, tokenizer: Tokenizer, config: Config, trainer: TrainerState, report: Callable[[str], None]
 ) -> Report:
-    """Score a model and write `report.json` and `samples/evaluation.png` into the run folder.
+    """Score a model at every declared size, and write `report.json` and sheets of samples into the run folder.
 
-    `report` is called with lines of progress.
+    The sheets are `samples/evaluation.png`, and `samples/evaluation_HxW.png` for each further size. A further size of
+    which there are no real pictures is left out. `report` is called with lines of progress.
 
     Raises:
-        ValueError: `eval.task` is unknown, or the JSON of a sample lists no objects.
+        ValueError: `eval.task` is unknown, the JSON of a sample lists no objects, or there are no real pictures of the
+            first size.
         FileNotFoundError: shards of `data.train` or of the section `eval` are missing.
     """
     began = time.monotonic()
@@ -173,36 +210,90 @@ def evaluate(
     sources: list[Patterns] = [config.data.train, settings.test]
     reading = Progress("reading real pictures", "data sets", len(sources), report)
     train, test = (Pictures(shards, patcher, bad) for shards in reading.over(sources))
-    real = Real(task, train, test, settings.samples)
-    report(f"{settings.task}: drawing {settings.samples} captions, to compare with {len(test.samples)} real pictures")
-
-    prompts = repeated(test.samples, settings.samples)
-    wanted = [truth(sample) for sample in prompts]
-    drawing = time.monotonic()
-    images = generator.draw(prompts, scale)
-    drawing = time.monotonic() - drawing
-    drawn = Drawn(arrays(images), wanted, real, judge)
-    scores = score(drawn)
-    report(f"captions to images: accuracy {scores['t2i_accuracy']:.3f} at guidance {scale}")
-    unguided = generator.draw(prompts, 1.0)
-    genuine = draw_baseline(training_digit, wanted, real)
-    combination = None
-    if settings.heldout:
-        unseen = repeated(list(read(settings.heldout)), settings.samples)
-        shown = judge.read(arrays(generator.draw(unseen, scale)))
-        combination = agreement(shown, [truth(sample) for sample in unseen])
-    captions = caption_scores(generator.describe(test.images), task, test.truth)
-    report(f"images to captions: accuracy {captions.i2t_accuracy:.3f}")
+    heldout = list(read(settings.heldout)) if settings.heldout else []
+    scored: dict[str, SizeScores] = {}
+    patches = config.model.patcher
+    for number, (size, grid) in enumerate(zip(patches.image_sizes, patches.grids, strict=True)):
+        name = "x".join(map(str, size))
+        sides = train.of_size(size), test.of_size(size)
+        if not all(side.samples for side in sides):
+            if not number:
+                raise ValueError(
+                    f"there are no real pictures of {name}, the first of model.patcher.image_sizes, in data.train or "
+                    "eval.test: declare first a size that both have"
+                )
+            report(f"{name}: not scored, because data.train or eval.test has no pictures of this size")
+            continue
+        report(
+            f"{settings.task}: drawing {settings.samples} captions at {name}, to compare with "
+            f"{len(sides[1].samples)} real pictures"
+        )
+        sheet_name = f"evaluation_{name}.png" if number else "evaluation.png"
+        sized = Sized(Real(task, *sides, settings.samples), sides[1], grid, config.run.dir / "samples" / sheet_name)
+        scored[name] = score_size(generator, judge, sized, heldout, config, report)
     losses = (
         held_out_losses(model, validation_corpus(config, tokenizer, model.autoencoder), report)
         if config.data.val
         else None
     )
+    first, *further = scored
     result = Report(
         step=trainer.step,
-        t2i_n=settings.samples,
+        **{item.name: getattr(scored[first], item.name) for item in fields(SizeScores)},
         t2i_guidance=scale,
         t2i_solver_steps=config.sample.steps,
+        losses=losses,
+        bad_samples=len(bad),
+        train_seconds=round(trainer.train_seconds, 1),
+        parameters=sum(p.numel() for p in model.parameters()),
+        eval_seconds=round(time.monotonic() - began, 1),
+        sizes={name: scored[name] for name in further},
+    )
+    write_report(config.run.dir, result.flat())
+    return result
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A declared size: its real pictures, the held-out ones of them, its patch grid, and the file of its sheet."""
+
+    real: Real
+    test: Pictures
+    grid: Grid
+    sheet: Path
+
+
+def score_size(
+    generator: Generator,
+    judge: Judge,
+    sized: Sized,
+    heldout: Sequence[Sample],
+    config: Config,
+    report: Callable[[str], None],
+) -> SizeScores:
+    """Score a model at one declared size, and write a sheet of the first pictures that it draws."""
+    settings, scale, real, test = config.eval, config.sample.guidance_scale, sized.real, sized.test
+    prompts = repeated(test.samples, settings.samples)
+    wanted = [truth(sample) for sample in prompts]
+    drawing = time.monotonic()
+    images = generator.draw(prompts, scale, sized.grid)
+    drawing = time.monotonic() - drawing
+    drawn = Drawn(arrays(images), wanted, real, judge)
+    scores = score(drawn)
+    report(f"captions to images: accuracy {scores['t2i_accuracy']:.3f} at guidance {scale}")
+    unguided = generator.draw(prompts, 1.0, sized.grid)
+    genuine = draw_baseline(training_digit, wanted, real)
+    combination = None
+    if heldout:
+        unseen = repeated(heldout, settings.samples)
+        shown = judge.read(arrays(generator.draw(unseen, scale, sized.grid)))
+        combination = agreement(shown, [truth(sample) for sample in unseen])
+    captions = caption_scores(generator.describe(test.images), real.task, test.truth)
+    report(f"images to captions: accuracy {captions.i2t_accuracy:.3f}")
+    first = images[:24]
+    sheet.save(sheet.grid(first, [sample.caption for sample in prompts[: len(first)]]), sized.sheet)
+    return SizeScores(
+        t2i_n=settings.samples,
         seconds_per_image=drawing / len(images),
         scores=scores,
         t2i_accuracy_w1=agreement(judge.read(arrays(unguided)), wanted),
@@ -212,23 +303,13 @@ def evaluate(
         two_sample_accuracy_real=real.separable(genuine),
         t2i_accuracy_heldout_combination=combination,
         captions=captions,
-        losses=losses,
-        bad_samples=len(bad),
-        train_seconds=round(trainer.train_seconds, 1),
-        parameters=sum(p.numel() for p in model.parameters()),
         reference_generators={
             name: score(Drawn(draw_baseline(baseline, wanted, real), wanted, real, judge))
             for name, baseline in Progress("scoring baselines", "baselines", len(BASELINES), report).over(
                 BASELINES.items()
             )
         },
-        eval_seconds=round(time.monotonic() - began, 1),
     )
-    first = images[:24]
-    evaluation = config.run.dir / "samples" / "evaluation.png"
-    sheet.save(sheet.grid(first, [sample.caption for sample in prompts[: len(first)]]), evaluation)
-    write_report(config.run.dir, result.flat())
-    return result
 
 
 def repeated(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -250,22 +331,35 @@ def held_out_losses(
     model: MMGenModel, corpus: Corpus, report: Callable[[str], None] = lambda line: None
 ) -> HeldOutLosses:
     """Losses over one epoch of a corpus."""
-    rows, columns = model.patcher.grids[0]
+    grids = model.patcher.grids
+    rows, columns = grids[0]
     text, image, texts, images = 0.0, 0.0, 0, 0
     sums, counts = torch.zeros(2, rows * columns, dtype=torch.float64)
+    size_sums, size_counts = torch.zeros(2, len(grids), dtype=torch.float64)
     progress = Progress("computing held-out losses", "batches", log=report)
     for batch, losses in progress.over(held_out(model, corpus, Ranks())):
         text, texts = text + float(losses.text), texts + losses.text_count
         image, images = image + float(losses.image), images + losses.image_count
+        grid_J2 = batch.grid_C2[batch.image_I[batch.loss_at_J]].cpu()
+        loss_J, weight_J = losses.image_J.double().cpu(), losses.weight_J.double().cpu()
+        for i, grid in enumerate(grids):
+            of_grid = (grid_J2 == torch.tensor(grid)).all(1)
+            size_sums[i] += (loss_J * weight_J)[of_grid].sum()
+            size_counts[i] += weight_J[of_grid].sum()
+        inside = (grid_J2 == torch.tensor(grids[0])).all(1)
         row, column = batch.cell_I2[batch.loss_at_J].cpu().T
-        inside = (row < rows) & (column < columns)
         cell = (row * columns + column)[inside]
-        sums += torch.bincount(cell, losses.image_J.double().cpu()[inside], minlength=rows * columns)
+        sums += torch.bincount(cell, loss_J[inside], minlength=rows * columns)
         counts += torch.bincount(cell, minlength=rows * columns)
     by_cell = (sums / counts.clamp(min=1)).tolist()
     with Progress("scoring held-out documents", "samples", len(corpus.samples), report) as progress:
         fixed = fixed_losses(model, corpus, Ranks(), partial(setattr, progress, "done"))
-    return HeldOutLosses(text / max(texts, 1), image / max(images, 1), by_cell, fixed)
+    by_size = {
+        "x".join(map(str, size)): float(size_sums[i] / size_counts[i])
+        for i, size in enumerate(model.patcher.image_sizes)
+        if len(grids) > 1 and size_counts[i]
+    }
+    return HeldOutLosses(text / max(texts, 1), image / max(images, 1), by_cell, fixed, by_size)
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:

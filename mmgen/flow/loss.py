@@ -58,13 +58,13 @@ class FlowLoss:
         error = (gain * (output - self.path.target(self.prediction, x, eps, t, self.clip))).square().mean(-1)
         if self.weight is None:
             return error
-        factor = self.weight(self.path, t.squeeze(-1))
-        if factor.shape not in (error.shape, ()):
+        factor = self.weight(self.path, t)  # with the last axis, against which a path of many noise scales broadcasts
+        if factor.shape not in (t.shape, ()):
             raise ValueError(
-                f"the weight returned shape {tuple(factor.shape)} for times of shape {tuple(error.shape)}: it must "
+                f"the weight returned shape {tuple(factor.shape)} for times of shape {tuple(t.shape)}: it must "
                 "return one factor per t"
             )
-        return factor * error
+        return factor.squeeze(-1) * error
 
 
 def snr(path: Path, t: Tensor) -> Tensor:

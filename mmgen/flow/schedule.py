@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from mmgen.flow.path import Path
+from mmgen.flow.path import Path, values_are_checked
 
 
 class LinearPath(Path):
@@ -279,14 +279,19 @@ class ScaledNoise(Path):
 
     Args:
         path: the inner path.
-        scale: standard deviation of the noise at t = 0 relative to the inner path.
+        scale: standard deviation of the noise at t = 0 relative to the inner path: a number, or a tensor that
+            broadcasts against the times, such as [R, 1] for a scale per sample.
 
     Raises:
-        ValueError: a scale that is not positive and finite.
+        ValueError: a scale that is not positive and finite (of a tensor, checked on a CPU only).
     """
 
-    def __init__(self, path: Path, scale: float) -> None:
-        if not 0 < scale < math.inf:
+    def __init__(self, path: Path, scale: float | Tensor) -> None:
+        if isinstance(scale, Tensor):
+            right = not values_are_checked(scale) or bool(((scale > 0) & scale.isfinite()).all())
+        else:
+            right = 0 < scale < math.inf
+        if not right:
             raise ValueError(f"the noise scale must be positive, got {scale}")
         self.path, self.scale, self.singular = path, scale, dict(path.singular)
 
@@ -303,7 +308,8 @@ class ScaledNoise(Path):
         return self.scale * self.path.sigma_slope(t)
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        return self.path.time_of(log_snr + 2 * math.log(self.scale))
+        scale = self.scale
+        return self.path.time_of(log_snr + 2 * (scale.log() if isinstance(scale, Tensor) else math.log(scale)))
 
     def drift(self, t: Tensor) -> Tensor:
         return self.path.drift(t)
@@ -321,15 +327,17 @@ class ScaledNoise(Path):
         """As `Path.coefficients`, computed on the inner path, so that `clip` has the same meaning at every scale."""
         if "v_sh" in (source, target):
             return super().coefficients(source, target, t, clip)
-        units = {"eps": self.scale, "score": self.scale**2}  # quantity of the inner path = unit * quantity of this path
         p, q = self.path.coefficients(source, target, t, clip)
-        return p * units.get(source, 1.0) / units.get(target, 1.0), q / units.get(target, 1.0)
+        return p * self._unit(source) / self._unit(target), q / self._unit(target)
 
     def target(self, kind: str, x: Tensor, eps: Tensor, t: Tensor, clip: float = 0.0) -> Tensor:
         if kind == "v_sh":
             return super().target(kind, x, eps, t, clip)
-        unit = {"eps": self.scale, "score": self.scale**2}.get(kind, 1.0)
-        return self.path.target(kind, x, self.scale * eps, t, clip) / unit
+        return self.path.target(kind, x, self.scale * eps, t, clip) / self._unit(kind)
+
+    def _unit(self, kind: str) -> float | Tensor:
+        """Return the factor by which the quantity of the inner path exceeds that of this path."""
+        return {"eps": self.scale, "score": self.scale**2}.get(kind, 1.0)
 
 
 PATHS: dict[str, Callable[..., Path]] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmgen.config import ObjectiveConfig, SampleConfig, choose
+from mmgen.config import ObjectiveConfig, SampleConfig, at_size, choose
 from mmgen.flow.field import Conversion
 from mmgen.flow.guide import Guidance, classifier_free
 from mmgen.flow.loss import WEIGHT_SPACES, WEIGHTS, FlowLoss
@@ -43,6 +43,8 @@ class FlowSpec:
     """Source of further noise, for stochastic solvers."""
     scale: float
     """Guidance scale."""
+    patches: int
+    """Number of patches of a whole image, on which noise scale and time shift may depend."""
     given: Given | None = None
     """Known patches."""
     previews: bool = False
@@ -52,28 +54,39 @@ class FlowSpec:
 class ImageFlow:
     """Loss and solver for the path, prediction, loss space and weight that a run has chosen.
 
+    The path depends on the size of the image, because `objective.noise_scale` may.
+
     Raises:
         ValueError: a name is unknown, or settings contradict each other.
     """
 
     def __init__(self, settings: ObjectiveConfig) -> None:
         self.settings = settings
-        self.path = build_path(settings)
-        weight = None
+        self._path = build_path(settings)
+        self._weight = None
         if settings.weight is not None:
-            weight = choose(WEIGHTS, settings.weight, "objective.weight")
+            self._weight = choose(WEIGHTS, settings.weight, "objective.weight")
             space = WEIGHT_SPACES.get(settings.weight, settings.loss_space)
             if space != settings.loss_space:
                 raise ValueError(
                     f"objective.weight '{settings.weight}' needs an error measured in {space}, but "
                     f"objective.loss_space is {settings.loss_space}: set objective.loss_space to {space}"
                 )
-        self._error = FlowLoss(self.path, settings.prediction, settings.loss_space, settings.clip, weight)
 
-    def loss(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Loss of each patch [...], from outputs, clean patches and noise [..., P] and times [...]."""
+    def path_of(self, patches: int | Tensor) -> Path:
+        """The path of images of `patches` patches, a number or a tensor that broadcasts against the times."""
+        scale = at_size(self.settings.noise_scale, patches)
+        return self._path if isinstance(scale, float) and scale == 1 else ScaledNoise(self._path, scale)
+
+    def loss(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor, patches: Tensor) -> Tensor:
+        """Loss of each patch [J, ...], from outputs, clean patches and noise [J, ..., P] and times [J, ...].
+
+        `patches` [J] is the number of patches of the image to which each patch belongs.
+        """
         with torch.autocast(output.device.type, enabled=False):
-            return self._error(output.to(x.dtype), x, eps, t)
+            path = self.path_of(patches.to(t.dtype).view(-1, *[1] * t.ndim))
+            error = FlowLoss(path, self.settings.prediction, self.settings.loss_space, self.settings.clip, self._weight)
+            return error(output.to(x.dtype), x, eps, t)
 
     def draw(self, spec: FlowSpec) -> Generator[Question, Sequence[Tensor], Tensor]:
         """Draw patches: a generator that yields (z, t, preview), receives outputs and returns clean patches [R, n, P].
@@ -86,9 +99,10 @@ class ImageFlow:
             ValueError: the solver is unknown or cannot start from noise, or `sample.noise_temperature` is set for a
                 solver that adds no noise.
         """
-        sample, given = spec.sample, spec.given
-        times = shifted_grid(sample.steps, sample.time_shift)
-        clip = self.path.smallest_level(times)
+        sample, given, path = spec.sample, spec.given, self.path_of(spec.patches)
+        shift = self.settings.time.shift if sample.time_shift is None else sample.time_shift
+        times = shifted_grid(sample.steps, at_size(shift, spec.patches))
+        clip = path.smallest_level(times)
         kind = choose(SOLVERS, sample.solver, "sample.solver")
         if not kind.from_noise:
             raise ValueError(
@@ -105,23 +119,23 @@ class ImageFlow:
         def noise(like: Tensor) -> Tensor:
             return temperature * spec.noise(like)
 
-        start = spec.eps_RnP * self.path.sigma(times[0]).to(spec.eps_RnP.dtype)
-        solver = build_solver(sample.solver, start, times, self.path, noise, **sample.solver_options)
+        start = spec.eps_RnP * path.sigma(times[0]).to(spec.eps_RnP.dtype)
+        solver = build_solver(sample.solver, start, times, path, noise, **sample.solver_options)
         interval, rescale = sample.guidance_interval, sample.guidance_rescale
         guidance = Guidance(spec.scale, interval, rescale, sample.guidance_renorm)
-        convert = Conversion(self.path, clip, sample.clean_range)
+        convert = Conversion(path, clip, sample.clean_range)
         preview = None
         try:
             z, t = next(solver)
             while True:
                 outputs = yield z, t, preview
-                v = [self.path.convert(self.settings.prediction, "v", out.to(z.dtype), z, t, clip) for out in outputs]
+                v = [path.convert(self.settings.prediction, "v", out.to(z.dtype), z, t, clip) for out in outputs]
                 guided = classifier_free(v[0], v[1], t, guidance) if v[1:] else v[0]
                 answer = convert("v", kind.asks, guided, z, t)
                 if given is not None:
-                    known = self.path.convert("x", kind.asks, given.x_RNP, z, t, clip)
+                    known = path.convert("x", kind.asks, given.x_RNP, z, t, clip)
                     answer = torch.where(given.mask_RN.unsqueeze(-1), known, answer)
-                preview = self.path.convert(kind.asks, "x", answer, z, t, clip) if spec.previews else None
+                preview = path.convert(kind.asks, "x", answer, z, t, clip) if spec.previews else None
                 z, t = solver.send(answer)
         except StopIteration as stop:
             clean: Tensor = stop.value
@@ -129,7 +143,7 @@ class ImageFlow:
 
 
 def build_path(settings: ObjectiveConfig) -> Path:
-    """The path `objective.path` with its options and noise scale.
+    """The path `objective.path` with its options, before the noise scale.
 
     Raises:
         ValueError: the path or an option is unknown, or the velocity of the path diverges but is needed.
@@ -143,4 +157,4 @@ def build_path(settings: ObjectiveConfig) -> Path:
             f"the velocity of objective.path '{settings.path}' diverges at the data: set objective.prediction and "
             "objective.loss_space to x, eps or v_sh, or set objective.path to cosine"
         )
-    return path if settings.noise_scale == 1 else ScaledNoise(path, settings.noise_scale)
+    return path

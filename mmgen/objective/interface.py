@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mmgen.config import ObjectiveConfig, PatcherConfig, SampleConfig
+from mmgen.config import ObjectiveConfig, PatcherConfig, SampleConfig, at_size, choose
 from mmgen.flow.steps import Noise, normal
+from mmgen.flow.time import TIMES, shifted
 from mmgen.image.patch import Grid
 from mmgen.objective.image_flow import Given
 from mmgen.sequence.batch import Batch
@@ -119,6 +120,13 @@ class ImageLayout(ABC):
     @abstractmethod
     def context(self, grid: Grid) -> Block:
         """The block of a finished image, to which later positions attend."""
+
+    def times(self, quantiles: Tensor, grid: Grid) -> Tensor:
+        """The times t of an image in training, of the shape of `quantiles` in [0, 1), shifted for its size."""
+        time = self.settings.time
+        t: Tensor = choose(TIMES, time.distribution, "objective.time.distribution")(quantiles, time.mu, time.sigma)
+        shift = at_size(time.shift, grid[0] * grid[1])
+        return t if shift == 1 else shifted(t, shift)
 
     def order(self, grid: Grid, rng: np.random.Generator) -> NDArray[np.int64]:
         """Raster indices [N] of the patches of an image in the order of generation."""

@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mmgen.config import HeadConfig, MaskRatioConfig, ObjectiveConfig, PatcherConfig, SampleConfig, choose
+from mmgen.config import HeadConfig, MaskRatioConfig, ObjectiveConfig, PatcherConfig, SampleConfig
 from mmgen.flow.steps import Noise
-from mmgen.flow.time import TIMES
 from mmgen.image.patch import Floats, Grid, raster
 from mmgen.objective.image_flow import FlowSpec, Given, ImageFlow
 from mmgen.objective.interface import (
@@ -31,7 +30,7 @@ from mmgen.objective.interface import (
     ImageSpec,
 )
 from mmgen.objective.layers import CellEmbedding, OutputLinear, TimeEmbedding, build_projection
-from mmgen.objective.replay import Replay, redraw
+from mmgen.objective.replay import Replay, SampledImage, redraw
 from mmgen.sequence.batch import Batch, Cells
 from mmgen.sequence.document import Block
 
@@ -96,11 +95,10 @@ class MARLayout(ImageLayout):
 
     def blocks(self, site: ImageSite, rng: np.random.Generator) -> list[Block]:
         n, k = site.grid[0] * site.grid[1], self.section.draws_per_patch
-        time = self.settings.time
-        even = (rng.permutation(n * k) + rng.random()) / (n * k) if time.stratified else rng.random(n * k)
-        t = choose(TIMES, time.distribution, "objective.time.distribution")(torch.from_numpy(even), time.mu, time.sigma)
+        stratified = self.settings.time.stratified
+        even = (rng.permutation(n * k) + rng.random()) / (n * k) if stratified else rng.random(n * k)
         draws = {
-            "t": t.numpy().astype(np.float32).reshape(n, k),
+            "t": self.times(torch.from_numpy(even), site.grid).numpy().astype(np.float32).reshape(n, k),
             "masked": np.zeros(n, dtype=np.float32),
         }
         if self.section.causal:
@@ -182,8 +180,9 @@ class MARObjective(ImageObjective):
             return (self._regress(state_J1W, x_JP.unsqueeze(1)) - x_JP.unsqueeze(1)).square().mean(dim=(1, 2))
         t_JK, eps_JKP = batch.draws["t"][j].to(x_JP.dtype), batch.eps_JKP.to(x_JP.dtype)
         x_JKP = x_JP.unsqueeze(1).expand_as(eps_JKP)
-        z_JKP = self.flow.path.mix(x_JKP, eps_JKP, t_JK.unsqueeze(-1))
-        return self.flow.loss(self.head(z_JKP, t_JK, state_J1W), x_JKP, eps_JKP, t_JK).mean(dim=1)
+        path = self.flow.path_of(batch.image_patches.to(x_JP.dtype).view(-1, 1, 1))
+        z_JKP = path.mix(x_JKP, eps_JKP, t_JK.unsqueeze(-1))
+        return self.flow.loss(self.head(z_JKP, t_JK, state_J1W), x_JKP, eps_JKP, t_JK, batch.image_patches).mean(dim=1)
 
     def _regress(self, state: Tensor, like: Tensor) -> Tensor:
         """Clean patches [..., P], predicted by the same head with a constant input instead of a noisy patch.
@@ -262,7 +261,8 @@ class MARObjective(ImageObjective):
             x = self._regress(state_GRnW, eps_RnP.expand(len(state_GRnW), -1, -1, -1))
             mean = x[1] + scale * (x[0] - x[1]) if len(x) > 1 else x[0]
             return mean if given is None else torch.where(given.mask_RN.unsqueeze(-1), given.x_RNP, mean)
-        flow = self.flow.draw(FlowSpec(spec.sample, eps_RnP, spec.noise, scale, given))
+        patches = spec.grid[0] * spec.grid[1]
+        flow = self.flow.draw(FlowSpec(spec.sample, eps_RnP, spec.noise, scale, patches, given))
         try:
             z, t, _ = next(flow)
             while True:
@@ -298,7 +298,7 @@ class MARObjective(ImageObjective):
             ]
             scale = guidance_at(done / n, image.sample)
             noise_1nP = image.noise_NP[now_n].unsqueeze(0)
-            drawn = self._redraw(noise_1nP, hidden, scale, image.sample, lambda z: next(further).unsqueeze(0))
+            drawn = self._redraw(noise_1nP, hidden, scale, image, lambda z: next(further).unsqueeze(0))
             replay.compare(f"step {i}", image.x_NP[now_n], drawn[0])
 
     def _replay_next_patches(self, replay: Replay) -> None:
@@ -312,11 +312,11 @@ class MARObjective(ImageObjective):
         each = len(image.draws) // n  # the decoder drew the patches one after another, here they are drawn together
         further = iter([torch.stack(image.draws[d::each]) for d in range(each)])
         noise_N1P = image.noise_NP[image.order_N].unsqueeze(1)
-        drawn = self._redraw(noise_N1P, hidden, scale_N11.view(n, 1, 1), image.sample, lambda z: next(further))
+        drawn = self._redraw(noise_N1P, hidden, scale_N11.view(n, 1, 1), image, lambda z: next(further))
         replay.compare("", image.x_NP[image.order_N], drawn.squeeze(1))
 
     def _redraw(
-        self, noise_RnP: Tensor, hidden: list[Tensor], scale: float | Tensor, sample: SampleConfig, further: Noise
+        self, noise_RnP: Tensor, hidden: list[Tensor], scale: float | Tensor, image: SampledImage, further: Noise
     ) -> Tensor:
         """Patches [R, n, P] that the head draws from hidden states [R, n, D], one tensor for each guidance lane."""
         states = [self.head.state(h) for h in hidden]
@@ -327,7 +327,7 @@ class MARObjective(ImageObjective):
         def outputs(z: Tensor, t: Tensor) -> list[Tensor]:
             return [self.head(z, t, state) for state in states]
 
-        return redraw(self.flow, outputs, noise_RnP, scale, sample, further)
+        return redraw(self.flow, outputs, noise_RnP, scale, image, further)
 
 
 def mask_ratio(quantile: float, settings: MaskRatioConfig) -> float:

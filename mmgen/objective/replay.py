@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmgen.config import SampleConfig
+from mmgen.config import SampleConfig, at_size
 from mmgen.flow.solvers import SOLVERS, build_solver, solve
 from mmgen.flow.steps import Noise
 from mmgen.image.patch import Grid
@@ -76,7 +76,7 @@ def redraw(
     outputs: Callable[[Tensor, Tensor], list[Tensor]],
     noise_RnP: Tensor,
     scale: float | Tensor,
-    sample: SampleConfig,
+    image: SampledImage,
     further: Noise,
 ) -> Tensor:
     """Draw clean patches [R, n, P] with the sampling settings, from outputs that training's forward pass gave.
@@ -89,12 +89,14 @@ def redraw(
         outputs: (z, t) to the outputs of the network for each guidance lane, the conditional lane first.
         noise_RnP: the noise from which the decoder's solver started.
         scale: guidance scale, a number or [R, 1, 1].
-        sample: the sampling settings.
+        image: the image that was drawn, with its grid and the sampling settings.
         further: returns the recorded noise of a stochastic solver, in order.
     """
-    path, kind = flow.path, SOLVERS[sample.solver]
+    sample, (rows, columns) = image.sample, image.grid
+    path, kind, rule = flow.path_of(rows * columns), SOLVERS[sample.solver], sample.time_shift
+    shift = at_size(flow.settings.time.shift if rule is None else rule, rows * columns)
     even = torch.arange(sample.steps + 1, dtype=torch.float64) / sample.steps
-    times = even / (even + sample.time_shift * (1 - even))
+    times = even / (even + shift * (1 - even))
     clip = path.smallest_level(times)
 
     def answer(z: Tensor, t: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmgen.config import ObjectiveConfig, PatcherConfig, choose
-from mmgen.flow.time import TIMES
+from mmgen.config import ObjectiveConfig, PatcherConfig
 from mmgen.image.patch import Grid, raster
 from mmgen.objective.image_flow import FlowSpec, ImageFlow
 from mmgen.objective.interface import (
@@ -38,9 +37,7 @@ class TransfusionLayout(ImageLayout):
         self.copies = 2 if self.section.context == "clean_copy" else 1
 
     def blocks(self, site: ImageSite, rng: np.random.Generator) -> list[Block]:
-        time = self.settings.time
-        quantile = torch.scalar_tensor(site.quantile, dtype=torch.float64)
-        t = float(choose(TIMES, time.distribution, "objective.time.distribution")(quantile, time.mu, time.sigma))
+        t = float(self.times(torch.scalar_tensor(site.quantile, dtype=torch.float64), site.grid))
         # An image whose caption was dropped trains the unconditional model, so it needs every t.
         if self.section.context == "capped" and site.text_after and not site.text_before:
             t = self.section.cap + (1 - self.section.cap) * t
@@ -93,9 +90,9 @@ class TransfusionObjective(ImageObjective):
         return entered + self.time(t_I) + self.place(cells.cell_I2), memory
 
     def embed(self, batch: Batch) -> Embedded:
-        path, at_J = self.flow.path, batch.loss_at_J
-        t_I = batch.draws["t"].to(batch.x_IP.dtype)
-        noise_JP = path.sigma(t_I[at_J].unsqueeze(-1)) * batch.eps_JKP[:, 0].to(batch.x_IP.dtype)
+        at_J, t_I = batch.loss_at_J, batch.draws["t"].to(batch.x_IP.dtype)
+        path = self.flow.path_of(batch.image_patches.to(t_I.dtype))
+        noise_JP = path.sigma(t_I[at_J]).unsqueeze(-1) * batch.eps_JKP[:, 0].to(batch.x_IP.dtype)
         # Patches that are not learned are clean.
         z_IP = (path.alpha(t_I.unsqueeze(-1)) * batch.x_IP).index_add(0, at_J, noise_JP)
         values, memory = self._enter(z_IP, t_I, batch.cells)
@@ -107,7 +104,7 @@ class TransfusionObjective(ImageObjective):
         t_J, cells = noised.t_I[j], Cells(batch.image_I[j], batch.cell_I2[j])
         memory = None if noised.memory is None else noised.memory[j]
         output = self.projection.leave.leave(hidden_JD, memory, t_J, cells)
-        return self.flow.loss(output, batch.x_IP[j], batch.eps_JKP[:, 0].to(t_J.dtype), t_J)
+        return self.flow.loss(output, batch.x_IP[j], batch.eps_JKP[:, 0].to(t_J.dtype), t_J, batch.image_patches)
 
     def generate(self, spec: ImageSpec) -> Drawing:
         rows, n, length = spec.noise_RNP.shape
@@ -115,7 +112,7 @@ class TransfusionObjective(ImageObjective):
         cell_I2 = torch.from_numpy(raster(spec.grid)).to(device).repeat(rows, 1)
         cells = Cells(torch.arange(rows, device=device).repeat_interleave(n), cell_I2)
         scale = spec.sample.guidance_scale
-        flow = self.flow.draw(FlowSpec(spec.sample, spec.noise_RNP, spec.noise, scale, spec.given, spec.previews))
+        flow = self.flow.draw(FlowSpec(spec.sample, spec.noise_RNP, spec.noise, scale, n, spec.given, spec.previews))
         try:
             z_RNP, t, preview = next(flow)
             while True:
@@ -132,7 +129,8 @@ class TransfusionObjective(ImageObjective):
 
     def replay(self, replay: Replay) -> None:
         """Draw an image again: each evaluation of the solver is one forward pass of training with its z and t."""
-        image, steps, path = replay.image, count(), self.flow.path
+        image, steps = replay.image, count()
+        path = self.flow.path_of(len(image.noise_NP))
 
         def output(trained: Trained, t: Tensor) -> Tensor:
             j = trained.at_J
@@ -157,7 +155,7 @@ class TransfusionObjective(ImageObjective):
             outputs,
             image.noise_NP.unsqueeze(0),
             image.sample.guidance_scale,
-            image.sample,
+            image,
             lambda z: next(further).unsqueeze(0),
         )
         replay.compare("", image.x_NP, drawn[0])

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmgen.config import ImageLoss
 from mmgen.flow.philox import compiled_normal, keyed_normal
 from mmgen.image.patch import Grid, Patcher, Patches, raster
 from mmgen.sequence.attention import Sites
@@ -65,6 +66,10 @@ class Rows:
     """Indices into I of the patches that are learned."""
     draws: dict[str, Tensor]
     """What the objective drew for the patches (t, masks), first axis I."""
+    grid_C2: Tensor
+    """Patch grid (rows, columns) of each image copy."""
+    learned_images: int
+    """Number of image copies with learned patches."""
     size_at_M: Tensor
     """Flat position of each image's size token."""
     first_M2: Tensor
@@ -75,6 +80,10 @@ class Rows:
         """The facts about all positions [B, S] that the attention rule uses."""
         slot = torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device).expand_as(self.ids_BS)
         return Sites(slot, self.document_BS, self.block_BS, self.bidirectional_BS, self.noised_BS)
+
+    def image_terms(self, image_loss: ImageLoss) -> int:
+        """Number of terms of the image loss: learned patches, or learned images."""
+        return self.learned_images if image_loss == "image" else len(self.loss_at_J)
 
     def fields_as(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """All fields by name, with `change` applied to each tensor."""
@@ -134,6 +143,17 @@ class Batch(Rows):
     def cells(self) -> Cells:
         """The image copies and cells of the patches."""
         return Cells(self.image_I, self.cell_I2)
+
+    @property
+    def image_patches(self) -> Tensor:
+        """For each learned patch, the number of patches of its image, [J]."""
+        return self.grid_C2.prod(1)[self.image_I[self.loss_at_J]]
+
+    @property
+    def image_learned(self) -> Tensor:
+        """For each learned patch, the number of learned patches of its image copy, [J]."""
+        image_J = self.image_I[self.loss_at_J]
+        return image_J.new_zeros(len(self.grid_C2)).index_add(0, image_J, torch.ones_like(image_J))[image_J]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """A copy on another device. `dtype`, if not None, is the type of patches and draws."""
@@ -276,6 +296,8 @@ def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
         draws={name: _stack([draws[name] for draws in drawn], np.float32) for name in form.nothing.draws},
         noise_key_C=torch.tensor([p.block.key for p in placed], dtype=torch.int64),
         noise_draws=form.noise_draws,
+        grid_C2=torch.tensor([images[p.image].grid for p in placed], dtype=torch.int64).reshape(-1, 2),
+        learned_images=sum(bool(loss.any()) for loss in losses),
         size_at_M=torch.tensor([opening.offset for opening in openings], dtype=torch.int64),
         first_M2=torch.tensor([opening.first for opening in openings], dtype=torch.int64).reshape(-1, 2),
     )

@@ -99,7 +99,8 @@ def loop(run: Run, resumed: Path | None) -> int:
             watchdog.phase("data", step)
             data = next(stream)
             clock.data()
-            mine = (*count(data), data.positions, data.images, len(data.bad), len(signals), *run.saver.progress)
+            terms = count(data, config.objective.image_loss)
+            mine = (*terms, data.positions, data.images, len(data.bad), len(signals), *run.saver.progress)
             totals = Totals(*ranks.sums(mine))
             counts = torch.tensor(totals[:2]).clamp(min=1).to(engine.device)
 

@@ -23,13 +23,16 @@ BUCKETS = 5
 
 
 def by_time(batch: Batch, losses: Losses) -> Tensor:
-    """Sums and counts [2, BUCKETS] of the losses of learned patches per range of t; zero if a patch has several t."""
+    """Sums and counts [2, BUCKETS] of the losses of learned patches per range of t; zero if a patch has several t.
+
+    Each patch counts by its weight in the image loss, so the means are per patch or per image as that loss is.
+    """
     sums = torch.zeros(2, BUCKETS, device=losses.image_J.device)
     t_I = batch.draws.get("t")
     if t_I is not None and t_I.numel() == len(t_I) > 0:  # one draw per patch
         bucket = (t_I.flatten()[batch.loss_at_J] * BUCKETS).long().clamp(0, BUCKETS - 1)
-        sums[0].index_add_(0, bucket, losses.image_J.float())
-        sums[1].index_add_(0, bucket, torch.ones_like(losses.image_J, dtype=torch.float32))
+        sums[0].index_add_(0, bucket, (losses.image_J * losses.weight_J).float())
+        sums[1].index_add_(0, bucket, losses.weight_J.float())
     return sums
 
 

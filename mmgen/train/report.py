@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mmgen.config import Config
+from mmgen.config import Config, ImageLoss
 from mmgen.data.documents import Step
 from mmgen.data.loader import Corpus
 from mmgen.data.order import Cursors, Position
@@ -28,8 +28,8 @@ class Totals(NamedTuple):
 
     texts: float
     """Text targets."""
-    patches: float
-    """Learned patches."""
+    image_terms: float
+    """Terms of the image loss: learned patches or learned images."""
     positions: float
     images: float
     bad: float
@@ -42,9 +42,9 @@ class Totals(NamedTuple):
     """Ranks whose part of a save could not be written."""
 
 
-def count(step: Step) -> tuple[int, int]:
-    """(text targets, learned patches) of this process's micro-batches."""
-    return sum(len(batch.label_at_L) for batch in step.micro), sum(len(batch.loss_at_J) for batch in step.micro)
+def count(step: Step, image_loss: ImageLoss) -> tuple[int, int]:
+    """(text targets, terms of the image loss) of this process's micro-batches."""
+    return sum(len(batch.label_at_L) for batch in step.micro), sum(b.image_terms(image_loss) for b in step.micro)
 
 
 class Clock:

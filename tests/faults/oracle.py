@@ -73,14 +73,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "samples": {"train": {"sample_every": 7, "val_every": 5, "save_every": 4}},
     "nan_loss": {"train": {"non_finite": "skip"}},
     "nan_gradient": {"train": {"non_finite": "skip"}},
+    "per_image": {"objective": {"image_loss": "image", "noise_scale": {"base": 0.8, "patches": 3}}},
 }
 """Settings that must not change the result; a step with NaN must be skipped in the same way in every stage."""
+OTHER_LOSS = ("per_image",)
+"""Variants that change the loss, so that the plain loop has their settings too."""
 
 
 def variants() -> list[Cell]:
     chosen = [
         (2, "offload_optimizer"), (3, "offload_both"), (2, "activation_checkpointing"), (3, "activation_checkpointing"),
-        (2, "small_buckets"), (3, "sharded_everything"), (1, "samples"), (3, "samples"),
+        (2, "small_buckets"), (3, "sharded_everything"), (1, "samples"), (3, "samples"), (0, "per_image"), (2, "per_image"),
         *((stage, name) for stage in range(4) for name in ("nan_loss", "nan_gradient")),
     ]  # fmt: skip
     return [Cell(stage, 2, 2, "fp32", name) for stage, name in chosen]
@@ -270,9 +273,10 @@ def check(chosen: list[Cell], fault: str | None, folder: Path) -> list[dict[str,
     results = []
     for cell in chosen:
         name = cell.name
-        reference = folder / f"plain-{cell.precision}-{cell.skips}.pt"
+        loss = cell.variant if cell.variant in OTHER_LOSS else ""
+        reference = folder / f"plain-{cell.precision}-{cell.skips}{loss}.pt"
         if not reference.exists():
-            config = configure(folder / reference.stem, Cell(0, 1, 1, cell.precision))
+            config = configure(folder / reference.stem, Cell(0, 1, 1, cell.precision, loss))
             assert run_ranks(1, partial(plain, config, reference, cell.skips)) == [0]
         config = configure(folder / name, cell)
         codes = run_ranks(cell.world, partial(ours, config, cell, fault))

@@ -398,7 +398,7 @@ x_1 = torch.zeros(4, 3)
         (lambda: losses.min_snr(-5), "must be positive"),
         (lambda: losses.logit_normal(0, 0), "must be positive"),
         (
-            lambda: FlowLoss(LinearPath(), "x", "x", 0.1, lambda p, t: t.view(-1, 1))(x_1, x_1, x_1, x_1[:, 0]),
+            lambda: FlowLoss(LinearPath(), "x", "x", 0.1, lambda p, t: t.flatten())(x_1, x_1, x_1, x_1[:, 0]),
             "one factor per t",
         ),
     ],

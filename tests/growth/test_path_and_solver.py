@@ -54,7 +54,7 @@ def test_a_path_trains_and_draws(config: Config, monkeypatch: pytest.MonkeyPatch
     lines = [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
     assert all(line["loss/image"] > 0 for line in lines if "loss/image" in line)
     model, tokenizer = load_model(config.run.dir / "checkpoints" / "latest")
-    assert isinstance(model.objective.flow.path, QuarterCircle)
+    assert isinstance(model.objective.flow.path_of(4), QuarterCircle)
     assert Decoder(model, tokenizer, config.sample).generate([Request(["ab"], "image", 1)])[0].images
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Pixels = NDArray[np.uint8]
 CELL = 8
@@ -45,6 +47,9 @@ class Mark:
 class Task(ABC):
     """Reads the captions and pictures of a data set, and composes pictures for the baselines."""
 
+    size: ClassVar[tuple[int, int] | None] = None
+    """(height, width) of the pictures of `marks` and `compose`; None if the task handles all declared sizes itself."""
+
     @abstractmethod
     def parse(self, caption: str) -> frozenset[Object] | None:
         """Return the objects that a caption names, or None if it names none or contradicts itself."""
@@ -56,6 +61,17 @@ class Task(ABC):
     @abstractmethod
     def compose(self, digits: Sequence[tuple[Pixels, Object]]) -> Pixels:
         """Return a picture of grey digits [8, 8], each with the colour and in the quadrant of its object."""
+
+    def find(self, pixels: Pixels) -> list[Mark] | None:
+        """Return the marks of a picture of any size, which is averaged over areas to the size of the task."""
+        return self.marks(pixels if self.size is None else resized(pixels, self.size))
+
+
+def resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Scale a picture to (height, width) by areas: a smaller one has means, a larger one repeats pixels."""
+    if pixels.shape[:2] == size:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BOX))
 
 
 Truth = frozenset[Object]

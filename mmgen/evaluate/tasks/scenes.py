@@ -33,6 +33,8 @@ Between the two the picture cannot be read. The brightest pixel of a real digit 
 class Scenes(Task):
     """Pictures of 16x16 pixels with one coloured digit in some quadrants; captions name digit, colour and quadrant."""
 
+    size = (2 * CELL, 2 * CELL)
+
     def parse(self, caption: str) -> frozenset[Object] | None:
         colours, places = "|".join(COLOURS), "|".join(PLACES)
         digits = "|".join(NAMES)
