@@ -230,6 +230,10 @@ class PatcherConfig(Settings):
     """How patches are mapped to the width of the backbone and back."""
     bottleneck: Positive = 32
     """Width of the inner layer of the projection `bottleneck`."""
+    conv_channels: Positive = 32
+    """Channels at the resolution of pixels in the projections `conv` and `unet`; they double at each step down."""
+    conv_depth: Positive = 1
+    """Number of residual blocks at each resolution of the projection `unet`, in its way down and in its way up."""
 
     @property
     def latent(self) -> bool:
@@ -337,6 +341,10 @@ class HeadConfig(Settings):
     """Number of residual blocks."""
     width: Positive = 128
     """Width of the residual blocks."""
+    time_features: Annotated[int, Field(gt=0, multiple_of=2)] = 64
+    """Number of sine and cosine features of t (256 in MAR's own code)."""
+    cell: bool = False
+    """Add an embedding of the patch's cell to the hidden state that conditions the head, as MAR's own code does."""
 
 
 class MaskRatioConfig(Settings):
@@ -350,6 +358,13 @@ class MaskRatioConfig(Settings):
     """Smallest share of hidden patches."""
 
 
+TimeInput = Literal["addition", "token", "adaln"]
+
+
+def _name_to_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 class TransfusionConfig(Settings):
     """Settings that only Transfusion has."""
 
@@ -358,6 +373,13 @@ class TransfusionConfig(Settings):
     [cap, 1] where only later text describes the image (`capped`); or a second, clean copy (`clean_copy`)."""
     cap: Fraction = 0.5
     """Smallest t of an image that only later text describes, for the context `capped`."""
+    time_input: Annotated[list[TimeInput], BeforeValidator(_name_to_list)] = ["addition"]
+    """How the network reads t: added to each patch (`addition`), as a position of its own before the patches (`token`),
+    as shift and scale of the last hidden states (`adaln`), or several of these; a string is read as a list."""
+
+    def check(self) -> None:
+        if not self.time_input or len(set(self.time_input)) != len(self.time_input):
+            raise ValueError("objective.transfusion.time_input must name at least one way, and each way once")
 
 
 class MARConfig(Settings):
@@ -371,6 +393,8 @@ class MARConfig(Settings):
     """Number of draws of t, and of noise, for each learned patch in one step."""
     mask_ratio: MaskRatioConfig = MaskRatioConfig()
     """Share of the patches that the order `masked` hides."""
+    entry_norm: bool = False
+    """Normalise the inputs of patches (LayerNorm of patch and cell embedding), as MAR's own code does."""
 
     @property
     def causal(self) -> bool:

@@ -21,6 +21,7 @@ from mmgen.config import Config, ObjectiveConfig, PatcherConfig, Positions
 from mmgen.image.latent import AutoencoderFacts, build_patcher
 from mmgen.image.patch import Patcher
 from mmgen.objective import Embedded, build_objective
+from mmgen.objective.convolution import OutputConv, PixelConv
 from mmgen.objective.layers import OutputLinear
 from mmgen.sequence.batch import Batch
 
@@ -125,10 +126,10 @@ class MMGenModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise the layers of mmgen. The backbone initialises its own weights."""
-        if isinstance(module, OutputLinear):
+        if isinstance(module, OutputLinear | OutputConv):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | PixelConv):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -71,9 +71,9 @@ def plan(config: Config) -> Plan:
     state = theory(shape, len(ema_decays(config.train)))
     fields = model.backbone.config
     per_position = fields.num_hidden_layers * (16 * fields.hidden_size + 5 * fields.intermediate_size)
-    copies = build_layout(config.objective).copies
-    patches = [high * wide for high, wide in config.model.patcher.grids]
-    for size, n in zip(config.model.patcher.image_sizes, patches, strict=True):
+    layout = build_layout(config.objective)
+    copies, lengths = layout.copies, [layout.lead + high * wide for high, wide in config.model.patcher.grids]
+    for size, n in zip(config.model.patcher.image_sizes, lengths, strict=True):
         if copies * n + 5 > length:
             raise ValueError(
                 f"an image of {size[0]}x{size[1]} needs {copies * n + 5} positions with BOS and EOS, but "
@@ -84,8 +84,8 @@ def plan(config: Config) -> Plan:
         vocabulary=tokens,
         tokens_per_step=rows * length,
         tokens_total=rows * length * config.train.steps,
-        positions_per_image=[copies * n + 3 for n in patches],
-        positions_added_by_copies=[(copies - 1) * n for n in patches],
+        positions_per_image=[copies * n + 3 for n in lengths],
+        positions_added_by_copies=[(copies - 1) * n for n in lengths],
         numbers_per_patch=config.model.patcher.patch_length,
         processes=world,
         memory_state_bytes=round(sum(state.values())),

@@ -109,7 +109,8 @@ class Measured(ABC):
 
     def __init__(self, config: Config, cut_overlong: bool = False) -> None:
         self.config, self.cut_overlong = config, cut_overlong
-        self.copies = build_layout(config.objective).copies
+        layout = build_layout(config.objective)
+        self.copies, self.lead = layout.copies, layout.lead
 
     @abstractmethod
     def gather(self, indices: Ints) -> Facts:
@@ -162,12 +163,13 @@ class Measured(ABC):
 
     def _around_text(self, facts: Facts, forms: Ints | None) -> Ints:
         """Positions of each document without its text, by default in the form that needs the most."""
-        copied = facts.learned_patches
+        copied = facts.learned_patches + self.lead * facts.learned_images
         if forms is not None:
             ends_in_image = np.where(forms == AS_WRITTEN, facts.ends_in_image, forms != IMAGE_FIRST)
-            copied = copied - np.where(ends_in_image, facts.last_patches, 0)
+            last = facts.last_patches + self.lead * (facts.last_patches > 0)
+            copied = copied - np.where(ends_in_image, last, 0)
         # An image that is not learned has one copy, a clean one. A last image has no clean copy, as nothing reads it.
-        positions: Ints = 2 + 3 * facts.images + facts.patches + (self.copies - 1) * copied
+        positions: Ints = 2 + (3 + self.lead) * facts.images + facts.patches + (self.copies - 1) * copied
         return positions
 
 

@@ -199,7 +199,8 @@ class Documents(ABC):
         if isinstance(segment, TextSegment):
             return len(segment.ids)
         rows, columns = segment.grid
-        return 3 + (self.layout.copies if segment.learn and not last else 1) * rows * columns
+        copies = self.layout.copies if segment.learn and not last else 1
+        return 3 + copies * (self.layout.lead + rows * columns)
 
     def decode(self, sample: Sample, grids: Sequence[Grid], epoch: int) -> Decoded:
         """The tokens and patches of a sample whose images have the patch grids `grids`; raises `BadSample`."""

@@ -143,7 +143,7 @@ class Report:
                 flat |= self.losses.flat() if self.losses else {}
             elif name in ("scores", "captions"):
                 flat |= value or {}
-            elif value is not None:
+            elif value is not None and name != "sizes":
                 flat[name] = value
         for size, scores in self.sizes.items():
             flat |= scores.flat(f"_{size}")

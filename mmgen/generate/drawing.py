@@ -79,7 +79,7 @@ class Drawings:
             self.observer.opened(requests, spec)
         drawing = self.setup.parts.generate(self.setup.model.objective, spec)
         start = self.lanes.lengths(lanes)
-        offset_N = self._upload(offsets(self.setup.model.positions, grid))
+        offset_N = self._upload(offsets(self.setup.model.positions, grid, self.setup.model.objective.layout.lead))
         self.canvases.append(Canvas(grid, start, drawing, CanvasCall(lanes, positions, offset_N, next(drawing))))
 
     def advance(self, hidden: dict[int, Tensor]) -> list[tuple[int, Drawn]]:

@@ -33,7 +33,7 @@ class CanvasCall:
     positions: list[list[int]]
     """[G][R] position of the image in its lane."""
     offset_N: Tensor
-    """What each patch adds to the position of the image, in raster order."""
+    """What each patch adds to the position of the image, in raster order, after positions in front of the patches."""
     call: BackboneCall
 
 

@@ -39,7 +39,7 @@ class Schedule:
         self.draws: dict[int, Draw] = {}
         for r, coroutine in enumerate(coroutines):
             self._enqueue(r, next(coroutine))
-        image = max(grid[0] * grid[1] for grid in setup.tokenizer.size) + 3
+        image = max(grid[0] * grid[1] for grid in setup.tokenizer.size) + 3 + setup.model.objective.layout.lead
         prefix = max((len(feed.strip) for feed in self.feeds.values()), default=0)
         # A call is as wide as its widest strip or image, and narrower lanes are padded to it. The padding needs slots
         # at the end of a lane, so the capacity holds a second prefix and further images.

@@ -85,6 +85,7 @@ class BackboneCall:
     """A request of `ImageObjective.generate`: run the backbone on these inputs and send hidden states [G, R, n, D]."""
 
     inputs_RND: Tensor
+    """Inputs of the positions in front of the patches (`ImageLayout.lead`), if any, and of n patches."""
     bidirectional: bool
     keep: bool
     """Whether the positions stay in the cache after the call."""
@@ -103,6 +104,8 @@ class ImageLayout(ABC):
 
     copies: int = 1
     """Number of blocks that `blocks` returns."""
+    lead: int = 0
+    """Number of positions in front of the patches of each block; the objective gives their inputs."""
     bidirectional: bool = True
     """Whether patches of an image attend to each other in both directions."""
     noise_draws: int = 1

@@ -1,16 +1,19 @@
 """Layers that objectives share: embeddings of time and cell, and the patch projections.
 
-Suffixes: I patches of a batch, P numbers per patch, D width.
+Suffixes: I patches of a batch, P numbers per patch, D width, s pixels along the side of a patch, C channels.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmgen.config import PatcherConfig, choose
+from mmgen.objective.convolution import ImageMap, OutputConv, PixelConv, ResidualBlock, enlarged, prime_factors
 from mmgen.sequence.batch import Cells
 
 
@@ -84,11 +87,18 @@ class PatchExit(nn.Module, ABC):
         """
 
 
+class ProjectionError(ValueError):
+    """The patch projection does not fit the objective."""
+
+
 class PatchProjection(ABC):
     """How patches enter and leave the backbone. The same class works with every objective.
 
     Transfusion uses both maps. MAR uses only the entry, because its head draws the patches.
     """
+
+    skips: bool = False
+    """Whether the exit needs the memory of the entry, as a U-Net does. An objective without an exit rejects it."""
 
     def __init__(self, settings: PatcherConfig, width: int) -> None:
         self.settings, self.width = settings, width
@@ -104,6 +114,24 @@ class PatchProjection(ABC):
 
 class OutputLinear(nn.Linear):
     """A linear map that is zero at initialisation, so that a new model predicts zero."""
+
+
+class OutputModulation(nn.Module):
+    """The last layer's shift and scale of a normalised hidden state, computed from the time (Peebles and Xie 2023).
+
+    Shift and scale are zero at initialisation.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = OutputLinear(width, 2 * width)
+
+    def forward(self, hidden_ID: Tensor, time_ID: Tensor) -> Tensor:
+        """Hidden states and time embeddings [I, D] to [I, D]."""
+        shift, scale = self.modulation(F.silu(time_ID)).chunk(2, dim=-1)
+        out: Tensor = self.norm(hidden_ID) * (1 + scale) + shift
+        return out
 
 
 class LinearEntry(nn.Linear, PatchEntry):
@@ -146,7 +174,156 @@ class BottleneckProjection(LinearProjection):
         return BottleneckEntry(narrow, nn.Linear(self.settings.bottleneck, self.width))
 
 
-PROJECTIONS: dict[str, type[PatchProjection]] = {"linear": LinearProjection, "bottleneck": BottleneckProjection}
+class ConvEntry(PatchEntry):
+    """One linear map, plus a linear map of a convolution over the image."""
+
+    mixes = True
+
+    def __init__(self, settings: PatcherConfig, width: int) -> None:
+        super().__init__()
+        self.side, channels = settings.patch_size, settings.conv_channels
+        self.linear = nn.Linear(settings.patch_length, width)
+        self.conv = PixelConv(settings.patch_length // self.side**2, channels)
+        self.project = nn.Linear(channels * self.side**2, width)
+
+    def enter(self, x_IP: Tensor, t_I: Tensor, cells: Cells) -> tuple[Tensor, Tensor | None]:
+        seen = F.silu(self.conv(pixels(x_IP, self.side), ImageMap(cells)))
+        return self.linear(x_IP) + self.project(seen.flatten(1)), None
+
+
+class ConvExit(PatchExit):
+    """One linear map, plus two convolutions over the image, which see across the edges of patches."""
+
+    def __init__(self, settings: PatcherConfig, width: int) -> None:
+        super().__init__()
+        self.side, self.channels = settings.patch_size, settings.conv_channels
+        self.linear = OutputLinear(width, settings.patch_length)
+        self.project = nn.Linear(width, self.channels * self.side**2)
+        self.conv = PixelConv(self.channels, self.channels)
+        self.last = OutputConv(self.channels, settings.patch_length // self.side**2)
+
+    def leave(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, cells: Cells) -> Tensor:
+        images = ImageMap(cells)
+        h = F.silu(self.conv(pixels(self.project(hidden_ID), self.side), images))
+        patches: Tensor = self.linear(hidden_ID) + self.last(h, images).flatten(1)
+        return patches
+
+
+class ConvProjection(PatchProjection):
+    """Linear maps in and out, each with convolutions beside it that see across the edges of patches."""
+
+    def entry(self) -> PatchEntry:
+        return ConvEntry(self.settings, self.width)
+
+    def exit(self) -> PatchExit:
+        return ConvExit(self.settings, self.width)
+
+
+class UNetBlocks(nn.Module):
+    """What the down blocks and the up blocks of a U-Net share: its resolutions, and the embedding of the time.
+
+    The first resolution is that of pixels, the last one that of patches; each prime factor of the patch size is a step
+    from one to the next, which doubles the number of channels.
+    """
+
+    def __init__(self, settings: PatcherConfig) -> None:
+        super().__init__()
+        self.side, self.depth = settings.patch_size, settings.conv_depth
+        self.factors = prime_factors(self.side)
+        self.sides = [self.side]
+        for factor in self.factors:
+            self.sides.append(self.sides[-1] // factor)
+        self.channels = [settings.conv_channels * 2**level for level in range(len(self.sides))]
+        self.time_width = 4 * settings.conv_channels
+        self.time = TimeEmbedding(self.time_width)
+        self.blocks = nn.ModuleList()
+
+    def of_level(self, level: int) -> nn.ModuleList:
+        """The residual blocks of a resolution, of which 0 is that of pixels."""
+        return self.blocks[level * self.depth : (level + 1) * self.depth]
+
+
+class UNetDown(UNetBlocks, PatchEntry):
+    """Residual blocks and strided convolutions from the pixels to one vector per patch; the memory is their outputs."""
+
+    mixes = True
+
+    def __init__(self, settings: PatcherConfig, width: int) -> None:
+        super().__init__(settings)
+        self.stem = PixelConv(settings.patch_length // self.side**2, self.channels[0])
+        self.blocks = nn.ModuleList(
+            ResidualBlock(wide, wide, self.time_width) for wide in self.channels for _ in range(self.depth)
+        )
+        steps = zip(pairwise(self.channels), self.factors, strict=True)
+        self.down = nn.ModuleList(PixelConv(fine, coarse, factor) for (fine, coarse), factor in steps)
+        self.leave = nn.Linear(self.channels[-1], width)
+
+    def enter(self, x_IP: Tensor, t_I: Tensor, cells: Cells) -> tuple[Tensor, Tensor | None]:
+        images, time_IE = ImageMap(cells), self.time(t_I)
+        h = self.stem(pixels(x_IP, self.side), images)
+        skips: list[Tensor] = []
+        for level in range(len(self.sides)):
+            h = self.down[level - 1](h, images) if level else h
+            for block in self.of_level(level):
+                h = block(h, time_IE, images)
+            skips.append(h.flatten(1))
+        return self.leave(h.flatten(1)), torch.cat(skips, dim=1)
+
+
+class UNetUp(UNetBlocks, PatchExit):
+    """Residual blocks and enlargements from hidden states to pixels; the memory joins them at each resolution."""
+
+    def __init__(self, settings: PatcherConfig, width: int) -> None:
+        super().__init__(settings)
+        self.enter = nn.Linear(width, self.channels[-1])
+        self.blocks = nn.ModuleList(
+            ResidualBlock(wide if number else 2 * wide, wide, self.time_width)
+            for wide in self.channels
+            for number in range(self.depth)
+        )
+        self.up = nn.ModuleList(PixelConv(coarse, fine) for fine, coarse in pairwise(self.channels))
+        self.norm = nn.LayerNorm(self.channels[0])
+        self.last = OutputConv(self.channels[0], settings.patch_length // self.side**2)
+
+    def leave(self, hidden_ID: Tensor, memory: Tensor | None, t_I: Tensor, cells: Cells) -> Tensor:
+        assert memory is not None
+        images, time_IE = ImageMap(cells), self.time(t_I)
+        lengths = [side**2 * wide for side, wide in zip(self.sides, self.channels, strict=True)]
+        skips = memory.split(lengths, dim=1)
+        h = pixels(self.enter(hidden_ID), 1)
+        for level in reversed(range(len(self.sides))):
+            h = torch.cat([h, pixels(skips[level], self.sides[level]).to(h.dtype)], dim=-1)
+            for block in self.of_level(level):
+                h = block(h, time_IE, images)
+            if level:
+                h = self.up[level - 1](enlarged(h, self.factors[level - 1]), images)
+        patches: Tensor = self.last(F.silu(self.norm(h)), images).flatten(1)
+        return patches
+
+
+class UNetProjection(PatchProjection):
+    """Down blocks of a U-Net in and up blocks out, with skip connections around the backbone (Zhou et al. 2024)."""
+
+    skips = True
+
+    def entry(self) -> PatchEntry:
+        return UNetDown(self.settings, self.width)
+
+    def exit(self) -> PatchExit:
+        return UNetUp(self.settings, self.width)
+
+
+def pixels(x_IP: Tensor, side: int) -> Tensor:
+    """Patches [I, s * s * C] to their pixels [I, s, s, C]."""
+    return x_IP.reshape(len(x_IP), side, side, x_IP.shape[1] // side**2)
+
+
+PROJECTIONS: dict[str, type[PatchProjection]] = {
+    "linear": LinearProjection,
+    "bottleneck": BottleneckProjection,
+    "conv": ConvProjection,
+    "unet": UNetProjection,
+}
 """Name of a patch projection, the value of `model.patcher.projection`, to its class."""
 
 

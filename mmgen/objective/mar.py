@@ -29,8 +29,8 @@ from mmgen.objective.interface import (
     ImageSite,
     ImageSpec,
 )
-from mmgen.objective.layers import CellEmbedding, OutputLinear, TimeEmbedding, build_projection
-from mmgen.objective.replay import Replay, SampledImage, redraw
+from mmgen.objective.layers import CellEmbedding, OutputLinear, ProjectionError, TimeEmbedding, build_projection
+from mmgen.objective.replay import Replay, SampledImage, Trained, redraw
 from mmgen.sequence.batch import Batch, Cells
 from mmgen.sequence.document import Block
 
@@ -61,7 +61,7 @@ class PatchHead(nn.Module):
         super().__init__()
         width = settings.width
         self.enter = nn.Linear(patch_length, width)
-        self.time = TimeEmbedding(width)
+        self.time = TimeEmbedding(width, settings.time_features)
         self.state = nn.Linear(backbone_width, width)
         self.blocks = nn.ModuleList(AdaptiveBlock(width) for _ in range(settings.depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -131,35 +131,55 @@ class MARObjective(ImageObjective):
         super().__init__(settings, patcher, width)
         self.section = settings.mar
         self.flow = ImageFlow(settings)
-        self.enter = build_projection(patcher, width).entry()
+        projection = build_projection(patcher, width)
+        if projection.skips:
+            raise ProjectionError(
+                f"model.patcher.projection '{patcher.projection}' has skip connections to its up blocks, but the head "
+                "of MAR draws each patch alone and has no up blocks: set model.patcher.projection to conv (with "
+                "objective.mar.order masked) or linear, or objective.kind to transfusion"
+            )
+        self.enter = projection.entry()
         if self.section.causal and self.enter.mixes:
-            raise ValueError(
+            raise ProjectionError(
                 f"model.patcher.projection '{patcher.projection}' mixes the patches of an image, so in the order "
                 f"'{self.section.order}' a patch would depend on later patches: set objective.mar.order to masked, or "
                 "model.patcher.projection to linear"
             )
         self.place = CellEmbedding(width)  # the name in checkpoints
         self.head = PatchHead(patcher.patch_length, width, self.section.head)
+        self.head_place = CellEmbedding(width) if self.section.head.cell else None
+        self.norm = nn.LayerNorm(width, eps=1e-6) if self.section.entry_norm else None
         if self.section.causal:
             self.next_place = CellEmbedding(width)
         else:
             self.mask_vector = nn.Parameter(torch.randn(width) * width**-0.5)
 
     def _enter(self, x_IP: Tensor, cells: Cells) -> Tensor:
-        """Clean patches [I, P] to inputs [I, D]."""
+        """Clean patches [I, P] and their cells to inputs [I, D]."""
         entered, _ = self.enter.enter(x_IP, x_IP.new_ones(len(x_IP)), cells)
-        return entered
+        placed: Tensor = entered + self.place(cells.cell_I2)
+        return placed if self.norm is None else self.norm(placed)
 
-    def _hidden(self, x_IP: Tensor, masked_I: Tensor, cells: Cells) -> Tensor:
-        """Patches [I, P] to inputs [I, D]; the mask vector replaces masked patches."""
+    def _enter_masked(self, x_IP: Tensor, masked_I: Tensor, cells: Cells) -> Tensor:
+        """Patches [I, P] and their cells to inputs [I, D]; the mask vector, not normalised, replaces masked patches."""
+        masked_I1 = masked_I.unsqueeze(-1)
         # Masked patches are set to zero first, because an entry may mix the patches of an image.
-        values = self._enter(x_IP.masked_fill(masked_I.unsqueeze(-1), 0), cells)
-        return torch.where(masked_I.unsqueeze(-1), self.mask_vector.to(values.dtype), values)
+        x_IP = x_IP.masked_fill(masked_I1, 0)
+        entered, _ = self.enter.enter(x_IP, x_IP.new_ones(len(x_IP)), cells)
+        placed = torch.where(masked_I1, self.mask_vector.to(entered.dtype), entered) + self.place(cells.cell_I2)
+        return placed if self.norm is None else torch.where(masked_I1, placed, self.norm(placed))
+
+    def _condition(self, hidden: Tensor, cell: Tensor) -> Tensor:
+        """Hidden states [..., D] to the condition of the head [..., W], with the cells [..., 2] that they predict."""
+        if self.head_place is not None:
+            hidden = hidden + self.head_place(cell).to(hidden.dtype)
+        state: Tensor = self.head.state(hidden)
+        return state
 
     def embed(self, batch: Batch) -> Embedded:
         at_J = batch.at_I[batch.loss_at_J]
         if not self.section.causal:
-            values = self._hidden(batch.x_IP, batch.draws["masked"] > 0, batch.cells) + self.place(batch.cell_I2)
+            values = self._enter_masked(batch.x_IP, batch.draws["masked"] > 0, batch.cells)
             return Embedded(batch.at_I, values, at_J, batch)
         values = self._enter(batch.x_IP, batch.cells)
         # Each input also holds the cell of the patch that it predicts. The last input of an image predicts no patch.
@@ -168,13 +188,13 @@ class MARObjective(ImageObjective):
         has_next[:-1] = batch.image_I[1:] == batch.image_I[:-1]
         following = self.next_place(batch.cell_I2.roll(-1, 0)) * has_next.unsqueeze(-1).to(values.dtype)
         at = torch.cat([batch.at_I, batch.size_at_M])
-        values = torch.cat([values + self.place(batch.cell_I2) + following, self.next_place(batch.first_M2)])
+        values = torch.cat([values + following, self.next_place(batch.first_M2)])
         return Embedded(at, values, at_J - 1, batch)
 
     def loss(self, hidden_JD: Tensor, state: Any) -> Tensor:
         batch: Batch = state
         j = batch.loss_at_J
-        state_J1W = self.head.state(hidden_JD).unsqueeze(1)
+        state_J1W = self._condition(hidden_JD, batch.cell_I2[j]).unsqueeze(1)
         x_JP = batch.x_IP[j]
         if self.section.head.kind == "mse":
             return (self._regress(state_J1W, x_JP.unsqueeze(1)) - x_JP.unsqueeze(1)).square().mean(dim=(1, 2))
@@ -200,7 +220,8 @@ class MARObjective(ImageObjective):
         rows, n, _ = spec.noise_RNP.shape
         device = spec.noise_RNP.device
         cell_N2 = torch.from_numpy(raster(spec.grid)).to(device)
-        cells = Cells(torch.arange(rows, device=device).repeat_interleave(n), cell_N2.repeat(rows, 1))
+        image_I = torch.arange(rows, device=device).repeat_interleave(n)
+        cells = Cells(image_I, cell_N2.repeat(rows, 1), [spec.grid] * rows)
         chance_RN = spec.noise(spec.noise_RNP[..., 0])
         x_RNP = torch.zeros_like(spec.noise_RNP)
         shown_RN = torch.zeros(rows, n, dtype=torch.bool, device=device)
@@ -212,8 +233,7 @@ class MARObjective(ImageObjective):
             done = int(shown_RN[0].sum())
         reveal_RN = chance_RN.argsort(dim=1)
         for count in unmask_counts(n - done, spec.sample.unmask_steps):
-            entered_ID = self._hidden(x_RNP.flatten(0, 1), ~shown_RN.flatten(), cells)
-            values = entered_ID.view(rows, n, -1) + self.place(cell_N2)
+            values = self._enter_masked(x_RNP.flatten(0, 1), ~shown_RN.flatten(), cells).view(rows, n, -1)
             preview = x_RNP.clone() if spec.previews else None
             hidden_GRND = yield BackboneCall(values, self.layout.bidirectional, False, preview)
             now_Rn = reveal_RN[:, done : done + count]
@@ -221,7 +241,8 @@ class MARObjective(ImageObjective):
             lanes = len(hidden_GRND)
             at_GRnD = now_Rn.expand(lanes, -1, -1).unsqueeze(-1).expand(-1, -1, -1, hidden_GRND.shape[-1])
             at_RnP = now_Rn.unsqueeze(-1).expand(-1, -1, x_RNP.shape[-1])
-            drawn = self._draw(hidden_GRND.gather(2, at_GRnD), spec.noise_RNP.gather(1, at_RnP), spec, done / n)
+            state = self._condition(hidden_GRND.gather(2, at_GRnD), cell_N2[now_Rn])
+            drawn = self._draw(state, spec.noise_RNP.gather(1, at_RnP), spec, done / n)
             x_RNP = x_RNP.scatter(1, at_RnP, drawn)
             shown_RN = shown_RN.scatter(1, now_Rn, True)
         return x_RNP
@@ -238,24 +259,23 @@ class MARObjective(ImageObjective):
             given = None
             if spec.given is not None:
                 given = Given(spec.given.mask_RN.gather(1, at_R1), spec.given.x_RNP.gather(1, at_R1P))
-            drawn = self._draw(hidden_GR1D, spec.noise_RNP.gather(1, at_R1P), spec, (i + 1) / n, given)
+            state = self._condition(hidden_GR1D, cell_N2[at_R1])
+            drawn = self._draw(state, spec.noise_RNP.gather(1, at_R1P), spec, (i + 1) / n, given)
             x_RNP = x_RNP.scatter(1, at_R1P, drawn)
             if i + 1 < n:
                 following = self.next_place(cell_N2[spec.order_RN[:, i + 1 : i + 2]])
                 cells = Cells(torch.arange(rows, device=drawn.device), cell_N2[at_R1.squeeze(1)])
-                entered_RD = self._enter(drawn.squeeze(1), cells)
-                values = entered_RD.unsqueeze(1) + self.place(cell_N2[at_R1]) + following
+                values = self._enter(drawn.squeeze(1), cells).unsqueeze(1) + following
                 hidden_GR1D = yield BackboneCall(values, False, True, x_RNP.clone() if spec.previews else None, at_R1)
         return x_RNP
 
     def _draw(
-        self, hidden_GRnD: Tensor, eps_RnP: Tensor, spec: ImageSpec, share: float, given: Given | None = None
+        self, state_GRnW: Tensor, eps_RnP: Tensor, spec: ImageSpec, share: float, given: Given | None = None
     ) -> Tensor:
-        """Draw clean patches [R, n, P] from hidden states [G, R, n, D].
+        """Draw clean patches [R, n, P] from conditions of the head [G, R, n, W].
 
         `share` is the share of patches of the image that are drawn after this call.
         """
-        state_GRnW = self.head.state(hidden_GRnD)
         scale = guidance_at(share, spec.sample)
         if self.section.head.kind == "mse":
             x = self._regress(state_GRnW, eps_RnP.expand(len(state_GRnW), -1, -1, -1))
@@ -293,12 +313,11 @@ class MARObjective(ImageObjective):
                 batch.loss_at_J = at[unseen_N]
 
             learned_n = unseen_N.cumsum(0)[now_n] - 1  # index among the patches that are learned in this step
-            hidden = [
-                trained.hidden_JD[learned_n].unsqueeze(0) for trained in replay.train(f"step {i}", slice(i, i + 1), put)
-            ]
+            trained = replay.train(f"step {i}", slice(i, i + 1), put)
+            states = [self._trained_condition(one)[learned_n].unsqueeze(0) for one in trained]
             scale = guidance_at(done / n, image.sample)
             noise_1nP = image.noise_NP[now_n].unsqueeze(0)
-            drawn = self._redraw(noise_1nP, hidden, scale, image, lambda z: next(further).unsqueeze(0))
+            drawn = self._redraw(noise_1nP, states, scale, image, lambda z: next(further).unsqueeze(0))
             replay.compare(f"step {i}", image.x_NP[now_n], drawn[0])
 
     def _replay_next_patches(self, replay: Replay) -> None:
@@ -307,19 +326,22 @@ class MARObjective(ImageObjective):
         def put(batch: Batch, at: Tensor) -> None:
             batch.x_IP[at] = image.x_NP[image.order_N]
 
-        hidden = [trained.hidden_JD.unsqueeze(1) for trained in replay.train("", slice(None), put)]
+        states = [self._trained_condition(trained).unsqueeze(1) for trained in replay.train("", slice(None), put)]
         scale_N11 = torch.tensor([guidance_at((k + 1) / n, image.sample) for k in range(n)], dtype=torch.float64)
         each = len(image.draws) // n  # the decoder drew the patches one after another, here they are drawn together
         further = iter([torch.stack(image.draws[d::each]) for d in range(each)])
         noise_N1P = image.noise_NP[image.order_N].unsqueeze(1)
-        drawn = self._redraw(noise_N1P, hidden, scale_N11.view(n, 1, 1), image, lambda z: next(further))
+        drawn = self._redraw(noise_N1P, states, scale_N11.view(n, 1, 1), image, lambda z: next(further))
         replay.compare("", image.x_NP[image.order_N], drawn.squeeze(1))
 
+    def _trained_condition(self, trained: Trained) -> Tensor:
+        """The condition of the head [J, W] for the learned patches of a forward pass of training."""
+        return self._condition(trained.hidden_JD, trained.batch.cell_I2[trained.at_J])
+
     def _redraw(
-        self, noise_RnP: Tensor, hidden: list[Tensor], scale: float | Tensor, image: SampledImage, further: Noise
+        self, noise_RnP: Tensor, states: list[Tensor], scale: float | Tensor, image: SampledImage, further: Noise
     ) -> Tensor:
-        """Patches [R, n, P] that the head draws from hidden states [R, n, D], one tensor for each guidance lane."""
-        states = [self.head.state(h) for h in hidden]
+        """Patches [R, n, P] that the head draws from its conditions [R, n, W], one tensor for each guidance lane."""
         if self.section.head.kind == "mse":
             means = [self._regress(state, noise_RnP) for state in states]
             return means[-1] + scale * (means[0] - means[-1])

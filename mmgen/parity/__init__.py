@@ -24,13 +24,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmgen.config import Config, choose
+from mmgen.config import Config, ObjectiveConfig, PatcherConfig, choose
 from mmgen.config_io import override
 from mmgen.generate import Decoder, Event, Request
 from mmgen.generate.grammar import Grammar
 from mmgen.generate.parts import REAL, Parts
 from mmgen.model import MMGenConfig, MMGenModel
-from mmgen.objective import OBJECTIVES, ImageObjective
+from mmgen.objective import OBJECTIVES, ImageObjective, build_objective
+from mmgen.objective.layers import ProjectionError
 from mmgen.parity.faults import FAULTS
 from mmgen.parity.record import DrawnImage, Recorder
 from mmgen.parity.reference import Document, ImageReplay, Picture, Reference
@@ -73,8 +74,8 @@ class ScriptedGrammar(Grammar):
 def check_parity(config: Config, inject: str | None = None) -> list[Report]:
     """Compare sampling with training for every objective, order and context policy, with the model of a configuration.
 
-    Returns one report per variant. `inject` names a fault of `FAULTS`, which breaks the decoder; the check must then
-    fail.
+    Returns one report per variant, without variants that reject the patch projection of the configuration. `inject`
+    names a fault of `FAULTS`, which breaks the decoder; the check must then fail.
 
     `objective.bidirectional` and all settings of `sample` that concern images are those of the configuration. The
     causal orders of MAR refuse `bidirectional: true`, so they are checked without it.
@@ -86,7 +87,10 @@ def check_parity(config: Config, inject: str | None = None) -> list[Report]:
     parts = REAL if inject is None else choose(FAULTS, inject, "fault")
     kind = config.objective.kind
     known = any(change["kind"] == kind for change in VARIANTS.values())
-    variants = VARIANTS if known else {kind: {"kind": kind}}
+    patcher = config.model.patcher
+    build_objective(config.objective, patcher, 8)  # raises if the configuration itself cannot be built
+    variants = {name: change for name, change in VARIANTS.items() if _fits(_varied(config, change), patcher)}
+    variants = variants if known else {kind: {"kind": kind}}
     if not known and not can_replay(config):
         raise ValueError(
             f"objective.kind '{kind}' has no `replay`, so its sampling cannot be compared with training: "
@@ -100,13 +104,28 @@ def can_replay(config: Config) -> bool:
     return OBJECTIVES[config.objective.kind].replay is not ImageObjective.replay
 
 
+def _varied(config: Config, change: dict[str, Any]) -> ObjectiveConfig:
+    """Return the objective of a configuration with the settings of a variant."""
+    neutral: dict[str, Any] = {"kind": "transfusion", "mar": {"head": {"kind": "flow"}}}
+    if config.objective.bidirectional and change.get("mar", {}).get("order") in ("random", "raster"):
+        neutral["bidirectional"] = None  # they refuse true
+    return override(override(config, {"objective": neutral}), {"objective": change}).objective
+
+
+def _fits(objective: ObjectiveConfig, patcher: PatcherConfig) -> bool:
+    """Return whether an objective accepts the patch projection."""
+    try:
+        build_objective(objective, patcher, 8)
+    except ProjectionError:
+        return False
+    return True
+
+
 def _check_variant(name: str, config: Config, change: dict[str, Any], parts: Parts) -> Report:
     # The script chooses text and images, so that only how images are drawn is left to the settings.
     scripted = {"max_images": 3, "max_new_tokens": 8, "temperature": 1.0}
     sample = config.sample.model_copy(update=scripted)
-    if config.objective.bidirectional and change.get("mar", {}).get("order") in ("random", "raster"):
-        change = {**change, "bidirectional": None}
-    objective = override(override(config, {"objective": {"kind": "transfusion"}}), {"objective": change}).objective
+    objective = _varied(config, change)
     tokenizer = Tokenizer.of(config)
     model = _random_model(config.model_copy(update={"objective": objective}), tokenizer)
     requests, recorder = _requests(config), Recorder(parts.generate)

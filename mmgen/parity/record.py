@@ -21,7 +21,8 @@ class Identity(NamedTuple):
     """Identifies a position of a document."""
 
     kind: str
-    """`token`, `patch`, `copy N` (a patch of another copy of an image), or `stale` (a slot that should be empty)."""
+    """`token`, `patch`, `copy N` (a patch of another copy of an image), `lead of patch`, `lead of copy N` (a
+    position in front of the patches), or `stale` (a slot that should be empty)."""
     number: int
     """Index of the token, image or slot, counted from the start of the document."""
     patch: int | None = None
@@ -142,8 +143,11 @@ class Recorder(Observer):
             for request, lane in zip(canvas.lanes[0], lanes, strict=True):
                 image = self.drawn[request][-1]
                 kept = len(image.calls) if canvas.call.keep else 0
+                lead = max(0, canvas.call.inputs_RND.shape[1] - len(image.order_N))
                 now = image.order_N[kept : kept + canvas.call.inputs_RND.shape[1]]
-                names[lane] = [Identity("patch", self._lanes[lane].images, int(n)) for n in now]
+                number = self._lanes[lane].images
+                names[lane] = [Identity("lead of patch", number, n) for n in range(lead)]
+                names[lane] += [Identity("patch", number, int(n)) for n in now]
         return names
 
     def _written(self, lane: int, strip: Strip) -> list[Identity]:
@@ -160,11 +164,13 @@ def names_of(strip: Strip, role: Callable[[int], str], tokens: int = 0, images: 
 
     `role` returns the kind of the patches of the b-th block.
     """
-    patches = {
-        placed.offset + k: Identity(role(b), images + placed.image, number)
-        for b, placed in enumerate(strip.blocks)
-        for k, number in enumerate(placed.block.order_N.tolist())
-    }
+    patches = {}
+    for b, placed in enumerate(strip.blocks):
+        start, number = placed.offset - placed.block.lead, images + placed.image
+        for k in range(placed.block.lead):
+            patches[start + k] = Identity(f"lead of {role(b)}", number, k)
+        for k, patch in enumerate(placed.block.order_N.tolist()):
+            patches[placed.offset + k] = Identity(role(b), number, patch)
     names = []
     for i in range(len(strip)):
         names.append(patches[i] if i in patches else Identity("token", tokens))

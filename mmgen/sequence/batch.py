@@ -7,7 +7,7 @@ values of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -30,6 +30,16 @@ class Cells(NamedTuple):
 
     image_I: Tensor
     cell_I2: Tensor
+    grids: Sequence[Grid | None] = ()
+    """Patch grid of each image copy by its number, on the host; None for a copy whose patches are not among these."""
+
+
+class Copy(NamedTuple):
+    """An image copy of a batch, as the host knows it without waiting for the device."""
+
+    grid: Grid
+    learned: bool
+    """Whether patches of it are learned."""
 
 
 IGNORE = -100
@@ -74,6 +84,8 @@ class Rows:
     """Flat position of each image's size token."""
     first_M2: Tensor
     """Cell of the patch of each image that is generated first."""
+    copies: list[Copy]
+    """Every image copy, by its number in `image_I`."""
 
     @property
     def sites(self) -> Sites:
@@ -142,7 +154,17 @@ class Batch(Rows):
     @property
     def cells(self) -> Cells:
         """The image copies and cells of the patches."""
-        return Cells(self.image_I, self.cell_I2)
+        return Cells(self.image_I, self.cell_I2, [copy.grid for copy in self.copies])
+
+    @property
+    def learned_cells(self) -> Cells:
+        """The image copies and cells of the learned patches."""
+        return self.cells_at(self.loss_at_J, {number for number, copy in enumerate(self.copies) if copy.learned})
+
+    def cells_at(self, at: Tensor, numbers: Collection[int]) -> Cells:
+        """The image copies and cells of the patches `at`, which belong to the copies of these numbers."""
+        grids = [copy.grid if number in numbers else None for number, copy in enumerate(self.copies)]
+        return Cells(self.image_I[at], self.cell_I2[at], grids)
 
     @property
     def image_patches(self) -> Tensor:
@@ -300,6 +322,7 @@ def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
         learned_images=sum(bool(loss.any()) for loss in losses),
         size_at_M=torch.tensor([opening.offset for opening in openings], dtype=torch.int64),
         first_M2=torch.tensor([opening.first for opening in openings], dtype=torch.int64).reshape(-1, 2),
+        copies=[Copy(images[p.image].grid, bool(np.any(p.block.loss))) for p in placed],
     )
 
 

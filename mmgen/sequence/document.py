@@ -38,6 +38,8 @@ class Block:
     """Whether its patches are learned; an array [N] if only some of them are."""
     key: int = 0
     """The key of its noise, 64 bits as a signed integer."""
+    lead: int = 0
+    """Number of positions of the block in front of its patches, such as that of a time token."""
 
 
 @dataclass(frozen=True)
@@ -151,14 +153,15 @@ class Writer:
     def patches(self, x_NP: NDArray[Any], grid: Grid, blocks: Sequence[Block]) -> None:
         """Append the blocks of an image. Its copies have the same positions."""
         self._strip.images.append(ImagePatches(x_NP, grid))
-        offset_N = offsets(self.positions, grid)
+        lead = blocks[0].lead
+        offset = offsets(self.positions, grid, lead)
         for block in blocks:
-            n = len(block.order_N)
-            self._strip.blocks.append(PlacedBlock(len(self._strip), len(self._strip.images) - 1, block))
-            position = (self.position + offset_N[block.order_N]).tolist()
-            self._append([self.tokenizer.pad] * n, position, self._blocks, block.bidirectional, block.noised)
+            at = np.concatenate([np.arange(lead), lead + block.order_N])
+            self._strip.blocks.append(PlacedBlock(len(self._strip) + lead, len(self._strip.images) - 1, block))
+            position = (self.position + offset[at]).tolist()
+            self._append([self.tokenizer.pad] * len(at), position, self._blocks, block.bidirectional, block.noised)
             self._blocks += 1
-        self.position += taken(self.positions, grid)
+        self.position += lead + taken(self.positions, grid)
 
     def close_image(self) -> None:
         """Append EOI."""

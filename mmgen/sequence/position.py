@@ -20,16 +20,19 @@ BITS = 20
 MASK = (1 << BITS) - 1
 
 
-def offsets(positions: Positions, grid: Grid) -> NDArray[np.int64]:
-    """What is added to the position of an image for each of its patches, in raster order: [N]."""
+def offsets(positions: Positions, grid: Grid, lead: int = 0) -> NDArray[np.int64]:
+    """What is added to the position of an image for each of its patches, in raster order: [lead + N].
+
+    The first `lead` entries are those of positions in front of the patches, which count up like text.
+    """
     rows, columns = grid
+    offset_N = np.zeros(rows * columns, dtype=np.int64)
     if positions == "raster":
-        return np.arange(rows * columns)
-    if positions == "axial":
+        offset_N = np.arange(rows * columns)
+    elif positions == "axial":
         row, column = raster(grid).T
-        packed: NDArray[np.int64] = (row << BITS) + (column << 2 * BITS)
-        return packed
-    return np.zeros(rows * columns, dtype=np.int64)
+        offset_N = (row << BITS) + (column << 2 * BITS)
+    return np.concatenate([np.arange(lead), lead + offset_N])
 
 
 def taken(positions: Positions, grid: Grid) -> int:

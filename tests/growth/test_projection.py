@@ -50,7 +50,7 @@ class Up(PatchExit):
         return over_grids(self.conv, torch.cat([hidden_ID, memory], 1), cells)
 
 
-class UNet(PatchProjection):
+class Woven(PatchProjection):
     """A convolution over the patch grid of each image, with a skip connection around the backbone."""
 
     def entry(self) -> PatchEntry:
@@ -60,15 +60,15 @@ class UNet(PatchProjection):
         return Up(self.settings.patch_length, self.width)
 
 
-def unet(config: Config, monkeypatch: pytest.MonkeyPatch, objective: dict) -> Config:
-    monkeypatch.setitem(layers.PROJECTIONS, "unet", UNet)
-    return override(config, {"objective": objective, "model": {"patcher": {"projection": "unet"}}})
+def woven(config: Config, monkeypatch: pytest.MonkeyPatch, objective: dict) -> Config:
+    monkeypatch.setitem(layers.PROJECTIONS, "woven", Woven)
+    return override(config, {"objective": objective, "model": {"patcher": {"projection": "woven"}}})
 
 
 @pytest.mark.parametrize("objective", [{"kind": "transfusion"}, {"kind": "mar"}], ids=["transfusion", "mar"])
 def test_one_class_serves_both_objectives(config: Config, monkeypatch: pytest.MonkeyPatch, objective: dict) -> None:
     """The loss falls, every parameter has a gradient, and images of two sizes are drawn."""
-    config = unet(config, monkeypatch, objective)
+    config = woven(config, monkeypatch, objective)
     tokenizer = Tokenizer.of(config)
     torch.manual_seed(0)
     model = build_model(config, len(tokenizer))
@@ -94,7 +94,7 @@ def test_masked_patches_do_not_leak_through_a_projection_that_mixes(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The convolution must not carry masked patches to the inputs of their neighbours."""
-    config = unet(config, monkeypatch, {"kind": "mar"})
+    config = woven(config, monkeypatch, {"kind": "mar"})
     tokenizer = Tokenizer.of(config)
     model = build_model(config, len(tokenizer))
     corpus = Corpus(config.data.train, tokenizer, config)
@@ -109,6 +109,6 @@ def test_masked_patches_do_not_leak_through_a_projection_that_mixes(
 
 
 def test_a_projection_that_mixes_is_refused_by_a_causal_order(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = unet(config, monkeypatch, {"kind": "mar", "mar": {"order": "raster"}})
-    with pytest.raises(ValueError, match=r"'unet' mixes the patches .* set objective.mar.order to masked"):
+    config = woven(config, monkeypatch, {"kind": "mar", "mar": {"order": "raster"}})
+    with pytest.raises(ValueError, match=r"'woven' mixes the patches .* set objective.mar.order to masked"):
         build_model(config, 300)

@@ -325,8 +325,8 @@ def test_contradictory_settings_are_rejected(config: Config, settings: dict, mes
 
 
 def test_an_unknown_projection_is_refused(config: Config) -> None:
-    with pytest.raises(ValueError, match="unknown model.patcher.projection 'unet'"):
-        awake(override(mar(config), {"model": {"patcher": {"projection": "unet"}}}))
+    with pytest.raises(ValueError, match="unknown model.patcher.projection 'uneet', did you mean 'unet'"):
+        awake(override(mar(config), {"model": {"patcher": {"projection": "uneet"}}}))
 
 
 def test_a_temperature_without_noise_is_refused(config: Config) -> None:

@@ -246,7 +246,7 @@ def test_every_field_of_a_batch(seed: int) -> None:
     strips = [[doc if isinstance(doc, int) else Writer(TOK, "shared").document(doc) for doc in row] for row in rows]
     batch, expected = packed(strips, 130, TOK, nothing, P, noise_draws=2), walked(rows, 130)
     for f in fields(Batch):
-        if f.name == "draws":
+        if f.name in ("draws", "copies"):
             continue
         value = getattr(batch, f.name)
         name = f.name.rsplit("_", 1)[0]
@@ -255,6 +255,10 @@ def test_every_field_of_a_batch(seed: int) -> None:
         kind |= dict.fromkeys(("x_IP", "eps_JKP"), torch.float32)
         assert value.dtype == kind.get(f.name, torch.int64), f.name
     assert batch.cell_I2.shape[1:] == batch.first_M2.shape[1:] == (2,)
+    learned = set(batch.image_I[batch.loss_at_J].tolist())
+    for number, copy in enumerate(batch.copies):
+        cells = batch.cell_I2[batch.image_I == number]
+        assert copy == (tuple((cells.amax(0) + 1).tolist()), number in learned)
     assert batch.x_IP.shape[1] == P
     for name, draw in batch.draws.items():
         assert draw.tolist() == expected[name]
@@ -266,13 +270,14 @@ def test_all_fields_of_a_batch_move() -> None:
     batch = pack([[[TextSegment([5]), image((2, 2))]]], 16)
     moved, wide = batch.to("meta"), batch.to("cpu", torch.float64)
     for f in fields(Batch):
-        if f.name == "draws":
+        if f.name in ("draws", "copies"):
             continue
         old, far, new = (getattr(b, f.name) for b in (batch, moved, wide))
         assert (far.device.type, far.dtype, far.shape) == ("meta", old.dtype, old.shape)
         assert new.dtype == (torch.float64 if old.is_floating_point() else old.dtype)
         assert torch.equal(old, new.to(old.dtype))
     assert batch.draws.keys() == moved.draws.keys() == wide.draws.keys()
+    assert batch.copies == moved.copies == wide.copies == [((2, 2), True)]
     assert (moved.draws["t"].device.type, moved.draws["t"].dtype) == ("meta", torch.float32)
     assert wide.draws["t"].dtype == torch.float64
     assert torch.equal(batch.draws["t"], wide.draws["t"].float())
