@@ -126,7 +126,13 @@ class DataConfig(Settings):
     image_first: Fraction = 0.2
     """Share of captioned images whose document has the image before the caption."""
     caption_drop: Fraction = 0.1
-    """Share of caption-first documents whose caption is removed, as classifier-free guidance needs."""
+    """Share of documents with a learned image whose text is removed, as classifier-free guidance needs; documents that
+    `image_first` turned keep theirs."""
+    image_drop: Fraction = 0.0
+    """Share of documents with several images that keep all text, and only their last learned image."""
+    prompt_drop: Fraction = 0.0
+    """Share of documents with a learned image that keep only the last one, without text, as
+    `sample.image_guidance_scale` needs."""
     overlong: Literal["refuse", "truncate"] = "refuse"
     """What happens to a document longer than a row: `refuse` stops and names it, `truncate` cuts its text."""
     max_bad_fraction: Fraction = 0.01
@@ -605,6 +611,10 @@ class TrainConfig(Settings):
     """Peak TFLOP/s of one device, the reference of MFU; if null, it is measured at the start."""
 
 
+GuidanceLane = Literal["images", "nothing"]
+"""What a lane of guidance keeps of a prompt: its images without its text, or nothing."""
+
+
 class SampleConfig(Settings):
     """How images and text are generated."""
 
@@ -622,12 +632,23 @@ class SampleConfig(Settings):
     by size as in `objective.time.shift`; null takes that setting."""
     guidance_scale: float = 2.0
     """Scale of classifier-free guidance: 0 is unconditional, 1 conditional, above 1 closer to the caption."""
+    image_guidance_scale: float | None = None
+    """Scale of guidance by the images of the prompt, relative to no prompt; `guidance_scale` then acts relative to the
+    prompt without its text. If null, `guidance_scale` acts on text and images together."""
+    negative_prompt: str | None = None
+    """Text that takes the place of the text which guidance removes from the prompt; null removes it."""
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Range of t in which the guidance scale applies; outside it the scale is 1."""
     guidance_rescale: Fraction = 0.0
     """How far a guided velocity is rescaled to the standard deviation of the conditional one (0 not, 1 fully)."""
     guidance_renorm: bool = False
     """Scale a guided velocity down to the norm of the conditional one where it is longer."""
+    image_guidance_interval: tuple[Fraction, Fraction] | None = None
+    """`guidance_interval` of the image guidance; if null, that of the text."""
+    image_guidance_rescale: Fraction | None = None
+    """`guidance_rescale` of the image guidance; if null, that of the text."""
+    image_guidance_renorm: bool | None = None
+    """`guidance_renorm` of the image guidance; if null, that of the text."""
     clean_range: tuple[float, float] | None = None
     """Range to which the clean estimate is clipped at every step; if null, it is not clipped."""
     noise_temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -649,10 +670,20 @@ class SampleConfig(Settings):
     max_images: Annotated[int, Field(ge=0)] = 1
     """Largest number of images that are generated per prompt."""
 
+    @property
+    def guidance_lanes(self) -> tuple[GuidanceLane, ...]:
+        """What guidance keeps of a prompt in each of its lanes beside the full prompt, the fullest first."""
+        if self.image_guidance_scale is None:
+            return () if self.guidance_scale == 1 else ("nothing",)
+        if self.image_guidance_scale == 1:  # v(none) cancels
+            return () if self.guidance_scale == 1 else ("images",)
+        return ("images", "nothing")
+
     def check(self) -> None:
-        low, high = self.guidance_interval
-        if low > high:
-            raise ValueError(f"sample.guidance_interval must rise, as in [0.1, 1], got [{low}, {high}]")
+        for name in ("guidance_interval", "image_guidance_interval"):
+            low, high = getattr(self, name) or (0, 1)
+            if low > high:
+                raise ValueError(f"sample.{name} must rise, as in [0.1, 1], got [{low}, {high}]")
         if self.clean_range is not None and not self.clean_range[0] < self.clean_range[1]:
             raise ValueError(f"sample.clean_range must rise, as in [-1, 1], got {list(self.clean_range)}")
 
@@ -686,6 +717,12 @@ class Config(Settings):
     eval: EvalConfig = EvalConfig()
 
     def check(self) -> None:
+        dropped = self.data.caption_drop + self.data.image_drop + self.data.prompt_drop
+        if dropped > 1 + 1e-9:
+            raise ValueError(
+                "data.caption_drop, data.image_drop and data.prompt_drop are shares of the same documents, but they "
+                f"add up to {dropped:g}: lower them to 1 or less together"
+            )
         streams, rows = self.data.streams, self.train.batch_rows
         if streams and rows % streams:
             raise ValueError(

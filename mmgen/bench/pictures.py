@@ -115,7 +115,9 @@ def bare_decoder(config: Config) -> Callable[[bytes], Any]:
     return decode
 
 
-def bench_pictures(config: Config, rounds: int, report: Callable[[str], None], pictures: int = PICTURES) -> PictureTimes:
+def bench_pictures(
+    config: Config, rounds: int, report: Callable[[str], None], pictures: int = PICTURES
+) -> PictureTimes:
     """Time the loader against the bare decoder in alternation, for about `pictures` images per round and objective.
 
     Each step of the loader is followed by the bare decoder on as many images, so that other load on the machine affects

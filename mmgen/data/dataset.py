@@ -30,7 +30,12 @@ OPEN_SHARDS = 256
 CHECKED = 1 << 20
 """Largest data set whose document lengths are checked before a run, in samples. In a larger one, a document that is too
 long stops the run when it is planned."""
-AS_WRITTEN, CAPTION_FIRST, IMAGE_FIRST, DROPPED = range(4)
+AS_WRITTEN, CAPTION_FIRST, IMAGE_FIRST, DROPPED, IMAGES_DROPPED, ALONE = range(6)
+"""Forms of a document: three orders, without its text, with only its last learned image, and that image alone."""
+ONE_IMAGE = (IMAGES_DROPPED, ALONE)
+"""Forms that keep one image."""
+NO_TEXT = (DROPPED, ALONE)
+"""Forms that keep no text."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class Facts:
     """Whether the last segment is an image."""
     last_patches: Ints
     """Patches of the last image; 0 if it has no loss."""
+    target_patches: Ints
+    """Patches of the last learned image; 0 if there is none."""
+    text_follows: NDArray[np.bool_]
+    """Whether text follows the last learned image."""
 
     def take(self, selected: Ints) -> Facts:
         """The facts of the selected samples."""
@@ -87,9 +96,16 @@ def facts_of(index: Columns, tokens: str, grids: Ints) -> Facts:
     image = kind != TEXT
     patches = grids.prod(axis=1)
     learned = image & (index.column("learn_s") > 0)
-    last = np.full(index.count, -1)
-    np.maximum.at(last, sample[image], np.flatnonzero(image))
+
+    def last_of(chosen: NDArray[np.bool_]) -> Ints:
+        """The number of the last chosen segment of each sample; -1 if there is none."""
+        found = np.full(index.count, -1)
+        np.maximum.at(found, sample[chosen], np.flatnonzero(chosen))
+        return found
+
+    last, target = last_of(image), last_of(learned)
     last_patches = np.where(last < 0, 0, (patches * learned)[last] if len(kind) else 0)
+    target_patches = np.where(target < 0, 0, patches[target] if len(kind) else 0)
 
     def summed(values: NDArray[np.int64]) -> Ints:
         return np.bincount(sample, values, index.count).astype(np.int64)
@@ -98,6 +114,7 @@ def facts_of(index: Columns, tokens: str, grids: Ints) -> Facts:
         index.column("key_hash_n"), index.column("paired_n").astype(bool),
         summed(lengths), summed(image.astype(np.int64)), summed(patches),
         summed(learned.astype(np.int64)), summed(patches * learned), last == ends - 1, last_patches.astype(np.int64),
+        target_patches.astype(np.int64), last_of(kind == TEXT) > target,
     )  # fmt: skip
 
 
@@ -128,8 +145,13 @@ class Measured(ABC):
             here = epochs == epoch
             flip[here] = uniform(facts.hashes[here], seed, "flip", epoch)
             drop[here] = uniform(facts.hashes[here], seed, "drop", epoch)
-        dropped = (facts.learned_images > 0) & ((drop < data.caption_drop) | (facts.text == 0))
-        forms = np.where(dropped, DROPPED, np.where(facts.paired, CAPTION_FIRST, AS_WRITTEN))
+        # What is dropped: text (0), the other images (1), both (2) or nothing (3).
+        kind = np.searchsorted(np.cumsum([data.caption_drop, data.image_drop, data.prompt_drop]), drop, side="right")
+        learned, several = facts.learned_images > 0, facts.images > 1
+        forms = np.where(facts.paired, CAPTION_FIRST, AS_WRITTEN)
+        forms = np.where(learned & several & (kind == 1), IMAGES_DROPPED, forms)
+        forms = np.where(learned & ((kind == 0) | (kind == 2) | (facts.text == 0)), DROPPED, forms)
+        forms = np.where(learned & several & (kind == 2), ALONE, forms)
         return np.where(facts.paired & (flip < data.image_first), IMAGE_FIRST, forms).astype(np.int64)
 
     def lengths(self, epochs: Ints, indices: Ints) -> tuple[Ints, Ints, Ints]:
@@ -140,11 +162,11 @@ class Measured(ABC):
         """
         facts = self.gather(indices)
         forms = self.forms(epochs, facts)
-        text = np.where(forms == DROPPED, 0, facts.text)
+        text = np.where(np.isin(forms, NO_TEXT), 0, facts.text)
         if not self.cut_overlong and (documents := self.overlong(indices, facts, text, forms)):
             raise ValueError(refusal(documents, self.config.data))
         fitted: Ints = np.minimum(self._around_text(facts, forms) + text, self.config.data.row_length)
-        return fitted, facts.learned_images, forms
+        return fitted, np.where(np.isin(forms, ONE_IMAGE), 1, facts.learned_images), forms
 
     def overlong(
         self, indices: Ints, facts: Facts, text: Ints | None = None, forms: Ints | None = None
@@ -163,13 +185,19 @@ class Measured(ABC):
 
     def _around_text(self, facts: Facts, forms: Ints | None) -> Ints:
         """Positions of each document without its text, by default in the form that needs the most."""
-        copied = facts.learned_patches + self.lead * facts.learned_images
+        images, patches, last = facts.images, facts.patches, facts.last_patches
+        copied, learned = facts.learned_patches, facts.learned_images
         if forms is not None:
+            one = np.isin(forms, ONE_IMAGE)
+            images, patches = np.where(one, 1, images), np.where(one, facts.target_patches, patches)
+            copied, last = np.where(one, patches, copied), np.where(one, patches, last)
+            learned = np.where(one, 1, learned)
             ends_in_image = np.where(forms == AS_WRITTEN, facts.ends_in_image, forms != IMAGE_FIRST)
-            last = facts.last_patches + self.lead * (facts.last_patches > 0)
+            ends_in_image = np.where(forms == IMAGES_DROPPED, ~facts.text_follows, ends_in_image)
             copied = copied - np.where(ends_in_image, last, 0)
+            learned = learned - (ends_in_image & (last > 0))
         # An image that is not learned has one copy, a clean one. A last image has no clean copy, as nothing reads it.
-        positions: Ints = 2 + (3 + self.lead) * facts.images + facts.patches + (self.copies - 1) * copied
+        positions: Ints = 2 + (3 + self.lead) * images + patches + (self.copies - 1) * (copied + self.lead * learned)
         return positions
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mmgen.config import Config
-from mmgen.data.dataset import DROPPED, IMAGE_FIRST
+from mmgen.data.dataset import IMAGE_FIRST, NO_TEXT, ONE_IMAGE
 from mmgen.data.order import Cursors, Ints, PlannedDocument, PlannedRow, Position, chances, keyed, permuted
 from mmgen.data.shards.pictures import STORED, open_image, open_stored
 from mmgen.data.shards.samples import BadRecord, BadSample, Picture, Sample, Text
@@ -160,8 +160,11 @@ class Documents(ABC):
         segments = list(decoded.segments)
         if planned.form == IMAGE_FIRST:
             segments.reverse()
-        if planned.form == DROPPED:
+        if planned.form in NO_TEXT:
             segments = [segment for segment in segments if isinstance(segment, DecodedImage)]
+        if planned.form in ONE_IMAGE:
+            target = [segment for segment in segments if isinstance(segment, DecodedImage) and segment.learn][-1]
+            segments = [segment for segment in segments if isinstance(segment, TextSegment) or segment is target]
         last = segments[-1]  # before text is cut, as lengths are planned without knowing what is left of it
         whole = 2 + sum(self._positions(segment, segment is last) for segment in segments)
         segments = cut(segments, whole - planned.length)

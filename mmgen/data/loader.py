@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ from mmgen.data.shards.store import Patterns
 from mmgen.image.latent import AutoencoderFacts, LatentPatcher
 from mmgen.sequence.tokenizer import Tokenizer
 
-Form = Literal["as written", "caption first", "image first", "caption dropped"]
-FORMS: tuple[Form, ...] = ("as written", "caption first", "image first", "caption dropped")
+Form = Literal["as written", "caption first", "image first", "caption dropped", "images dropped", "alone"]
+FORMS: tuple[Form, ...] = get_args(Form)
 FETCHERS = 16
 """Samples of a remote store that are fetched concurrently."""
 

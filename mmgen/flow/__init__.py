@@ -10,7 +10,16 @@ steps. A time t is a scalar or has as many axes as z, so that it broadcasts agai
 from mmgen.flow.adaptive import solve_adaptive
 from mmgen.flow.bridge import drive
 from mmgen.flow.field import Field, FiniteSet, GaussianMixture
-from mmgen.flow.guide import Guidance, classifier, classifier_free, gradient_of
+from mmgen.flow.guide import (
+    ClassifierGuide,
+    Guidance,
+    Guide,
+    RewardGuide,
+    classifier,
+    classifier_free,
+    combine,
+    gradient_of,
+)
 from mmgen.flow.likelihood import Ode, bits_per_dim, slerp
 from mmgen.flow.loss import WEIGHTS, FlowLoss, min_snr
 from mmgen.flow.path import KINDS, Path
@@ -26,6 +35,7 @@ __all__ = [
     "SOLVERS",
     "TIMES",
     "WEIGHTS",
+    "ClassifierGuide",
     "CosinePath",
     "DDPMPath",
     "Field",
@@ -33,16 +43,19 @@ __all__ = [
     "FlowLoss",
     "GaussianMixture",
     "Guidance",
+    "Guide",
     "LinearBetaPath",
     "LinearPath",
     "Ode",
     "Path",
+    "RewardGuide",
     "ScaledNoise",
     "VEPath",
     "bits_per_dim",
     "build_solver",
     "classifier",
     "classifier_free",
+    "combine",
     "cosine_grid",
     "discrete",
     "drive",

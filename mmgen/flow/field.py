@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmgen.flow.guide import Guide
 from mmgen.flow.path import KINDS, Path, check_times, values_are_checked
 from mmgen.flow.schedule import LinearPath
 
@@ -18,19 +19,30 @@ Function = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Conversion:
-    """Converts estimates between quantities on `path`; with `clean_range`, by way of the clipped clean estimate."""
+    """Converts estimates between quantities on `path`; with `clean_range`, by way of the clipped clean estimate.
+
+    A `guide` moves the clean estimate before it is clipped.
+    """
 
     path: Path
     clip: float
     """Smallest denominator of a conversion; smaller ones are replaced by it."""
     clean_range: tuple[float, float] | None = None
     """Lowest and highest pixel value (or latent value) of the clean estimate."""
+    guide: Guide | None = None
+    """Moves the clean estimate."""
 
     def __call__(self, source: str, target: str, value: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """Convert `value`, an estimate of `source` at (z, t), to an estimate of `target`; see `Path.convert`."""
-        if self.clean_range is None:
+        if self.clean_range is None and self.guide is None:
             return self.path.convert(source, target, value, z, t, self.clip)
-        x = self.path.convert(source, "x", value, z, t, self.clip).clamp(*self.clean_range)
+        x = self.path.convert(source, "x", value, z, t, self.clip)
+        shift = None if self.guide is None else self.guide.shift(self.path, x, z, t)
+        if self.clean_range is None and shift is not None:
+            # The shift alone is converted, so that nothing is lost where sigma is below `clip`.
+            plain = self.path.convert(source, target, value, z, t, self.clip)
+            return plain + self.path.gain("x", target, t, self.clip).to(z.dtype) * shift
+        x = (x if shift is None else x + shift).clamp(*self.clean_range or ())
         return self.path.convert("x", target, x, z, t, self.clip)
 
 
@@ -56,6 +68,8 @@ class Field:
     """
     clean_range: tuple[float, float] | None = None
     """Lowest and highest value of the denoised estimate, which is clipped before any conversion."""
+    guide: Guide | None = None
+    """Moves the denoised estimate before it is clipped: `ClassifierGuide`, `RewardGuide`, or a class of your own."""
 
     def __post_init__(self) -> None:
         if self.prediction not in KINDS:
@@ -65,7 +79,7 @@ class Field:
 
     def __call__(self, kind: str) -> Function:
         """Return the function (z, t) -> estimate of `kind`, one of `mmgen.flow.path.KINDS`."""
-        convert = Conversion(self.path, self.clip, self.clean_range)
+        convert = Conversion(self.path, self.clip, self.clean_range, self.guide)
         return lambda z, t: convert(self.prediction, kind, self.network(z, t), z, t)
 
 

@@ -1,9 +1,11 @@
-"""Guidance: classifier-free, from two velocities, and by the gradient of a classifier."""
+"""Guidance: classifier-free, from the velocities of several contexts, and by the gradient of a classifier or reward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -74,12 +76,44 @@ def classifier_free(conditional: Tensor, unconditional: Tensor, t: Tensor, guida
     Raises:
         ValueError: shapes that do not fit, or times outside [0, 1].
     """
-    check_shapes(t, conditional, unconditional)
+    return combine([conditional, unconditional], [guidance], t)
+
+
+def combine(velocities: Sequence[Tensor], guidance: Sequence[Guidance], t: Tensor) -> Tensor:
+    """Combine velocities of nested contexts by classifier-free guidance with a scale for each part of the context.
+
+    For v_0 with all of the context, v_1 with a part of it, and so on to v_n: v_n + sum_k w_k (v_(k-1) - v_k). With an
+    image and a text, v = v(none) + w_image (v(image) - v(none)) + w_text (v(image, text) - v(image)), which is eq. 3 of
+    Brooks et al. 2022 (InstructPix2Pix). The sum begins with v_n. After each term, the corrections of its guidance
+    compare the sum so far with v_(k-1).
+
+    Args:
+        velocities: v_0 to v_n, the fullest context first; each [R, ...].
+        guidance: w_1 to w_n with their intervals and corrections; `guidance[k - 1]` belongs to v_(k-1) - v_k.
+        t: a scalar, or a tensor with as many axes as the velocities.
+
+    Returns:
+        The guided velocity, [R, ...]; with a single velocity, that velocity.
+
+    Raises:
+        ValueError: shapes that do not fit, times outside [0, 1], or another number of guidances than one less than the
+            velocities.
+    """
+    check_shapes(t, *velocities)
     check_times(t)
-    (low, high), rescale = guidance.interval, guidance.rescale
-    weight = torch.where((t >= low) & (t <= high), _weight(guidance.scale, t, conditional), 1.0)
-    guided = unconditional + weight * (conditional - unconditional)
-    axes = tuple(range(1, conditional.ndim))
+    if len(guidance) != len(velocities) - 1:
+        raise ValueError(f"{len(velocities)} velocities need {len(velocities) - 1} guidances, got {len(guidance)}")
+    guided = velocities[-1]
+    for (fuller, poorer), one in zip([*pairwise(velocities)][::-1], guidance[::-1], strict=True):
+        (low, high), scale = one.interval, _weight(one.scale, t, fuller)
+        weight = torch.where((t >= low) & (t <= high), scale, 1.0)
+        guided = _corrected(guided + weight * (fuller - poorer), fuller, one)
+    return guided
+
+
+def _corrected(guided: Tensor, conditional: Tensor, guidance: Guidance) -> Tensor:
+    """Apply `rescale` and `renorm` of a guidance, which compare the result with the conditional velocity."""
+    axes, rescale = tuple(range(1, conditional.ndim)), guidance.rescale
     if rescale:
         ratio = conditional.std(dim=axes, keepdim=True, correction=0) / guided.std(
             dim=axes, keepdim=True, correction=0
@@ -95,13 +129,89 @@ def gradient_of(
     log_likelihood: Callable[[Tensor, Tensor], Tensor], scale: GuidanceScale = 1.0
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the function (z, t) to scale * grad log p(y | z), of the shape of z; see `classifier`."""
+    return lambda z, t: _weight(scale, t, z) * _gradient(lambda leaf: log_likelihood(leaf, t.clone()), z)
 
-    def gradient(z: Tensor, t: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = z.detach().clone().requires_grad_()
-            (slope,) = torch.autograd.grad(log_likelihood(leaf, t.clone()).sum(), leaf)
-        return _weight(scale, t, z) * slope
 
+class Guide(Protocol):
+    """The hook for a gradient on the clean estimate: it moves the estimate x at every evaluation of any solver.
+
+    `Field(guide=...)`, the decoder's `Request.guide` and `Conversion(guide=...)` apply it.
+    """
+
+    def shift(self, path: Path, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """Return what is added to the clean estimate x at (z, t), in the shape of x, [R, ...]."""
+
+    def through(self, view: Callable[[Tensor], Tensor]) -> Self:
+        """Return this guide for states that the differentiable function `view` turns into the input of this guide."""
+
+
+@dataclass(frozen=True)
+class ClassifierGuide:
+    """Guidance by a classifier of noisy data: the score is increased by scale * grad log p(y | z).
+
+    By Tweedie's formula x = (z + sigma^2 score) / alpha, the clean estimate moves by sigma^2 / alpha times as much.
+    With the exact p(y | z) and scale 1, the field is exactly the conditional one (Dhariwal and Nichol 2021, section 4).
+    To differentiate a reward of the clean estimate through the network too, use it as `log_likelihood`:
+    `lambda z, t: reward(field("x")(z, t))` (Chung et al. 2022, DPS).
+    """
+
+    log_likelihood: Callable[[Tensor, Tensor], Tensor]
+    """(z, t) to log p(y | z_t) of each sample, [R]; it must be differentiable in z."""
+    scale: GuidanceScale = 1.0
+    """The weight of the gradient."""
+    clip: float = 1e-3
+    """The smallest alpha, by which the shift is divided. Where alpha is zero, the exact gradient vanishes."""
+
+    def shift(self, path: Path, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """Return scale * sigma^2 / alpha * grad log p(y | z), of the shape of z."""
+        by_score = path.gain("score", "x", t, self.clip)
+        return by_score.to(z.dtype) * gradient_of(self.log_likelihood, self.scale)(z, t)
+
+    def through(self, view: Callable[[Tensor], Tensor]) -> ClassifierGuide:
+        """Return the guide whose classifier sees `view(z)`."""
+        return replace(self, log_likelihood=lambda z, t: self.log_likelihood(view(z), t))
+
+
+@dataclass(frozen=True)
+class RewardGuide:
+    """Guidance by a reward r(x) of clean data: samples follow p(x) exp(scale * r(x)), approximately.
+
+    The clean estimate moves by scale * C grad r(x), where C is the variance of x given z for Gaussian data:
+    s^2 sigma^2 / (alpha^2 s^2 + sigma^2), the variance r_t^2 of Song et al. 2023 (pseudoinverse-guided diffusion). This
+    is exact for a linear reward and Gaussian data of standard deviation s. The network is not differentiated. A
+    classifier of clean data is the reward log p(y | x).
+    """
+
+    reward: Callable[[Tensor], Tensor]
+    """x to the reward of each sample, [R]; it must be differentiable in x."""
+    scale: GuidanceScale = 1.0
+    """The weight of the reward."""
+    data_std: float = 1.0
+    """The standard deviation s of the data."""
+
+    def shift(self, path: Path, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """Return scale * C grad r at the clean estimate x, of its shape."""
+        alpha, noise = path.alpha(t) * self.data_std, path.sigma(t).square()
+        variance = self.data_std**2 * noise / (alpha.square() + noise)
+        return (variance * _weight(self.scale, t, x)).to(x.dtype) * _gradient(self.reward, x)
+
+    def through(self, view: Callable[[Tensor], Tensor]) -> RewardGuide:
+        """Return the guide whose reward sees `view(x)`."""
+        return replace(self, reward=lambda x: self.reward(view(x)))
+
+
+def _gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """Return the gradient of a function [R, ...] -> [R] of independent samples, also in inference mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = at.detach().clone().requires_grad_()
+        value = function(leaf)
+        if value.shape != leaf.shape[:1] or not value.requires_grad:
+            raise ValueError(
+                f"a guide needs one differentiable number per sample, [{len(leaf)}], but its function returned "
+                f"{list(value.shape)}{'' if value.requires_grad else ' without a gradient'}: sum over all other axes, "
+                "and remove torch.no_grad or detach"
+            )
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
     return gradient
 
 
@@ -112,7 +222,7 @@ def classifier(
     scale: GuidanceScale,
     clip: float = 1e-3,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the velocity field whose score is increased by scale * grad log p(y | z).
+    """Return the velocity field whose score is increased by scale * grad log p(y | z); see `ClassifierGuide`.
 
     Source: Dhariwal and Nichol 2021, section 4.
 

@@ -5,7 +5,7 @@ Suffixes: R requests, G guidance lanes, N patches of one image, P patch length, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mmgen.config import GuidanceLane
+from mmgen.flow.guide import Guide
+from mmgen.flow.path import Path
 from mmgen.generate.exchange import Draw, Drawn
 from mmgen.generate.lanes import Lanes
 from mmgen.generate.parts import CanvasCall, Setup
 from mmgen.image.patch import Grid
-from mmgen.objective import Drawing, Given, ImageSpec
+from mmgen.objective import Drawing, Given, ImageSpec, ImageToImage, Inversion
 from mmgen.sequence.document import Writer
 from mmgen.sequence.position import offsets
 
@@ -67,12 +70,14 @@ class Drawings:
         lanes = self.lanes.of(requests)
         openings = [torch.stack([draw.opening_D for draw in draws.values()])]
         positions = [[draw.position for draw in draws.values()]]
-        for unconditional in lanes[1:]:
-            prefixes = [self._unconditional(draw) for draw in draws.values()]
-            self.lanes.clear(unconditional)
+        for kept, reduced in zip(self.setup.sample.guidance_lanes, lanes[1:], strict=True):
+            prefixes = [self._reduced(draw, kept) for draw in draws.values()]
+            self.lanes.clear(reduced)
             strips = [writer.take() for writer in prefixes]
-            hidden = self.lanes.forward(dict(zip(unconditional, strips, strict=True)))
-            openings.append(torch.stack([hidden[lane][-1] for lane in unconditional]))
+            hidden = self.lanes.forward(dict(zip(reduced, strips, strict=True)))
+            openings.append(
+                torch.stack([hidden[lane][len(strip) - 1] for lane, strip in zip(reduced, strips, strict=True)])
+            )
             positions.append([writer.position for writer in prefixes])
         spec = self._spec(grid, list(draws.values()), torch.stack(openings))
         if self.observer is not None:
@@ -106,16 +111,25 @@ class Drawings:
         images = self.setup.patcher.pictures(patches_RNP, canvas.grid)
         return [(r, Drawn(*one)) for r, *one in zip(canvas.requests, patches_RNP, images, strict=True)]
 
-    def _unconditional(self, draw: Draw) -> Writer:
-        """Write the unconditional document: BOS, BOI and size, without a prompt."""
-        prefix = Writer(self.setup.tokenizer, self.setup.model.positions)
+    def _reduced(self, draw: Draw, kept: GuidanceLane) -> Writer:
+        """Write the document of a guidance lane: BOS, the images that are kept, the negative prompt, BOI and size."""
+        prefix = self.setup.parts.writer(self.setup.tokenizer, self.setup.model.positions)
         prefix.tokens([self.setup.tokenizer.bos])
+        for image in draw.images if kept == "images" else ():
+            prefix.segment(image)
+        if draw.negative:
+            prefix.tokens(draw.negative)
         prefix.open_image(draw.grid, draw.first)
         return prefix
 
     def _spec(self, grid: Grid, draws: list[Draw], opening_GRD: Tensor) -> ImageSpec:
         noise = self._noise([draw.rng for draw in draws])
         shape = (len(draws), grid[0] * grid[1], self.setup.model.patcher.patch_length)
+        noise_RNP = noise(torch.empty(shape, device="meta"))
+        for i, draw in enumerate(draws):
+            if draw.begin.latents_NP is not None:
+                noise_RNP[i] = self._upload(np.asarray(draw.begin.latents_NP))
+        guide = PerImage([draw.guide for draw in draws]) if any(draw.guide for draw in draws) else None
         known = [draw.known for draw in draws if draw.known is not None]
         given = None
         if known:
@@ -125,14 +139,24 @@ class Drawings:
             )
         return ImageSpec(
             grid=grid,
-            noise_RNP=noise(torch.empty(shape, device="meta")),
+            noise_RNP=noise_RNP,
             sample=self.setup.sample,
             opening_GRD=opening_GRD,
             order_RN=self._upload(np.stack([draw.order_N for draw in draws])),
             noise=noise,
             given=given,
             previews=self.with_previews,
+            start=self._start(draws),
+            guide=guide,
         )
+
+    def _start(self, draws: list[Draw]) -> ImageToImage | Inversion | None:
+        """Return the pictures from which these images start; all of them or none have one."""
+        pictures = [draw.begin.picture_NP for draw in draws if draw.begin.picture_NP is not None]
+        if not pictures:
+            return None
+        x_RNP, begin = self._upload(np.stack(pictures)).to(self.dtype), draws[0].begin
+        return Inversion(x_RNP) if begin.invert else ImageToImage(x_RNP, begin.strength)
 
     def _noise(self, sources: list[np.random.Generator]) -> Callable[[Tensor], Tensor]:
         """Return a source of standard normal numbers shaped like a tensor [R, ...], one generator per request."""
@@ -147,6 +171,25 @@ class Drawings:
         tensor = torch.from_numpy(values)
         tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
         return tensor.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class PerImage(Guide):
+    """A guide of its own, or none, for each image of a canvas."""
+
+    guides: Sequence[Guide | None]
+
+    def shift(self, path: Path, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """Return the shifts [R, N, P]; zero without a guide."""
+        shifts = torch.zeros_like(x)
+        for i, guide in enumerate(self.guides):
+            if guide is not None:
+                shifts[i : i + 1] = guide.shift(path, x[i : i + 1], z[i : i + 1], t)
+        return shifts
+
+    def through(self, view: Callable[[Tensor], Tensor]) -> PerImage:
+        """Return the guides of the images through `view`."""
+        return PerImage([None if guide is None else guide.through(view) for guide in self.guides])
 
 
 def _numbers(x_RNP: Tensor) -> NDArray[Any]:

@@ -7,8 +7,8 @@ Suffixes: N patches of one image, P patch length, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mmgen.flow.guide import Guide
 from mmgen.generate.request import Result
 from mmgen.image.patch import Grid
-from mmgen.sequence.document import Strip
+from mmgen.sequence.document import ImageSegment, Strip
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,31 @@ class Known:
         return int(self.mask_N.sum())
 
 
+class Kind(NamedTuple):
+    """The properties of a drawing that all images of a canvas share."""
+
+    grid: Grid
+    known: int
+    """Number of known patches."""
+    strength: float | None
+    """Strength of the start from a picture; None without one."""
+    invert: bool
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Where the solver begins, if not at the noise of the seed."""
+
+    latents_NP: NDArray[Any] | None = None
+    """Standard normal noise that replaces that of the seed."""
+    picture_NP: NDArray[Any] | None = None
+    """Clean patches of a picture to start from."""
+    strength: float = 1.0
+    """Share of the solver steps that are taken from the picture on."""
+    invert: bool = False
+    """Whether to run the flow backwards from the picture, to its noise."""
+
+
 @dataclass(frozen=True)
 class Draw:
     """Draw an image."""
@@ -70,15 +96,27 @@ class Draw:
     opening_D: Tensor
     """Hidden state at the size token, which precedes the patches."""
     known: Known | None = None
+    images: Sequence[ImageSegment] = ()
+    """The images of the document before this one, which a lane of guidance keeps."""
+    negative: Sequence[int] = ()
+    """Tokens of the negative prompt, in place of the text that guidance removes."""
+    begin: Begin = field(default_factory=Begin)
+    guide: Guide | None = None
+    """Moves the clean estimate of this image: its patches [1, N, P]."""
 
     @property
-    def kind(self) -> tuple[Grid, int]:
-        """Grid and number of known patches; draws of equal kind can share a canvas."""
-        return self.grid, 0 if self.known is None else self.known.count
+    def kind(self) -> Kind:
+        """What draws have in common that share a canvas."""
+        picture = self.begin.picture_NP is not None
+        known = 0 if self.known is None else self.known.count
+        return Kind(self.grid, known, self.begin.strength if picture else None, self.begin.invert)
 
 
 class Drawn(NamedTuple):
-    """The result of a `Draw`: the patches [N, P] in raster order, and the image that they form."""
+    """The result of a `Draw`: the patches [N, P] in raster order, and the image that they form.
+
+    After an inversion, `x_NP` is the noise of the picture, and the image is meaningless.
+    """
 
     x_NP: NDArray[Any]
     image: Image.Image

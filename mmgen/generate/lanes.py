@@ -28,8 +28,8 @@ class LaneShape:
     """The size of a cache."""
 
     requests: int
-    guided: bool
-    """Whether each request has a second, unconditional lane."""
+    guidance: int
+    """Number of lanes of each request beside its own, for guidance."""
     capacity: int
     """Positions per lane."""
 
@@ -47,15 +47,15 @@ class _New:
 
 
 class Lanes:
-    """One lane for each request and, with guidance, a second one for its unconditional branch.
+    """One lane for each request and, with guidance, further ones for its prompt without some parts.
 
-    Request r has lane r, and its unconditional lane is `requests + r`.
+    Request r has lane r, and its g-th further lane is `g * requests + r`.
     """
 
     def __init__(self, setup: Setup, shape: LaneShape) -> None:
         self.setup, self.shape = setup, shape
         self.device, self.dtype = setup.device, setup.dtype
-        lanes, layers = shape.requests * (2 if shape.guided else 1), setup.model.backbone.config.num_hidden_layers
+        lanes, layers = shape.requests * (1 + shape.guidance), setup.model.backbone.config.num_hidden_layers
         self.cache = setup.parts.cache(layers, lanes, shape.capacity, self.device)
         self.backbone = setup.parts.backbone(setup.model, self.cache)
         blank = torch.zeros(lanes, shape.capacity, dtype=torch.long, device=self.device)
@@ -64,9 +64,8 @@ class Lanes:
         """Sites [lanes, capacity] of every slot."""
 
     def of(self, requests: Sequence[int]) -> list[list[int]]:
-        """Return the lanes [G][R] of these requests: conditional ones first, then with guidance unconditional ones."""
-        unconditional = [[self.shape.requests + r for r in requests]] if self.shape.guided else []
-        return [list(requests), *unconditional]
+        """Return the lanes [G][R] of these requests: those of the whole prompts first, then those of guidance."""
+        return [[g * self.shape.requests + r for r in requests] for g in range(1 + self.shape.guidance)]
 
     def clear(self, lanes: list[int]) -> None:
         """Remove all positions from these lanes."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mmgen.flow.guide import Guide
 from mmgen.image.patch import Grid
 
 Mode = Literal["image", "text", "auto"]
@@ -39,6 +40,19 @@ class Request:
     """Patch grid (rows, columns) of the image of mode `image`; by default the first declared one."""
     inpaint: Inpaint | None = None
     """Known patches of the image of mode `image`."""
+    negative_prompt: str | None = None
+    """Text in place of the text that guidance removes from the prompt; by default `sample.negative_prompt`."""
+    image: Image.Image | None = None
+    """A picture from which the image of mode `image` starts. It is no part of the prompt."""
+    strength: float = 0.8
+    """How much of `image` is drawn anew: 0 is the picture itself, 1 starts from noise alone."""
+    latents: NDArray[np.floating] | None = None
+    """Standard normal noise [N, P], the patches of the image of mode `image` in raster order, from which it starts."""
+    invert: bool = False
+    """Run the flow backwards, from `image` to its noise, which is put into `Result.latents`; nothing is drawn."""
+    guide: Guide | None = None
+    """Moves the clean estimate of the image of mode `image` at each solver step. Its functions see [1, C, H, W]: pixels
+    in [-1, 1], or normalised latents."""
     max_new_tokens: int | None = None
     """Largest number of text tokens; by default `sample.max_new_tokens`."""
     max_images: int | None = None
@@ -53,6 +67,8 @@ class Result:
 
     segments: list[str | Image.Image] = field(default_factory=list)
     """Text and images in the order in which they were generated."""
+    latents: NDArray[np.float32] | None = None
+    """Of a request with `invert`: the noise [N, P] from which its picture is drawn."""
     finished: bool = False
     """True if the model ended the document, a stop string appeared or the image of mode `image` is done; false if a
     budget ran out."""

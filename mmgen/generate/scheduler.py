@@ -22,8 +22,10 @@ from mmgen.generate.tokens import TokenChooser
 class Budget:
     """The largest budgets among the requests of a batch; they determine the capacity of the cache."""
 
-    guided: bool
-    """Whether images are drawn with classifier-free guidance; then every request has a second lane."""
+    guidance: int
+    """Number of lanes of guidance that every request has beside its own."""
+    negative: int
+    """Tokens of a negative prompt."""
     tokens: int
     images: int
     previews: bool = False
@@ -37,14 +39,14 @@ class Schedule:
         self.coroutines = coroutines
         self.feeds: dict[int, Feed] = {}
         self.draws: dict[int, Draw] = {}
-        for r, coroutine in enumerate(coroutines):
-            self._enqueue(r, next(coroutine))
+        for r in range(len(coroutines)):
+            self._resume(r, None)
         image = max(grid[0] * grid[1] for grid in setup.tokenizer.size) + 3 + setup.model.objective.layout.lead
-        prefix = max((len(feed.strip) for feed in self.feeds.values()), default=0)
+        prefix = max((len(feed.strip) for feed in self.feeds.values()), default=0) + budget.negative
         # A call is as wide as its widest strip or image, and narrower lanes are padded to it. The padding needs slots
         # at the end of a lane, so the capacity holds a second prefix and further images.
         capacity = 2 * prefix + budget.tokens + (2 + budget.images) * image
-        self.lanes = Lanes(setup, LaneShape(len(coroutines), budget.guided, capacity))
+        self.lanes = Lanes(setup, LaneShape(len(coroutines), budget.guidance, capacity))
         self.drawings = Drawings(setup, self.lanes, budget.previews)
         self.chooser = TokenChooser(setup.model, setup.sample)
 
@@ -78,7 +80,8 @@ class Schedule:
         else:
             self.draws[r] = action
 
-    def _resume(self, r: int, outcome: Outcome) -> None:
+    def _resume(self, r: int, outcome: Outcome | None) -> None:
+        """Send a coroutine its outcome, None at its start, and take its next action. It may end, also at once."""
         try:
             self._enqueue(r, self.coroutines[r].send(outcome))
         except StopIteration:

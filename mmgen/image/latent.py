@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmgen.config import PatcherConfig, choose
-from mmgen.image.patch import Floats, Grid, Patcher, PixelPatcher, cut, to_image
+from mmgen.image.patch import Floats, Grid, Patcher, PixelPatcher, cut, joined, to_image
 
 Device = torch.device | str
 
@@ -196,7 +196,7 @@ class LatentPatcher(Patcher):
 
     def images(self, pixels_MNL: Tensor, grid: Grid) -> Tensor:
         """Join patches of pixel values [M, N, L] in raster order into images [M, C, H, W]."""
-        return _joined(pixels_MNL, grid, self.settings.side)
+        return joined(pixels_MNL, grid, self.settings.side)
 
     @cached_property
     def _normal(self) -> tuple[Tensor, Tensor]:
@@ -217,18 +217,11 @@ class LatentPatcher(Patcher):
         mean, std = self._normal
         images: list[Image.Image] = []
         for part in torch.from_numpy(np.asarray(x_RNP, dtype=np.float32)).split(self.settings.vae.batch):
-            latents = _joined(part.to(self.device), grid, self.settings.patch_size) * std + mean
+            latents = joined(part.to(self.device), grid, self.settings.patch_size) * std + mean
             with torch.autocast(self.device.type, enabled=False):
                 pixels = self.autoencoder.module.decode(latents).sample
             images += [to_image(shown) for shown in pixels.permute(0, 2, 3, 1).cpu().numpy()]
         return images
-
-
-def _joined(patches_MNP: Tensor, grid: Grid, side: int) -> Tensor:
-    """Patches [M, N, P] in raster order to [M, C, H, W]: `patch.join` for a batch on any device."""
-    (rows, columns), m = grid, len(patches_MNP)
-    blocks = patches_MNP.view(m, rows, columns, side, side, -1).permute(0, 5, 1, 3, 2, 4)
-    return blocks.reshape(m, -1, rows * side, columns * side)
 
 
 def known_statistics(settings: PatcherConfig, autoencoder: Autoencoder) -> Statistics | None:

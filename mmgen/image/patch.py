@@ -130,6 +130,13 @@ def join(x_NP: Floats, grid: Grid, side: int) -> Floats:
     return np.ascontiguousarray(blocks.reshape(rows * side, columns * side, -1))
 
 
+def joined(patches_MNP: Tensor, grid: Grid, side: int) -> Tensor:
+    """Patches [M, N, P] in raster order to [M, C, H, W]: `join` for a batch on any device, differentiable."""
+    (rows, columns), m = grid, len(patches_MNP)
+    blocks = patches_MNP.view(m, rows, columns, side, side, -1).permute(0, 5, 1, 3, 2, 4)
+    return blocks.reshape(m, -1, rows * side, columns * side)
+
+
 @lru_cache(maxsize=256)
 def raster(grid: Grid) -> NDArray[np.int64]:
     """The cells (row, column) of a grid in raster order, [N, 2]."""

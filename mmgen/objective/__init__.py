@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmgen.config import ObjectiveConfig, PatcherConfig, choose
-from mmgen.objective.image_flow import Given
+from mmgen.objective.image_flow import Given, ImageToImage, Inversion
 from mmgen.objective.interface import (
     BackboneCall,
     Drawing,
@@ -26,6 +26,8 @@ __all__ = [
     "ImageObjective",
     "ImageSite",
     "ImageSpec",
+    "ImageToImage",
+    "Inversion",
     "MARObjective",
     "TransfusionObjective",
     "build_layout",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mmgen.config import ObjectiveConfig, SampleConfig, at_size, choose
 from mmgen.flow.field import Conversion
-from mmgen.flow.guide import Guidance, classifier_free
+from mmgen.flow.guide import Guidance, Guide, combine
 from mmgen.flow.loss import WEIGHT_SPACES, WEIGHTS, FlowLoss
 from mmgen.flow.path import Path
 from mmgen.flow.schedule import PATHS, ScaledNoise
-from mmgen.flow.solvers import NOISY, SOLVERS, adds_noise, build_solver
-from mmgen.flow.steps import Noise
+from mmgen.flow.solvers import NOISY, SOLVERS, TABLEAUX, adds_noise, build_solver, runge_kutta
+from mmgen.flow.steps import Noise, Solver
 from mmgen.flow.time import shifted_grid
 
 Question = tuple[Tensor, Tensor, Tensor | None]
@@ -33,6 +33,33 @@ class Given:
 
 
 @dataclass(frozen=True)
+class ImageToImage:
+    """Start from a picture with noise instead of pure noise: z = alpha(t) x + sigma(t) eps at the first time t.
+
+    Of the `steps` of the time grid, the last `strength * steps`, rounded down, are taken, as in diffusers.
+    """
+
+    x_RNP: Tensor
+    strength: float
+    """In (0, 1]: 1 is pure noise."""
+
+    @staticmethod
+    def steps(strength: float, steps: int) -> int:
+        """Number of solver steps that are taken of `steps`."""
+        return int(strength * steps + 1e-9)  # 0.29 * 100 is less than 29
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """Run the flow backwards, from a picture to the noise from which it is drawn, and return the noise."""
+
+    x_RNP: Tensor
+
+
+Start = ImageToImage | Inversion
+
+
+@dataclass(frozen=True)
 class FlowSpec:
     """A request to draw n patches in each of R images."""
 
@@ -41,14 +68,18 @@ class FlowSpec:
     """The noise from which the solver starts."""
     noise: Noise
     """Source of further noise, for stochastic solvers."""
-    scale: float
-    """Guidance scale."""
+    guidance: Sequence[Guidance]
+    """Guidance of each lane beside the conditional one, in their order."""
     patches: int
     """Number of patches of a whole image, on which noise scale and time shift may depend."""
     given: Given | None = None
     """Known patches."""
     previews: bool = False
     """Whether the generator also yields the clean estimate."""
+    start: Start | None = None
+    """A picture to start from, instead of noise."""
+    guide: Guide | None = None
+    """Moves the clean estimate."""
 
 
 class ImageFlow:
@@ -91,15 +122,15 @@ class ImageFlow:
     def draw(self, spec: FlowSpec) -> Generator[Question, Sequence[Tensor], Tensor]:
         """Draw patches: a generator that yields (z, t, preview), receives outputs and returns clean patches [R, n, P].
 
-        The outputs are one tensor [R, n, P] per guidance lane, the conditional one first. The clean estimate of known
+        The outputs are one tensor [R, n, P] per guidance lane, the fullest one first. The clean estimate of known
         patches (`spec.given`) is replaced by their values at every step, so the other patches are drawn conditionally
         on them. (Song et al. 2020, appendix I.2, do this for in-painting, but replace z instead of the estimate.)
 
         Raises:
-            ValueError: the solver is unknown or cannot start from noise, or `sample.noise_temperature` is set for a
-                solver that adds no noise.
+            ValueError: the solver is unknown or cannot start from noise, the path cannot run backwards, no step is left
+                of the strength, or `sample.noise_temperature` is set for a solver that adds no noise.
         """
-        sample, given, path = spec.sample, spec.given, self.path_of(spec.patches)
+        sample, given, start, path = spec.sample, spec.given, spec.start, self.path_of(spec.patches)
         shift = self.settings.time.shift if sample.time_shift is None else sample.time_shift
         times = shifted_grid(sample.steps, at_size(shift, spec.patches))
         clip = path.smallest_level(times)
@@ -109,7 +140,7 @@ class ImageFlow:
                 f"sample.solver '{sample.solver}' only corrects samples at one time: choose one that starts from noise"
             )
         temperature = sample.noise_temperature
-        if temperature != 1 and not adds_noise(sample.solver, times, self.path, **sample.solver_options):
+        if temperature != 1 and not adds_noise(sample.solver, times, path, **sample.solver_options):
             options = " with these sample.solver_options" if kind.stochastic else ""
             raise ValueError(
                 f"sample.noise_temperature is {temperature}, but the solver '{sample.solver}' adds no noise{options}: "
@@ -119,27 +150,72 @@ class ImageFlow:
         def noise(like: Tensor) -> Tensor:
             return temperature * spec.noise(like)
 
-        start = spec.eps_RnP * path.sigma(times[0]).to(spec.eps_RnP.dtype)
-        solver = build_solver(sample.solver, start, times, path, noise, **sample.solver_options)
-        interval, rescale = sample.guidance_interval, sample.guidance_rescale
-        guidance = Guidance(spec.scale, interval, rescale, sample.guidance_renorm)
-        convert = Conversion(path, clip, sample.clean_range)
-        preview = None
+        scale = path.sigma(times[0]).to(spec.eps_RnP.dtype)
+        backwards, asks = isinstance(start, Inversion), kind.asks
+        if isinstance(start, Inversion):
+            solver, asks = self._backwards(sample.solver, start, times, path), "v"
+        else:
+            z = spec.eps_RnP * scale
+            if start is not None:
+                times = times[sample.steps - start.steps(start.strength, sample.steps) :]
+                if len(times) < 2:
+                    raise ValueError(f"strength {start.strength} leaves none of the {sample.steps} steps: raise one")
+                z = path.mix(start.x_RNP, spec.eps_RnP, times[0]) if len(times) <= sample.steps else z
+            solver = build_solver(sample.solver, z, times, path, noise, **sample.solver_options)
+        convert = Conversion(path, clip, None if backwards else sample.clean_range, spec.guide)
+        preview, at_data = None, backwards
         try:
             z, t = next(solver)
             while True:
                 outputs = yield z, t, preview
-                v = [path.convert(self.settings.prediction, "v", out.to(z.dtype), z, t, clip) for out in outputs]
-                guided = classifier_free(v[0], v[1], t, guidance) if v[1:] else v[0]
-                answer = convert("v", kind.asks, guided, z, t)
+                v = [self._velocity(out.to(z.dtype), z, t, path, clip, at_data) for out in outputs]
+                guided = combine(v, spec.guidance, t) if v[1:] else v[0]
+                answer = convert("v", asks, guided, z, t)
+                at_data = False
                 if given is not None:
-                    known = path.convert("x", kind.asks, given.x_RNP, z, t, clip)
+                    known = path.convert("x", asks, given.x_RNP, z, t, clip)
                     answer = torch.where(given.mask_RN.unsqueeze(-1), known, answer)
-                preview = path.convert(kind.asks, "x", answer, z, t, clip) if spec.previews else None
+                preview = path.convert(asks, "x", answer, z, t, clip) if spec.previews else None
                 z, t = solver.send(answer)
         except StopIteration as stop:
             clean: Tensor = stop.value
+            if backwards:
+                return clean / scale
             return clean if given is None else torch.where(given.mask_RN.unsqueeze(-1), given.x_RNP, clean)
+
+    def _backwards(self, solver: str, start: Inversion, times: Tensor, path: Path) -> Solver:
+        """The solver of an inversion: the chosen one if it is a Runge-Kutta scheme, else `heun` on the same `times`."""
+        if path.singular.get("v"):
+            raise ValueError(
+                f"the velocity of objective.path '{self.settings.path}' diverges, so its flow cannot run backwards: "
+                "train with objective.path linear or cosine"
+            )
+        scheme = solver if solver in TABLEAUX else "heun"
+        return runge_kutta(start.x_RNP, times.flip(0), scheme=scheme, path=path, end="full")
+
+    def _velocity(self, output: Tensor, z: Tensor, t: Tensor, path: Path, clip: float, at_data: bool) -> Tensor:
+        """The velocity of an output of the network. `at_data`: t is 1, and z is a picture without noise."""
+        if at_data and self.settings.prediction == "x":
+            # The conversion divides by sigma = 0. Its limit, for data with a density, has the noise estimate zero.
+            return path.convert("eps", "v", torch.zeros_like(z), z, t, clip)
+        return path.convert(self.settings.prediction, "v", output, z, t, clip)
+
+
+def guidance_of(sample: SampleConfig, ramp: Callable[[float], float] = float) -> list[Guidance]:
+    """Guidance of each lane of `sample.guidance_lanes`; `ramp` maps the scales of the settings to those in use."""
+    text = Guidance(
+        ramp(sample.guidance_scale), sample.guidance_interval, sample.guidance_rescale, sample.guidance_renorm
+    )
+    interval, rescale, renorm = (
+        sample.image_guidance_interval, sample.image_guidance_rescale, sample.image_guidance_renorm,
+    )  # fmt: skip
+    image = Guidance(
+        ramp(sample.image_guidance_scale or 0.0),
+        text.interval if interval is None else interval,
+        text.rescale if rescale is None else rescale,
+        text.renorm if renorm is None else renorm,
+    )
+    return [text, image][: len(sample.guidance_lanes)]
 
 
 def build_path(settings: ObjectiveConfig) -> Path:

@@ -5,7 +5,8 @@ workers and the decoder can use it alone. The networks define what enters the ba
 the hidden states there, and how an image is generated. All other code is shared by all objectives.
 
 Suffixes: I patches of a batch, J learned patches, R images that are generated together, N patches of one image,
-n positions of one call, G guidance lanes (conditional, then unconditional), P patch length, D width.
+n positions of one call, G guidance lanes (the whole prompt, then `SampleConfig.guidance_lanes`), P patch length,
+D width.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmgen.config import ObjectiveConfig, PatcherConfig, SampleConfig, at_size, choose
+from mmgen.flow.guide import Guide
 from mmgen.flow.steps import Noise, normal
 from mmgen.flow.time import TIMES, shifted
 from mmgen.image.patch import Grid
-from mmgen.objective.image_flow import Given
+from mmgen.objective.image_flow import Given, Start
 from mmgen.sequence.batch import Batch
 from mmgen.sequence.document import Block
 
@@ -78,6 +80,10 @@ class ImageSpec:
     """Known patches, for in-painting."""
     previews: bool = False
     """Whether backbone calls carry the current clean estimate of the image."""
+    start: Start | None = None
+    """Pictures to start from, instead of noise. Only for an objective with `whole_images`."""
+    guide: Guide | None = None
+    """Moves the clean estimate [R, N, P]. Only for an objective with `whole_images`."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,8 @@ class ImageObjective(nn.Module, ABC):
     """The networks of an objective, and its layout."""
 
     Layout: ClassVar[type[ImageLayout]]
+    whole_images: ClassVar[bool] = False
+    """Whether the solver's state is a whole noisy image, so that it can start from a picture and follow a guide."""
 
     def __init__(self, settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> None:
         super().__init__()

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmgen.config import HeadConfig, MaskRatioConfig, ObjectiveConfig, PatcherConfig, SampleConfig
+from mmgen.flow.guide import Guidance, combine
 from mmgen.flow.steps import Noise
 from mmgen.image.patch import Floats, Grid, raster
-from mmgen.objective.image_flow import FlowSpec, Given, ImageFlow
+from mmgen.objective.image_flow import FlowSpec, Given, ImageFlow, guidance_of
 from mmgen.objective.interface import (
     BackboneCall,
     Drawing,
@@ -30,7 +31,7 @@ from mmgen.objective.interface import (
     ImageSpec,
 )
 from mmgen.objective.layers import CellEmbedding, OutputLinear, ProjectionError, TimeEmbedding, build_projection
-from mmgen.objective.replay import Replay, SampledImage, Trained, redraw
+from mmgen.objective.replay import Replay, SampledImage, Trained, lane_scales, redraw
 from mmgen.sequence.batch import Batch, Cells
 from mmgen.sequence.document import Block
 
@@ -276,13 +277,14 @@ class MARObjective(ImageObjective):
 
         `share` is the share of patches of the image that are drawn after this call.
         """
-        scale = guidance_at(share, spec.sample)
+        guidance = guidance_of(spec.sample, lambda scale: guidance_at(share, spec.sample, scale))
         if self.section.head.kind == "mse":
             x = self._regress(state_GRnW, eps_RnP.expand(len(state_GRnW), -1, -1, -1))
-            mean = x[1] + scale * (x[0] - x[1]) if len(x) > 1 else x[0]
+            scales = [Guidance(one.scale) for one in guidance]  # a regression has no t and no interval
+            mean = combine([*x], scales, x.new_ones(())) if len(x) > 1 else x[0]
             return mean if given is None else torch.where(given.mask_RN.unsqueeze(-1), given.x_RNP, mean)
         patches = spec.grid[0] * spec.grid[1]
-        flow = self.flow.draw(FlowSpec(spec.sample, eps_RnP, spec.noise, scale, patches, given))
+        flow = self.flow.draw(FlowSpec(spec.sample, eps_RnP, spec.noise, guidance, patches, given))
         try:
             z, t, _ = next(flow)
             while True:
@@ -315,9 +317,9 @@ class MARObjective(ImageObjective):
             learned_n = unseen_N.cumsum(0)[now_n] - 1  # index among the patches that are learned in this step
             trained = replay.train(f"step {i}", slice(i, i + 1), put)
             states = [self._trained_condition(one)[learned_n].unsqueeze(0) for one in trained]
-            scale = guidance_at(done / n, image.sample)
+            scales = [guidance_at(done / n, image.sample, scale) for scale in lane_scales(image.sample)]
             noise_1nP = image.noise_NP[now_n].unsqueeze(0)
-            drawn = self._redraw(noise_1nP, states, scale, image, lambda z: next(further).unsqueeze(0))
+            drawn = self._redraw(noise_1nP, states, scales, image, lambda z: next(further).unsqueeze(0))
             replay.compare(f"step {i}", image.x_NP[now_n], drawn[0])
 
     def _replay_next_patches(self, replay: Replay) -> None:
@@ -327,11 +329,16 @@ class MARObjective(ImageObjective):
             batch.x_IP[at] = image.x_NP[image.order_N]
 
         states = [self._trained_condition(trained).unsqueeze(1) for trained in replay.train("", slice(None), put)]
-        scale_N11 = torch.tensor([guidance_at((k + 1) / n, image.sample) for k in range(n)], dtype=torch.float64)
+        scales = [
+            torch.tensor([guidance_at((k + 1) / n, image.sample, scale) for k in range(n)], dtype=torch.float64)
+            for scale in lane_scales(image.sample)
+        ]
         each = len(image.draws) // n  # the decoder drew the patches one after another, here they are drawn together
         further = iter([torch.stack(image.draws[d::each]) for d in range(each)])
         noise_N1P = image.noise_NP[image.order_N].unsqueeze(1)
-        drawn = self._redraw(noise_N1P, states, scale_N11.view(n, 1, 1), image, lambda z: next(further))
+        drawn = self._redraw(
+            noise_N1P, states, [scale_N.view(n, 1, 1) for scale_N in scales], image, lambda z: next(further)
+        )
         replay.compare("", image.x_NP[image.order_N], drawn.squeeze(1))
 
     def _trained_condition(self, trained: Trained) -> Tensor:
@@ -339,17 +346,22 @@ class MARObjective(ImageObjective):
         return self._condition(trained.hidden_JD, trained.batch.cell_I2[trained.at_J])
 
     def _redraw(
-        self, noise_RnP: Tensor, states: list[Tensor], scale: float | Tensor, image: SampledImage, further: Noise
+        self,
+        noise_RnP: Tensor,
+        states: list[Tensor],
+        scales: Sequence[float | Tensor],
+        image: SampledImage,
+        further: Noise,
     ) -> Tensor:
         """Patches [R, n, P] that the head draws from its conditions [R, n, W], one tensor for each guidance lane."""
         if self.section.head.kind == "mse":
             means = [self._regress(state, noise_RnP) for state in states]
-            return means[-1] + scale * (means[0] - means[-1])
+            return sum((w * (a - b) for w, (a, b) in zip(scales, pairwise(means), strict=True)), means[-1])
 
         def outputs(z: Tensor, t: Tensor) -> list[Tensor]:
             return [self.head(z, t, state) for state in states]
 
-        return redraw(self.flow, outputs, noise_RnP, scale, image, further)
+        return redraw(self.flow, outputs, noise_RnP, scales, image, further)
 
 
 def mask_ratio(quantile: float, settings: MaskRatioConfig) -> float:
@@ -380,8 +392,6 @@ def unmask_counts(hidden: int, steps: int) -> list[int]:
     return counts
 
 
-def guidance_at(share: float, sample: SampleConfig) -> float:
-    """The guidance scale at which `share` of the patches are drawn: 1 + (w - 1) share for a linear ramp."""
-    if sample.guidance_ramp == "constant":
-        return sample.guidance_scale
-    return 1 + (sample.guidance_scale - 1) * share
+def guidance_at(share: float, sample: SampleConfig, scale: float) -> float:
+    """The guidance `scale` w at which `share` of the patches are drawn: 1 + (w - 1) share for a linear ramp."""
+    return scale if sample.guidance_ramp == "constant" else 1 + (scale - 1) * share

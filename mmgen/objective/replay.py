@@ -7,7 +7,7 @@ length, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ def redraw(
     flow: ImageFlow,
     outputs: Callable[[Tensor, Tensor], list[Tensor]],
     noise_RnP: Tensor,
-    scale: float | Tensor,
+    scales: Sequence[float | Tensor],
     image: SampledImage,
     further: Noise,
 ) -> Tensor:
@@ -88,7 +88,7 @@ def redraw(
         flow: the flow of the objective.
         outputs: (z, t) to the outputs of the network for each guidance lane, the conditional lane first.
         noise_RnP: the noise from which the decoder's solver started.
-        scale: guidance scale, a number or [R, 1, 1].
+        scales: guidance scale of each lane but the conditional one, a number or [R, 1, 1].
         image: the image that was drawn, with its grid and the sampling settings.
         further: returns the recorded noise of a stochastic solver, in order.
     """
@@ -101,7 +101,7 @@ def redraw(
 
     def answer(z: Tensor, t: Tensor) -> Tensor:
         v = [path.convert(flow.settings.prediction, "v", output, z, t, clip) for output in outputs(z, t)]
-        guided = v[0] if len(v) == 1 else _guided(v[0], v[1], t, scale, sample)
+        guided = _guided(v, t, scales, sample)
         x = path.convert("v", "x", guided, z, t, clip)
         if sample.clean_range is None:
             return x if kind.asks == "x" else guided
@@ -118,13 +118,24 @@ def redraw(
     return solve(solver, answer)
 
 
-def _guided(conditional: Tensor, other: Tensor, t: Tensor, scale: float | Tensor, sample: SampleConfig) -> Tensor:
-    """Return the guided velocity of R images, each with its own deviation and norm."""
-    low, high = sample.guidance_interval
-    v = other + (scale if low <= float(t) <= high else 1.0) * (conditional - other)
-    deviations = [one.flatten(1).std(1, correction=0).view(-1, 1, 1) for one in (conditional, v)]
-    v = v * (1 - sample.guidance_rescale + sample.guidance_rescale * deviations[0] / deviations[1])
-    if sample.guidance_renorm:
-        norms = [one.flatten(1).norm(dim=1).view(-1, 1, 1) for one in (conditional, v)]
-        v = v * (norms[0] / norms[1]).clamp(max=1.0)
-    return v
+def lane_scales(sample: SampleConfig) -> list[float]:
+    """The guidance scale of each lane but the conditional one: of text, then of images."""
+    return [sample.guidance_scale, sample.image_guidance_scale or 0.0][: len(sample.guidance_lanes)]
+
+
+def _guided(v: Sequence[Tensor], t: Tensor, scales: Sequence[float | Tensor], sample: SampleConfig) -> Tensor:
+    """Return the guided velocity of R images, each with its own deviation and norm, from the lanes in nested order."""
+    text = sample.guidance_interval, sample.guidance_rescale, sample.guidance_renorm
+    images = sample.image_guidance_interval, sample.image_guidance_rescale, sample.image_guidance_renorm
+    guided = v[-1]
+    for k in reversed(range(len(v) - 1)):
+        (low, high), rescale, renorm = (
+            (mine if k and mine is not None else other) for mine, other in zip(images, text, strict=True)
+        )
+        guided = guided + (scales[k] if low <= float(t) <= high else 1.0) * (v[k] - v[k + 1])
+        deviations = [one.flatten(1).std(1, correction=0).view(-1, 1, 1) for one in (v[k], guided)]
+        guided = guided * (1 - rescale + rescale * deviations[0] / deviations[1])
+        if renorm:
+            norms = [one.flatten(1).norm(dim=1).view(-1, 1, 1) for one in (v[k], guided)]
+            guided = guided * (norms[0] / norms[1]).clamp(max=1.0)
+    return guided

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmgen.config import ObjectiveConfig, PatcherConfig
 from mmgen.image.patch import Floats, Grid, raster
-from mmgen.objective.image_flow import FlowSpec, ImageFlow
+from mmgen.objective.image_flow import FlowSpec, ImageFlow, guidance_of
 from mmgen.objective.interface import (
     BackboneCall,
     Drawing,
@@ -23,7 +23,7 @@ from mmgen.objective.interface import (
     ImageSpec,
 )
 from mmgen.objective.layers import CellEmbedding, OutputModulation, PatchProjection, TimeEmbedding, build_projection
-from mmgen.objective.replay import Replay, Trained, redraw
+from mmgen.objective.replay import Replay, Trained, lane_scales, redraw
 from mmgen.sequence.batch import Batch, Cells
 from mmgen.sequence.document import Block
 
@@ -81,6 +81,7 @@ class TransfusionObjective(ImageObjective):
     """
 
     Layout = TransfusionLayout
+    whole_images = True
 
     def __init__(self, settings: ObjectiveConfig, patcher: PatcherConfig, width: int) -> None:
         super().__init__(settings, patcher, width)
@@ -130,8 +131,19 @@ class TransfusionObjective(ImageObjective):
         device = spec.noise_RNP.device
         cell_I2 = torch.from_numpy(raster(spec.grid)).to(device).repeat(rows, 1)
         cells = Cells(torch.arange(rows, device=device).repeat_interleave(n), cell_I2, [spec.grid] * rows)
-        scale = spec.sample.guidance_scale
-        flow = self.flow.draw(FlowSpec(spec.sample, spec.noise_RNP, spec.noise, scale, n, spec.given, spec.previews))
+        flow = self.flow.draw(
+            FlowSpec(
+                spec.sample,
+                spec.noise_RNP,
+                spec.noise,
+                guidance_of(spec.sample),
+                n,
+                given=spec.given,
+                previews=spec.previews,
+                start=spec.start,
+                guide=spec.guide,
+            )
+        )
         try:
             z_RNP, t, preview = next(flow)
             while True:
@@ -175,7 +187,7 @@ class TransfusionObjective(ImageObjective):
             self.flow,
             outputs,
             image.noise_NP.unsqueeze(0),
-            image.sample.guidance_scale,
+            lane_scales(image.sample),
             image,
             lambda z: next(further).unsqueeze(0),
         )

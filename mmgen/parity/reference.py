@@ -146,10 +146,20 @@ class ImageReplay(Replay):
         """Compare the image with training; `segments` are the whole document that contains it."""
         at = [i for i, segment in enumerate(segments) if isinstance(segment, Picture)][self.drawn.number]
         self.where = where
-        documents = [Document(segments[: at + 1], self.drawn.number), Document([segments[at]], 0)]
-        self.documents = documents[: self.drawn.lanes]
+        self.documents = [Document(segments[: at + 1], self.drawn.number)]
+        for kept in self.image.sample.guidance_lanes:
+            pictures = [one for one in segments[:at] if isinstance(one, Picture)] if kept == "images" else []
+            self.documents.append(Document([*pictures, *self._negative(), segments[at]], len(pictures)))
+        if len(self.documents) != self.drawn.lanes:
+            self.report.calls(f"{where}, lanes", self.drawn.lanes, len(self.documents))
+            self.documents = self.documents[: self.drawn.lanes]
         self.reference.model.objective.replay(self)
         self.report.calls(where, len(self.drawn.calls), self.used)
+
+    def _negative(self) -> list[TextSegment]:
+        """The negative prompt, which takes the place of the text that guidance removes."""
+        text = self.image.sample.negative_prompt
+        return [TextSegment(self.reference.tokenizer.encode(text))] if text else []
 
     def train(self, step: str, calls: slice, put: Put) -> list[Trained]:
         trained = []

@@ -20,7 +20,6 @@ LEVEL = 1
 """Compression level of zlib: the fastest one."""
 
 
-
 @dataclass(frozen=True)
 class _Entry:
     """How one tensor stands in the bytes."""

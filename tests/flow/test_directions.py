@@ -44,9 +44,7 @@ def mutated(function: FunctionType, module: ModuleType, old: str, new: str) -> A
 def backwards(level: Any, path: Path, low: float = 0.1, high: float = 0.9) -> tuple[list[float], float]:
     """Errors of mean and variance at t = low of data noised from t = high, and the order of convergence."""
     moments = Moments(path)
-    errors = [
-        moments.error("euler_maruyama", falling(low, high, n), level=level, end="full") for n in (400, 800, 1600)
-    ]
+    errors = [moments.error("euler_maruyama", falling(low, high, n), level=level, end="full") for n in (400, 800, 1600)]
     return errors, slopes(errors)[-1]
 
 
@@ -68,7 +66,10 @@ def test_a_wrong_score_is_detected_in_falling_times(fault: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("p, q, s = h + h.abs() * half * by_v", "p, q, s = h.abs() + h.abs() * half * by_v"),  # v in the other direction
+        (
+            "p, q, s = h + h.abs() * half * by_v",
+            "p, q, s = h.abs() + h.abs() * half * by_v",
+        ),  # v in the other direction
         ("h + h.abs() * half * by_v, 1 + h.abs() * half * by_z", "h + h * half * by_v, 1 + h * half * by_z"),
         ("half = w.square() / 2", "half = w.square()"),
         ("h.abs().sqrt() * w", "h.abs() * w"),

@@ -24,9 +24,9 @@ def decoder(config: Config) -> Decoder:
     return Decoder(model, tokenizer, config.sample)
 
 
-def lanes_of(decoder: Decoder, requests: int = 2, guided: bool = False) -> Lanes:
+def lanes_of(decoder: Decoder, requests: int = 2, guidance: int = 0) -> Lanes:
     setup = Setup(decoder.model, decoder.tokenizer, decoder.patcher, decoder.sample)
-    return Lanes(setup, LaneShape(requests, guided, capacity=32))
+    return Lanes(setup, LaneShape(requests, guidance, capacity=32))
 
 
 def strip(decoder: Decoder, text: str) -> Strip:
@@ -52,7 +52,7 @@ def test_the_grammar_of_each_mode(decoder: Decoder) -> None:
 
 
 def test_lanes_are_numbered_by_request(decoder: Decoder) -> None:
-    assert lanes_of(decoder, 3, guided=True).of([0, 2]) == [[0, 2], [3, 5]]
+    assert lanes_of(decoder, 3, guidance=2).of([0, 2]) == [[0, 2], [3, 5], [6, 8]]
     assert lanes_of(decoder, 3).of([0, 2]) == [[0, 2]]
 
 

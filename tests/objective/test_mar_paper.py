@@ -187,7 +187,7 @@ def test_a_temperature_is_refused_or_changes_the_picture(config: Config, solver:
     )
     request = [Request(["a"], "image", 1)]
     (drawn,) = Decoder(model, tokenizer, warm).generate(request)
-    if not SOLVERS[solver].adds_noise({}):
+    if not adds_noise(solver, torch.linspace(0, 1, 5), LinearPath()):
         with pytest.raises(ValueError, match=rf"sample\.noise_temperature is 0\.5, but the solver '{solver}'"):
             Decoder(model, tokenizer, cold).generate(request)
     else:
