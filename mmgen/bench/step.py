@@ -25,9 +25,10 @@ from mmgen.data.latents import find_facts
 from mmgen.data.loader import Corpus
 from mmgen.image.latent import build_patcher
 from mmgen.model import MMGenModel, build_model
-from mmgen.sequence.batch import Batch, prepare
+from mmgen.sequence.batch import Batch, RawBatch, prepare
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.engine import can_compile, uses_bf16
+from mmgen.train.flops import Arithmetic
 from mmgen.train.optimizer import build_optimizer
 
 Step = Callable[[], None]
@@ -142,6 +143,8 @@ class StepTimes:
     parameters: int
     positions: int
     """Positions of the batch."""
+    gflop: float
+    """GFLOP of a training step, by the count of MFU: without padding."""
     bf16: bool
     threads: int
     rounds: int
@@ -161,7 +164,7 @@ class StepTimes:
             result |= {"step_compiled_seconds": self.step_compiled, "floor_compiled_seconds": self.floor_compiled}
             result["ratio_to_floor_compiled"] = self.step_compiled / self.floor_compiled
         names = ("ratio_to_floor", "peak_memory_bytes", "parameters", "positions", "bf16", "threads", "rounds")
-        return result | {name: getattr(self, name) for name in names}
+        return result | {name: getattr(self, name) for name in names} | {"gflop_per_step": self.gflop}
 
 
 def bench_step(config: Config, rounds: int, report: Callable[[str], None], compiled: bool | None = None) -> StepTimes:
@@ -179,7 +182,7 @@ def bench_step(config: Config, rounds: int, report: Callable[[str], None], compi
     shards = config.data.val or config.data.train
     config = override(config, {"data": {"train": shards}, "train": {"micro_rows": None}})
     tokenizer = Tokenizer.of(config)
-    batch = _first_batch(config, tokenizer, device)
+    raw, batch = _first_batch(config, tokenizer, device)
     bf16 = uses_bf16(config)
     steps: dict[str, Step] = {}
     for compiling in (False, True) if (can_compile(device) if compiled is None else compiled) else (False,):
@@ -201,17 +204,19 @@ def bench_step(config: Config, rounds: int, report: Callable[[str], None], compi
         peak_memory_bytes=peak,
         parameters=sum(p.numel() for p in model.parameters()),
         positions=batch.ids_BS.numel(),
+        gflop=Arithmetic(model).of([raw]) / 1e9,
         bf16=bf16,
         threads=torch.get_num_threads(),
         rounds=rounds,
     )
 
 
-def _first_batch(config: Config, tokenizer: Tokenizer, device: torch.device) -> Batch:
+def _first_batch(config: Config, tokenizer: Tokenizer, device: torch.device) -> tuple[RawBatch, Batch]:
+    """The first batch of a run, as it is sent and as the model takes it."""
     facts = find_facts(config, tokenizer)
     corpus = Corpus(config.data.train, tokenizer, config, facts)
     (raw,) = corpus.first_step().micro
-    return prepare(raw, build_patcher(config.model.patcher, device, facts), device)
+    return raw, prepare(raw, build_patcher(config.model.patcher, device, facts), device)
 
 
 def _median_seconds(

@@ -13,7 +13,7 @@ from mmgen.cli.flags import Json
 from mmgen.cli.show import log, plus_minus, print_json, print_table, rounded
 
 if TYPE_CHECKING:
-    from mmgen.ablate import Comparison, Interval, Intervals
+    from mmgen.ablate import Comparison, Difference, Interval, Intervals
 
 
 def ablate(
@@ -33,21 +33,40 @@ def ablate(
     found = run(file, log)
     if as_json:
         print_json(asdict(found))
-    else:
-        print_table(table(found))
+        return 0
+    print_table(table(found))
+    if found.differences:
+        print_table(table_of_differences(found))
     return 0
 
 
 def table(found: Comparison) -> Table:
-    """One column per arm."""
+    """One column per arm; scores that no arm has are left out."""
     from mmgen.ablate import SCORES, VAL_BY_CELL
 
     shown = Table("", *found.arms, title=f"equal {found.equal}, seeds {found.seeds}: mean ± 95% interval")
     for score in SCORES:
-        shown.add_row(score, *(_cell(arm.get(score)) for arm in found.arms.values()))
-    for index, label in ((0, "first"), (-1, "last")):
-        cells = [_cell(arm.get(VAL_BY_CELL), index) for arm in found.arms.values()]
-        shown.add_row(f"val_loss_image, {label} cell", *cells)
+        if any(score in arm for arm in found.arms.values()):
+            shown.add_row(score, *(_cell(arm.get(score)) for arm in found.arms.values()))
+    if any(VAL_BY_CELL in arm for arm in found.arms.values()):
+        for index, label in ((0, "first"), (-1, "last")):
+            cells = [_cell(arm.get(VAL_BY_CELL), index) for arm in found.arms.values()]
+            shown.add_row(f"val_loss_image, {label} cell", *cells)
+    return shown
+
+
+def table_of_differences(found: Comparison) -> Table:
+    """One column per arm that has a baseline: the difference, its interval, and the smallest detectable one."""
+    from mmgen.ablate import SCORES
+
+    shown = Table(
+        "",
+        *(f"{name} - {arm.baseline}" for name, arm in found.differences.items()),
+        title="difference, paired by seed: mean ± 95% interval (smallest difference found with a probability of 80%)",
+    )
+    for score in SCORES:
+        if any(score in arm.scores for arm in found.differences.values()):
+            shown.add_row(score, *(_difference(arm.scores.get(score)) for arm in found.differences.values()))
     return shown
 
 
@@ -59,3 +78,11 @@ def _cell(value: Interval | Intervals | None, index: int = 0) -> str:
         return ""
     each = value.at(index) if isinstance(value, Intervals) else value
     return f"{rounded(each.mean, 4)}{plus_minus(each.half_width)}"
+
+
+def _difference(value: Difference | None) -> str:
+    """A difference as text, with its sign; empty where an arm does not report the score."""
+    if value is None:
+        return ""
+    detectable = "" if value.detectable is None else f" ({value.detectable:.2g})"
+    return f"{value.mean:+.4g}{plus_minus(value.half_width)}{detectable}"

@@ -8,6 +8,8 @@ predicts the next patch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -330,15 +332,15 @@ class MARObjective(ImageObjective):
 
         states = [self._trained_condition(trained).unsqueeze(1) for trained in replay.train("", slice(None), put)]
         scales = [
-            torch.tensor([guidance_at((k + 1) / n, image.sample, scale) for k in range(n)], dtype=torch.float64)
-            for scale in lane_scales(image.sample)
+            torch.tensor([guidance_at((k + 1) / n, image.sample, w) for k in range(n)], dtype=torch.float64).view(
+                n, 1, 1
+            )
+            for w in lane_scales(image.sample)
         ]
         each = len(image.draws) // n  # the decoder drew the patches one after another, here they are drawn together
         further = iter([torch.stack(image.draws[d::each]) for d in range(each)])
         noise_N1P = image.noise_NP[image.order_N].unsqueeze(1)
-        drawn = self._redraw(
-            noise_N1P, states, [scale_N.view(n, 1, 1) for scale_N in scales], image, lambda z: next(further)
-        )
+        drawn = self._redraw(noise_N1P, states, scales, image, lambda z: next(further))
         replay.compare("", image.x_NP[image.order_N], drawn.squeeze(1))
 
     def _trained_condition(self, trained: Trained) -> Tensor:
@@ -356,7 +358,8 @@ class MARObjective(ImageObjective):
         """Patches [R, n, P] that the head draws from its conditions [R, n, W], one tensor for each guidance lane."""
         if self.section.head.kind == "mse":
             means = [self._regress(state, noise_RnP) for state in states]
-            return sum((w * (a - b) for w, (a, b) in zip(scales, pairwise(means), strict=True)), means[-1])
+            lanes = zip(scales, pairwise(means), strict=True)
+            return sum((scale * (fuller - poorer) for scale, (fuller, poorer) in lanes), means[-1])
 
         def outputs(z: Tensor, t: Tensor) -> list[Tensor]:
             return [self.head(z, t, state) for state in states]

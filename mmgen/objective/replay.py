@@ -125,17 +125,22 @@ def lane_scales(sample: SampleConfig) -> list[float]:
 
 def _guided(v: Sequence[Tensor], t: Tensor, scales: Sequence[float | Tensor], sample: SampleConfig) -> Tensor:
     """Return the guided velocity of R images, each with its own deviation and norm, from the lanes in nested order."""
-    text = sample.guidance_interval, sample.guidance_rescale, sample.guidance_renorm
-    images = sample.image_guidance_interval, sample.image_guidance_rescale, sample.image_guidance_renorm
+    of_images = {
+        "interval": sample.image_guidance_interval,
+        "rescale": sample.image_guidance_rescale,
+        "renorm": sample.image_guidance_renorm,
+    }
     guided = v[-1]
     for k in reversed(range(len(v) - 1)):
-        (low, high), rescale, renorm = (
-            (mine if k and mine is not None else other) for mine, other in zip(images, text, strict=True)
-        )
+        chosen: dict[str, Any] = {
+            name: value if k and value is not None else getattr(sample, f"guidance_{name}")
+            for name, value in of_images.items()
+        }
+        low, high = chosen["interval"]
         guided = guided + (scales[k] if low <= float(t) <= high else 1.0) * (v[k] - v[k + 1])
         deviations = [one.flatten(1).std(1, correction=0).view(-1, 1, 1) for one in (v[k], guided)]
-        guided = guided * (1 - rescale + rescale * deviations[0] / deviations[1])
-        if renorm:
+        guided = guided * (1 - chosen["rescale"] + chosen["rescale"] * deviations[0] / deviations[1])
+        if chosen["renorm"]:
             norms = [one.flatten(1).norm(dim=1).view(-1, 1, 1) for one in (v[k], guided)]
             guided = guided * (norms[0] / norms[1]).clamp(max=1.0)
     return guided

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mmgen.data.documents import Step
-from mmgen.model import Losses, MMGenModel
-from mmgen.sequence.batch import Batch, Rows
+from mmgen.model import Losses
+from mmgen.sequence.batch import Batch
 from mmgen.train.engine import Engine
+from mmgen.train.flops import Arithmetic
 from mmgen.train.ranks import Ranks
 
 BUCKETS = 5
@@ -47,47 +48,6 @@ def time_losses(sums_and_counts: Tensor, prefix: str = "loss") -> dict[str, floa
     }
 
 
-def attended_pairs(batch: Rows) -> int:
-    """Number of (query, visible key) pairs over all positions of a batch that are not padding.
-
-    It is the sum of the causal pairs of each document and the non-causal pairs of each bidirectional block. Pairs that
-    `foreign_noise` hides are counted, so the number is slightly too high for layouts with noisy copies.
-    """
-    total = 0
-    for document, block, both in zip(batch.document_BS, batch.block_BS, batch.bidirectional_BS, strict=True):
-        lengths = torch.bincount(document[document >= 0])
-        total += int((lengths * (lengths + 1) // 2).sum())
-        inside = torch.bincount(block[(block >= 0) & both])
-        total += int((inside * (inside - 1) // 2).sum())
-    return total
-
-
-class Arithmetic:
-    """Model FLOPs of a step: 6 per weight and position, plus attention (Chowdhery et al. 2022, appendix B)."""
-
-    def __init__(self, model: MMGenModel) -> None:
-        embedding = model.get_input_embeddings().weight
-        sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
-        table = getattr(embedding, "ds_numel", embedding.numel())
-        vocabulary, width = getattr(embedding, "ds_shape", embedding.shape)
-        self.width, self.head = int(width), int(vocabulary * width)
-        self.body: int = sum(size for name, size in sizes.items() if name.startswith("backbone.")) - table
-        self.image: int = sum(sizes.values()) - self.body - table
-        self.layers: int = model.backbone.config.num_hidden_layers
-
-    def flops(self, positions: int, pairs: int, labels: int, patches: int) -> float:
-        """FLOPs of forward and backward: backbone at all positions, language head at labels, image parts at patches."""
-        attention: float = 12.0 * self.layers * self.width * pairs
-        return 6.0 * (self.body * positions + self.head * labels + self.image * patches) + attention
-
-
-def step_flops(arithmetic: Arithmetic, step: Step) -> float:
-    """Model FLOPs of this process's part of a step."""
-    pairs = sum(attended_pairs(batch) for batch in step.micro)
-    labels = sum(len(batch.label_at_L) for batch in step.micro)
-    return arithmetic.flops(step.positions, pairs, labels, sum(len(batch.at_I) for batch in step.micro))
-
-
 class Meter:
     """Measures MFU: model FLOPs of a run's steps over the peak of all its devices."""
 
@@ -101,7 +61,7 @@ class Meter:
 
     def read(self, step: int, data: Step, working: float) -> dict[str, float]:
         """`mfu` over the step's `working` seconds, `mfu_wall` over all time since the previous reading."""
-        (flops,) = self.ranks.sums([step_flops(self.arithmetic, data)])
+        (flops,) = self.ranks.sums([self.arithmetic.of(data.micro)])
         peak = self.peak * self.ranks.world
         last, then = self._last
         self._last = (step, time.monotonic())

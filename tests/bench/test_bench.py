@@ -18,6 +18,7 @@ from mmgen.data.loader import Corpus
 from mmgen.generate.parts import Parts
 from mmgen.model import build_model
 from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train.flops import Arithmetic
 from tests.conftest import ready
 
 
@@ -47,6 +48,9 @@ def test_the_report_of_bench_step(config: Config) -> None:
     assert report["peak_memory_bytes"] > 10**6
     assert report["rounds"] == 2
     assert report["positions"] == 4 * 48
+    tokenizer = Tokenizer.of(config)
+    batches = Corpus(config.data.val, tokenizer, config).first_step().micro
+    assert report["gflop_per_step"] == Arithmetic(build_model(config, len(tokenizer))).of(batches) / 1e9
     assert torch.get_num_threads() == report["threads"]
     assert any("first call" in line for line in lines)
 

@@ -63,8 +63,8 @@ def test_unmasking_follows_the_cosine(hidden: int, steps: int) -> None:
 
 
 def test_the_guidance_ramp() -> None:
-    assert [guidance_at(share, SampleConfig(guidance_scale=3.0)) for share in (0, 0.5, 1)] == [1, 2, 3]
-    assert guidance_at(0.1, SampleConfig(guidance_scale=3.0, guidance_ramp="constant")) == 3
+    assert [guidance_at(share, SampleConfig(), 3.0) for share in (0, 0.5, 1)] == [1, 2, 3]
+    assert guidance_at(0.1, SampleConfig(guidance_ramp="constant"), 3.0) == 3
 
 
 def test_the_masked_layout(config: Config) -> None:

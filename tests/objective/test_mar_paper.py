@@ -12,7 +12,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 from mmgen.backbone import attention_mask
 from mmgen.config import Config
 from mmgen.config_io import load, override
-from mmgen.flow.solvers import SOLVERS
+from mmgen.flow.schedule import LinearPath
+from mmgen.flow.solvers import SOLVERS, adds_noise
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.model import MMGenModel
 from mmgen.objective import mar as mar_module

@@ -14,6 +14,7 @@ from mmgen.data.loader import Corpus
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train import loop
 from mmgen.train import metrics as meter
+from mmgen.train.flops import Arithmetic
 from mmgen.train.loop import train
 from mmgen.train.ranks import Ranks
 from tests.conftest import pairs, ready, write_tar
@@ -93,10 +94,11 @@ def test_losses_per_range_of_t_add_up_to_the_image_loss(config: Config) -> None:
     assert int(times[1].sum()) == found.image_count
 
 
-def test_attended_pairs_equal_those_of_the_mask(config: Config) -> None:
-    from mmgen.sequence.attention import dense_visible
-
+def test_mfu_is_the_counted_flops_over_time_and_peak(config: Config) -> None:
+    config = override(config, {"train": {"peak_tflops": 2.0}})
     tokenizer = Tokenizer.of(config)
-    (batch,) = Corpus(config.data.train, tokenizer, config).first_step().micro
-    real = (batch.document_BS >= 0).unsqueeze(-1)
-    assert meter.attended_pairs(batch) == int((dense_visible(batch.sites) & real).sum())
+    engine = loop.build_engine(config, len(tokenizer), Ranks())
+    step = Corpus(config.data.train, tokenizer, config).first_step()
+    flops = Arithmetic(engine.model).of(step.micro)
+    assert flops > 10**6
+    assert meter.Meter(engine, 0).read(1, step, working=4.0)["mfu"] == pytest.approx(flops / 4.0 / 2e12)
