@@ -672,7 +672,7 @@ class SampleConfig(Settings):
 
     @property
     def guidance_lanes(self) -> tuple[GuidanceLane, ...]:
-        """What guidance keeps of a prompt in each of its lanes beside the full prompt, the fullest first."""
+        """What guidance keeps of a prompt in each lane next to that of the full prompt, the fullest first."""
         if self.image_guidance_scale is None:
             return () if self.guidance_scale == 1 else ("nothing",)
         if self.image_guidance_scale == 1:  # v(none) cancels

@@ -39,7 +39,7 @@ def run_experiments(
     out: Annotated[Path, Parameter(help="Folder for a JSON file and a picture of each experiment.")] = Path("runs/lab"),
     seed: Annotated[int, Parameter(help="Seed of all random numbers.")] = 0,
     inject: Annotated[
-        str | None, Parameter(help="Break the toolbox on purpose: sign, half, minus_s2 or shifted_t.")
+        str | None, Parameter(help="Inject a fault that the experiments must detect (see `mmgen lab list`).")
     ] = None,
     jobs: Annotated[
         int, Parameter(help="Experiments that run at a time, each with one thread.", validator=at_least(1))

@@ -99,7 +99,7 @@ class Draw:
     images: Sequence[ImageSegment] = ()
     """The images of the document before this one, which a lane of guidance keeps."""
     negative: Sequence[int] = ()
-    """Tokens of the negative prompt, in place of the text that guidance removes."""
+    """Tokens of the negative prompt, instead of the text that guidance removes."""
     begin: Begin = field(default_factory=Begin)
     guide: Guide | None = None
     """Moves the clean estimate of this image: its patches [1, N, P]."""

@@ -29,7 +29,7 @@ class LaneShape:
 
     requests: int
     guidance: int
-    """Number of lanes of each request beside its own, for guidance."""
+    """Number of lanes of each request in addition to its own, for guidance."""
     capacity: int
     """Positions per lane."""
 

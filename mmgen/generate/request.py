@@ -41,11 +41,11 @@ class Request:
     inpaint: Inpaint | None = None
     """Known patches of the image of mode `image`."""
     negative_prompt: str | None = None
-    """Text in place of the text that guidance removes from the prompt; by default `sample.negative_prompt`."""
+    """Text instead of the text that guidance removes from the prompt; by default `sample.negative_prompt`."""
     image: Image.Image | None = None
     """A picture from which the image of mode `image` starts. It is no part of the prompt."""
     strength: float = 0.8
-    """How much of `image` is drawn anew: 0 is the picture itself, 1 starts from noise alone."""
+    """How much of `image` changes: 0 is the picture itself, 1 starts from noise alone."""
     latents: NDArray[np.floating] | None = None
     """Standard normal noise [N, P], the patches of the image of mode `image` in raster order, from which it starts."""
     invert: bool = False

@@ -23,7 +23,7 @@ class Budget:
     """The largest budgets among the requests of a batch; they determine the capacity of the cache."""
 
     guidance: int
-    """Number of lanes of guidance that every request has beside its own."""
+    """Number of lanes of guidance that every request has in addition to its own."""
     negative: int
     """Tokens of a negative prompt."""
     tokens: int

@@ -78,6 +78,8 @@ class Options:
     """The folder for the results."""
     inject: str | None = None
     """The fault of `mmgen.lab.faults` that is injected, if any."""
+    jobs: int = 1
+    """Number of processes that an experiment may use."""
 
     def stem(self, name: str) -> Path:
         """Return the path of an experiment's files without the suffix."""
@@ -89,13 +91,22 @@ class Options:
 class Run:
     """One execution of an experiment: its size and seed, and the figures and bounds recorded so far."""
 
-    fast: bool = False
-    seed: int = 0
+    options: Options = Options()
     stem: Path = Path("runs/lab/experiment")
     """The path of its files without the suffix."""
     figures: dict[str, Json] = field(default_factory=dict)
     bounds: list[Bound] = field(default_factory=list)
     differences: list[KnownDifference] = field(default_factory=list)
+
+    @property
+    def fast(self) -> bool:
+        """Whether small sizes and few training steps are used."""
+        return self.options.fast
+
+    @property
+    def seed(self) -> int:
+        """The seed of all random numbers."""
+        return self.options.seed
 
     def pick(self, full: int, fast: int) -> int:
         """Return the size for a full or a fast run."""
@@ -144,6 +155,8 @@ class Experiment:
     run: Execute
     faults: tuple[str, ...] = ()
     """The faults that must break at least one of its bounds."""
+    shared: str = ""
+    """Experiments of the same name here share trained models: they run in one process, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -197,12 +210,12 @@ EXPERIMENTS: dict[str, Experiment] = {}
 """All experiments by name; `mmgen.lab.catalog` imports the modules that register them."""
 
 
-def experiment(title: str, faults: Sequence[str] = ()) -> Callable[[Execute], Execute]:
+def experiment(title: str, faults: Sequence[str] = (), shared: str = "") -> Callable[[Execute], Execute]:
     """Register a function as an experiment under its own name."""
 
     def register(function: Execute) -> Execute:
         name = function.__name__
-        EXPERIMENTS[name] = Experiment(name, title, function, tuple(faults))
+        EXPERIMENTS[name] = Experiment(name, title, function, tuple(faults), shared)
         return function
 
     return register
@@ -231,7 +244,7 @@ def execute(name: str, options: Options = Options()) -> Result:
     """
     chosen = check(name, options.inject)
     torch.manual_seed(options.seed)
-    run = Run(options.fast, options.seed, options.stem(name))
+    run = Run(options, options.stem(name))
     options.out.mkdir(parents=True, exist_ok=True)
     began, busy = time.perf_counter(), time.process_time()
     with injected(options.inject):

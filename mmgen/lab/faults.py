@@ -1,22 +1,25 @@
 """Deliberate mistakes of the kind that papers and tutorials contain; the exact experiments must detect them.
 
-A fault wraps public methods of `mmgen.flow`. `HOOKS` lists the methods that may be wrapped. `injected` installs the
+A fault wraps public methods of `mmgen.flow`, or of the classes that make documents. `HOOKS` lists the methods that may
+be wrapped. `injected` installs the
 wrapped methods for the duration of a block and then restores the originals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from mmgen.data.documents import Documents
 from mmgen.flow.field import GaussianMixture
 from mmgen.flow.grid import AffineSteps, Grid
 from mmgen.flow.likelihood import LogLikelihood, Ode
 from mmgen.flow.path import Path
+from mmgen.sequence.document import Block, Writer
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Takes the correct function and returns the faulty one."""
@@ -46,7 +49,9 @@ LOG_JOINT = Hook(GaussianMixture, "log_joint")
 LOG_LIKELIHOOD = Hook(Ode, "log_likelihood")
 DDIM = Hook(Grid, "ddim")
 YIELDED = Hook(Grid, "yielded")
-HOOKS = (COEFFICIENTS, SCORE, LOG_JOINT, LOG_LIKELIHOOD, DDIM, YIELDED)
+QUANTILES = Hook(Documents, "quantiles")
+PATCHES = Hook(Writer, "patches")
+HOOKS = (COEFFICIENTS, SCORE, LOG_JOINT, LOG_LIKELIHOOD, DDIM, YIELDED, QUANTILES, PATCHES)
 
 
 def _scaled_conversion(factor: float) -> Wrap:
@@ -107,6 +112,25 @@ def _late_density(log_joint: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, z, t: log_joint(self, z, (t + 0.01).clamp(max=0.999))
 
 
+def _shared(quantiles: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the images of a row neighbouring draws, so that the images of a document have nearly equal t."""
+
+    def tied(self: Documents, number: int, ordinals: Any, total: int, stream: int | None = None) -> list[float]:
+        drawn = quantiles(self, number, ordinals, total, stream)
+        return [(drawn[0] + i / total) % 1.0 for i in range(len(drawn))]
+
+    return tied
+
+
+def _blind(patches: Callable[..., Any]) -> Callable[..., Any]:
+    """Treat every copy of an image as a noisy copy, which positions outside it do not see."""
+
+    def hidden(self: Writer, x_NP: Any, grid: Any, blocks: Sequence[Block]) -> None:
+        patches(self, x_NP, grid, [replace(block, noised=True) for block in blocks])
+
+    return hidden
+
+
 FAULTS: dict[str, Mapping[Hook, Wrap]] = {
     "sign": {
         COEFFICIENTS: _scaled_conversion(-1.0),
@@ -116,11 +140,14 @@ FAULTS: dict[str, Mapping[Hook, Wrap]] = {
     "half": {COEFFICIENTS: _scaled_conversion(2.0), SCORE: _scaled_score(2.0)},
     "minus_s2": {DDIM: _whole_sigma},
     "shifted_t": {YIELDED: _late, LOG_JOINT: _late_density},
+    "shared_t": {QUANTILES: _shared},
+    "blind": {PATCHES: _blind},
 }
 """The methods that each fault wraps.
 
 `sign`: the score and the divergence have the wrong sign. `half`: w^2 score instead of w^2 score / 2. `minus_s2`: the
 square root of DDIM lacks - s^2. `shifted_t`: the field is evaluated at t + 0.01.
+`shared_t`: the images of a document have nearly equal t in training. `blind`: no position sees an image before its own.
 """
 
 

@@ -233,7 +233,7 @@ def test_special_scales(tmp_path: Path, objective: str) -> None:
     assert same(draw(3.0, 3.0), draw(3.0, None))
     assert same(draw(1.0, 1.0), draw(1.0, None))
     assert not same(draw(3.0, 1.0), draw(3.0, None))
-    assert same(draw(3.0, 1.0), draw(3.0, 1.0 + 1e-12)), "two lanes, and three of which one cancels"
+    assert same(draw(3.0, 1.0), draw(3.0, 1.0 + 1e-12)), "two lanes, and three where one cancels"
     assert same(draw(1.0, 0.0), draw(1.0, 1e-300))
     # (0, 1) and (0, 0) are the models without the text, and without the prompt.
     without_text = [replace(r, prompt=[p for p in r.prompt if isinstance(p, Image.Image)]) for r in IMAGES]

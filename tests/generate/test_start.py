@@ -125,7 +125,7 @@ def test_the_first_state_and_time_of_a_strength_are_those_of_diffusers() -> None
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
         pipeline = FluxImg2ImgPipeline.__new__(FluxImg2ImgPipeline)
         object.__setattr__(pipeline, "scheduler", scheduler)
-        # 0.29 * 100 is 28.999999999999996, of which diffusers takes 28 steps or, with a ceiling, 29.
+        # 0.29 * 100 is 28.999999999999996, which diffusers cuts to 28.
         timesteps, _ = pipeline.get_timesteps(steps, round(strength * steps, 9) / steps, "cpu")
         config = override(tiny(Path()), {}).objective
         sample = SampleConfig(steps=steps, time_shift=shift)
@@ -272,7 +272,7 @@ def test_bad_starts_are_refused(tmp_path: Path) -> None:
 # --- faults that the tests above must find -------------------------------------------------------------------
 
 
-def _noise_in_place_of_the_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+def _noise_instead_of_the_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LinearPath, "mix", lambda self, x, eps, t: eps)
 
 
@@ -286,7 +286,7 @@ def _noise_at_the_wrong_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LinearPath, "mix", lambda self, x, eps, t: mix(self, x, eps, t * 0.5))
 
 
-@pytest.mark.parametrize("fault", [_noise_in_place_of_the_mixture, _one_step_too_few, _noise_at_the_wrong_time])
+@pytest.mark.parametrize("fault", [_noise_instead_of_the_mixture, _one_step_too_few, _noise_at_the_wrong_time])
 def test_a_wrong_start_is_found(fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)  # type: ignore[operator]
     with pytest.raises(AssertionError):
