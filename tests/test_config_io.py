@@ -90,7 +90,7 @@ WRONG = {
     "model.patcher.vae.std": [([0.0], "a list, each item a number above 0 or null (got 0.0 at model.patcher.vae.std.0)")],
     "objective.kind": [(5, "one of transfusion, mar (got 5)")],
     "objective.prediction": [("u", "one of x, eps, v, score, v_sh (got 'u')")],
-    "objective.mar": [(None, "a mapping with the keys order, head, draws_per_patch, mask_ratio (got null)")],
+    "objective.mar": [(None, "a mapping with the keys order, head, draws_per_patch, mask_ratio, entry_norm (got null)")],
     "data.train": [(5, "a list, each item text or a mapping with the keys shards, weight, name (got 5)"), ([5], "(got 5 at data.train.0)")],
     "data.limits": [("small", "a mapping with the keys member_bytes, shard_bytes, ratio")],
     "sample.guidance_interval": [(["a", 1], "(got 'a' at sample.guidance_interval.0)")],

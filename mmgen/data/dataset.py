@@ -30,12 +30,19 @@ OPEN_SHARDS = 256
 CHECKED = 1 << 20
 """Largest data set whose document lengths are checked before a run, in samples. In a larger one, a document that is too
 long stops the run when it is planned."""
-AS_WRITTEN, CAPTION_FIRST, IMAGE_FIRST, DROPPED, IMAGES_DROPPED, ALONE = range(6)
-"""Forms of a document: three orders, without its text, with only its last learned image, and that image alone."""
+(
+    AS_WRITTEN, CAPTION_FIRST, IMAGE_FIRST, DROPPED, IMAGES_DROPPED, ALONE, CAPTION_FIRST_COPIED, DROPPED_COPIED,
+) = range(8)  # fmt: skip
+"""Forms of a document: three orders, without its text, with only its last learned image, and that image alone; and,
+where images have clean copies, two forms in which also the last image of a captioned image has one."""
 ONE_IMAGE = (IMAGES_DROPPED, ALONE)
 """Forms that keep one image."""
-NO_TEXT = (DROPPED, ALONE)
+NO_TEXT = (DROPPED, DROPPED_COPIED, ALONE)
 """Forms that keep no text."""
+SHORT = (CAPTION_FIRST, DROPPED)
+"""Forms in which the last image has no clean copy. Only EOS would read it, and EOS is not learned there."""
+COPIED = 0.125
+"""Share of captioned images whose last image has a clean copy, as in sampling, so that EOS is learned after it."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,8 @@ class Facts:
     learned_images: Ints
     """Images that have a loss."""
     learned_patches: Ints
-    ends_in_image: NDArray[np.bool_]
-    """Whether the last segment is an image."""
-    last_patches: Ints
-    """Patches of the last image; 0 if it has no loss."""
     target_patches: Ints
     """Patches of the last learned image; 0 if there is none."""
-    text_follows: NDArray[np.bool_]
-    """Whether text follows the last learned image."""
 
     def take(self, selected: Ints) -> Facts:
         """The facts of the selected samples."""
@@ -96,15 +97,8 @@ def facts_of(index: Columns, tokens: str, grids: Ints) -> Facts:
     image = kind != TEXT
     patches = grids.prod(axis=1)
     learned = image & (index.column("learn_s") > 0)
-
-    def last_of(chosen: NDArray[np.bool_]) -> Ints:
-        """The number of the last chosen segment of each sample; -1 if there is none."""
-        found = np.full(index.count, -1)
-        np.maximum.at(found, sample[chosen], np.flatnonzero(chosen))
-        return found
-
-    last, target = last_of(image), last_of(learned)
-    last_patches = np.where(last < 0, 0, (patches * learned)[last] if len(kind) else 0)
+    target = np.full(index.count, -1)
+    np.maximum.at(target, sample[learned], np.flatnonzero(learned))
     target_patches = np.where(target < 0, 0, patches[target] if len(kind) else 0)
 
     def summed(values: NDArray[np.int64]) -> Ints:
@@ -113,8 +107,7 @@ def facts_of(index: Columns, tokens: str, grids: Ints) -> Facts:
     return Facts(
         index.column("key_hash_n"), index.column("paired_n").astype(bool),
         summed(lengths), summed(image.astype(np.int64)), summed(patches),
-        summed(learned.astype(np.int64)), summed(patches * learned), last == ends - 1, last_patches.astype(np.int64),
-        target_patches.astype(np.int64), last_of(kind == TEXT) > target,
+        summed(learned.astype(np.int64)), summed(patches * learned), target_patches.astype(np.int64),
     )  # fmt: skip
 
 
@@ -140,11 +133,12 @@ class Measured(ABC):
     def forms(self, epochs: Ints, facts: Facts) -> Ints:
         """The form of each sample in its epoch. It depends on the sample's key and is drawn before packing."""
         data, seed = self.config.data, self.config.run.seed
-        flip, drop = np.empty(len(epochs)), np.empty(len(epochs))
+        flip, drop, ending = np.empty((3, len(epochs)))
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             flip[here] = uniform(facts.hashes[here], seed, "flip", epoch)
             drop[here] = uniform(facts.hashes[here], seed, "drop", epoch)
+            ending[here] = uniform(facts.hashes[here], seed, "ending", epoch)
         # What is dropped: text (0), the other images (1), both (2) or nothing (3).
         kind = np.searchsorted(np.cumsum([data.caption_drop, data.image_drop, data.prompt_drop]), drop, side="right")
         learned, several = facts.learned_images > 0, facts.images > 1
@@ -152,6 +146,13 @@ class Measured(ABC):
         forms = np.where(learned & several & (kind == 1), IMAGES_DROPPED, forms)
         forms = np.where(learned & ((kind == 0) | (kind == 2) | (facts.text == 0)), DROPPED, forms)
         forms = np.where(learned & several & (kind == 2), ALONE, forms)
+        if self.copies > 1:
+            # Only EOS follows the image of a caption. Elsewhere text or an image may follow, and EOS is learned no less
+            # often.
+            single = facts.paired | ((facts.images == 1) & (facts.text == 0))
+            copied = ~single | (ending < COPIED)
+            forms = np.where(copied & (forms == CAPTION_FIRST), CAPTION_FIRST_COPIED, forms)
+            forms = np.where(copied & (forms == DROPPED), DROPPED_COPIED, forms)
         return np.where(facts.paired & (flip < data.image_first), IMAGE_FIRST, forms).astype(np.int64)
 
     def lengths(self, epochs: Ints, indices: Ints) -> tuple[Ints, Ints, Ints]:
@@ -185,18 +186,14 @@ class Measured(ABC):
 
     def _around_text(self, facts: Facts, forms: Ints | None) -> Ints:
         """Positions of each document without its text, by default in the form that needs the most."""
-        images, patches, last = facts.images, facts.patches, facts.last_patches
+        images, patches = facts.images, facts.patches
         copied, learned = facts.learned_patches, facts.learned_images
         if forms is not None:
-            one = np.isin(forms, ONE_IMAGE)
+            one, short = np.isin(forms, ONE_IMAGE), np.isin(forms, SHORT)
             images, patches = np.where(one, 1, images), np.where(one, facts.target_patches, patches)
-            copied, last = np.where(one, patches, copied), np.where(one, patches, last)
-            learned = np.where(one, 1, learned)
-            ends_in_image = np.where(forms == AS_WRITTEN, facts.ends_in_image, forms != IMAGE_FIRST)
-            ends_in_image = np.where(forms == IMAGES_DROPPED, ~facts.text_follows, ends_in_image)
-            copied = copied - np.where(ends_in_image, last, 0)
-            learned = learned - (ends_in_image & (last > 0))
-        # An image that is not learned has one copy, a clean one. A last image has no clean copy, as nothing reads it.
+            copied, learned = np.where(one, patches, copied), np.where(one, 1, learned)
+            copied, learned = np.where(short, 0, copied), np.where(short, 0, learned)  # they have one image
+        # An image that is not learned has one copy, a clean one.
         positions: Ints = 2 + (3 + self.lead) * images + patches + (self.copies - 1) * (copied + self.lead * learned)
         return positions
 

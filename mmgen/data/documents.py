@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mmgen.config import Config
-from mmgen.data.dataset import IMAGE_FIRST, NO_TEXT, ONE_IMAGE
+from mmgen.data.dataset import IMAGE_FIRST, NO_TEXT, ONE_IMAGE, SHORT
 from mmgen.data.order import Cursors, Ints, PlannedDocument, PlannedRow, Position, chances, keyed, permuted
 from mmgen.data.shards.pictures import STORED, open_image, open_stored
 from mmgen.data.shards.samples import BadRecord, BadSample, Picture, Sample, Text
@@ -165,8 +165,8 @@ class Documents(ABC):
         if planned.form in ONE_IMAGE:
             target = [segment for segment in segments if isinstance(segment, DecodedImage) and segment.learn][-1]
             segments = [segment for segment in segments if isinstance(segment, TextSegment) or segment is target]
-        last = segments[-1]  # before text is cut, as lengths are planned without knowing what is left of it
-        whole = 2 + sum(self._positions(segment, segment is last) for segment in segments)
+        short = planned.form in SHORT
+        whole = 2 + sum(self._positions(segment, short) for segment in segments)
         segments = cut(segments, whole - planned.length)
         texts = [i for i, segment in enumerate(segments) if isinstance(segment, TextSegment)]
         document: list[TextSegment | ImageSegment] = []
@@ -184,8 +184,8 @@ class Documents(ABC):
                 before, after = bool(texts) and texts[0] < i, bool(texts) and texts[-1] > i
                 key = int(rng.integers(-(2**63), 2**63))
                 blocks = self.layout.blocks(ImageSite(segment.grid, before, after, quantile, key), rng)
-                if segment is last:
-                    blocks = blocks[:1]  # only EOI and EOS would read a clean copy
+                if short:
+                    blocks = blocks[:1]
             document.append(ImageSegment(segment.x_NP, segment.grid, blocks, segment.learn))
             image += 1
         return document
@@ -197,12 +197,12 @@ class Documents(ABC):
             raise BadSample(f"its document has {len(strip)} positions, but {planned.length} were planned")
         return strip
 
-    def _positions(self, segment: TextSegment | DecodedImage, last: bool) -> int:
-        """Number of positions of a segment in a row; `last` marks the last segment of its document."""
+    def _positions(self, segment: TextSegment | DecodedImage, short: bool) -> int:
+        """Number of positions of a segment in a row; in a `short` document, images have no clean copy."""
         if isinstance(segment, TextSegment):
             return len(segment.ids)
         rows, columns = segment.grid
-        copies = self.layout.copies if segment.learn and not last else 1
+        copies = self.layout.copies if segment.learn and not short else 1
         return 3 + copies * (self.layout.lead + rows * columns)
 
     def decode(self, sample: Sample, grids: Sequence[Grid], epoch: int) -> Decoded:

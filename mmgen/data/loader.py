@@ -30,7 +30,10 @@ from mmgen.data.shards.store import Patterns
 from mmgen.image.latent import AutoencoderFacts, LatentPatcher
 from mmgen.sequence.tokenizer import Tokenizer
 
-Form = Literal["as written", "caption first", "image first", "caption dropped", "images dropped", "alone"]
+Form = Literal[
+    "as written", "caption first", "image first", "caption dropped", "images dropped", "alone",
+    "caption first, image copied", "caption dropped, image copied",
+]  # fmt: skip
 FORMS: tuple[Form, ...] = get_args(Form)
 FETCHERS = 16
 """Samples of a remote store that are fetched concurrently."""

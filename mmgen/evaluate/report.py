@@ -190,8 +190,8 @@ def evaluate(
 ) -> Report:
     """Score a model at every declared size, and write `report.json` and sheets of samples into the run folder.
 
-    The sheets are `samples/evaluation.png`, and `samples/evaluation_HxW.png` for each further size. A further size of
-    which there are no real pictures is left out. `report` is called with lines of progress.
+    The sheets are `samples/evaluation.png`, and `samples/evaluation_HxW.png` for each further size. A further size
+    without real pictures is left out. `report` is called with lines of progress.
 
     Raises:
         ValueError: `eval.task` is unknown, the JSON of a sample lists no objects, or there are no real pictures of the

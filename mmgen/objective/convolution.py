@@ -2,8 +2,8 @@
 
 Pixels are held by patch, [I, s, s, C] with s x s pixels of C channels per patch, so layers that act on single pixels,
 and skip connections, need no other arrangement. Only a convolution puts patches into images. It computes all images of
-one grid together and adds no padding, so mixed sizes cost a call of the kernel per grid, and nothing per pixel; beside
-the convolution itself, each layer copies its input and its output once.
+one grid together and adds no padding, so mixed sizes cost a call of the kernel per grid, and nothing per pixel. Each
+layer also copies its input and its output once.
 
 Suffixes: I patches of a batch, s pixels along the side of a patch, C channels, E width of the time embedding.
 """

@@ -210,7 +210,7 @@ class ConvExit(PatchExit):
 
 
 class ConvProjection(PatchProjection):
-    """Linear maps in and out, each with convolutions beside it that see across the edges of patches."""
+    """Linear maps in and out, each next to convolutions that see across the edges of patches."""
 
     def entry(self) -> PatchEntry:
         return ConvEntry(self.settings, self.width)
@@ -239,7 +239,7 @@ class UNetBlocks(nn.Module):
         self.blocks = nn.ModuleList()
 
     def of_level(self, level: int) -> nn.ModuleList:
-        """The residual blocks of a resolution, of which 0 is that of pixels."""
+        """The residual blocks of a resolution; level 0 is that of pixels."""
         return self.blocks[level * self.depth : (level + 1) * self.depth]
 
 

@@ -112,7 +112,7 @@ class TransfusionObjective(ImageObjective):
         values, memory = self._enter(z_IP, t_I, batch.cells)
         at = batch.at_I
         if self.layout.lead:
-            # The time token of a copy stands in front of its first patch.
+            # The time token of a copy is in front of its first patch.
             counts = [copy.grid[0] * copy.grid[1] for copy in batch.copies]
             first_C = torch.tensor([*accumulate(counts, initial=0)][:-1], dtype=torch.long).to(at.device)
             at = torch.cat([at, at[first_C] - 1])

@@ -78,8 +78,6 @@ class Rows:
     """What the objective drew for the patches (t, masks), first axis I."""
     grid_C2: Tensor
     """Patch grid (rows, columns) of each image copy."""
-    learned_images: int
-    """Number of image copies with learned patches."""
     size_at_M: Tensor
     """Flat position of each image's size token."""
     first_M2: Tensor
@@ -95,7 +93,7 @@ class Rows:
 
     def image_terms(self, image_loss: ImageLoss) -> int:
         """Number of terms of the image loss: learned patches, or learned images."""
-        return self.learned_images if image_loss == "image" else len(self.loss_at_J)
+        return sum(copy.learned for copy in self.copies) if image_loss == "image" else len(self.loss_at_J)
 
     def fields_as(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """All fields by name, with `change` applied to each tensor."""
@@ -319,7 +317,6 @@ def collate(rows: Sequence[Sequence[Strip | int]], form: RowFormat) -> RawBatch:
         noise_key_C=torch.tensor([p.block.key for p in placed], dtype=torch.int64),
         noise_draws=form.noise_draws,
         grid_C2=torch.tensor([images[p.image].grid for p in placed], dtype=torch.int64).reshape(-1, 2),
-        learned_images=sum(bool(loss.any()) for loss in losses),
         size_at_M=torch.tensor([opening.offset for opening in openings], dtype=torch.int64),
         first_M2=torch.tensor([opening.first for opening in openings], dtype=torch.int64).reshape(-1, 2),
         copies=[Copy(images[p.image].grid, bool(np.any(p.block.loss))) for p in placed],

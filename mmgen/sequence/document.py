@@ -172,7 +172,11 @@ class Writer:
         self.tokens([self.tokenizer.bos])
         for segment in document:
             self.segment(segment)
+        last = document[-1] if document else None
+        # EOS reads the last image in sampling. It is not learned where the image has only a copy that EOS cannot see.
+        self._learn = not (isinstance(last, ImageSegment) and last.blocks[-1].noised)
         self.tokens([self.tokenizer.eos])
+        self._learn = True
         return self.take()
 
     def segment(self, segment: TextSegment | ImageSegment) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmgen.backbone import RowCache
+from mmgen.bench import pictures
 from mmgen.bench import step as bench
 from mmgen.bench.data import POSITIONS, bench_data, decoder, webdataset_pipeline
 from mmgen.bench.generation import as_json, bench_generation
@@ -16,7 +21,9 @@ from mmgen.config_io import override
 from mmgen.data.documents import DecodedImage
 from mmgen.data.loader import Corpus
 from mmgen.generate.parts import Parts
+from mmgen.image.patch import cut
 from mmgen.model import build_model
+from mmgen.sequence.batch import RawBatch
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.flops import Arithmetic
 from tests.conftest import ready
@@ -92,7 +99,52 @@ def test_the_report_of_bench_data(config: Config) -> None:
     assert 0 < times["wait_fraction"] < 1
     assert all(0 < times[f"packing_fill{name}"] <= 1 for name in ("", "_greedy", "_padded", "_long_rows"))
     assert set(times["resume_seconds"]) == {str(at) for at in POSITIONS}
-    assert [line.split(":")[0] for line in lines] == ["round 1 of 2", "round 2 of 2"]
+    assert [line.split(":")[0] for line in lines[:2]] == ["round 1 of 2", "round 2 of 2"]
+    for key in ("over_bare_decode", "images_per_s_per_core", "megabytes_per_image"):
+        assert set(times[key]) == {"transfusion", "mar"}
+    for name in ("transfusion", "mar"):
+        speeds = times["images_per_s_per_core"][name] / times["bare_images_per_s_per_core"]
+        assert times["over_bare_decode"][name] == pytest.approx(speeds, rel=0.3)
+        # The pixels once, and beside them t and masks in a few kilobytes.
+        assert 256 * 256 * 3 < 1e6 * times["megabytes_per_image"][name] < 256 * 256 * 3 + 6000
+
+
+def test_the_photographs_have_the_spectrum_of_photographs() -> None:
+    """The amplitude of brightness falls with one over the frequency; the files are equal in every call."""
+    files = list(pictures.photographs(2))
+    assert files == list(pictures.photographs(2))
+    grey = np.asarray(Image.open(io.BytesIO(files[0])).convert("L"), dtype=float)
+    assert grey.shape == (512, 512)
+    amplitude = np.abs(np.fft.fft2(grey - grey.mean()))
+    frequency = np.hypot(np.fft.fftfreq(512)[:, None], np.fft.fftfreq(512)) * 512
+    bands = [amplitude[(frequency >= low) & (frequency < 2 * low)].mean() for low in (4, 8, 16, 32, 64)]
+    slopes = np.diff(np.log2(bands))
+    assert np.all(np.abs(slopes + 1) < 0.3), slopes
+    assert 60_000 < len(files[0]) < 200_000
+
+
+def test_the_loader_and_the_bare_decoder_give_the_same_pixels(config: Config, tmp_path: Path) -> None:
+    """So the comparison is between equal results; the loader sends every image once, whatever its copies."""
+    files = list(pictures.photographs(3))
+    pictures.write_shard(tmp_path / "photographs.tar", files)
+    for kind in pictures.OBJECTIVES:
+        chosen = pictures.settings_of(config, kind, tmp_path / "photographs.tar")
+        corpus = Corpus(chosen.data.train, Tokenizer.of(chosen), chosen)
+        decode = pictures.bare_decoder(chosen)
+        for index, file in enumerate(files):
+            (image,) = [s for s in corpus.decoded(0, index).segments if isinstance(s, DecodedImage)]
+            assert np.array_equal(image.x_NP, cut(decode(file), 16)[0])
+        step = next(pictures.steps_without_end(corpus))
+        assert sum(len(batch.patches_UP) for batch in step.micro) == 256 * step.images
+
+
+def test_images_that_are_sent_twice_are_detected(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(self: RawBatch) -> dict:
+        return {**vars(self), "patches_UP": torch.cat([self.patches_UP] * 2)}
+
+    monkeypatch.setattr(RawBatch, "__getstate__", doubled)
+    sizes = pictures.bench_pictures(config, 1, print, 1).megabytes_per_image
+    assert min(sizes.values()) > 0.38
 
 
 def test_remote_shards_raise(config: Config) -> None:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from mmgen.config import Config
 from mmgen.config_io import override
-from mmgen.data.dataset import DROPPED
+from mmgen.data.dataset import NO_TEXT, SHORT
 from mmgen.data.documents import Documents, Share
 from mmgen.data.loader import Corpus, steps
 from mmgen.data.order import Cursors, PlannedDocument, PlannedRow, Position
@@ -109,7 +109,7 @@ def segments_of(corpus: Documents, key: str, form: int) -> list[tuple[str | int,
     else:
         segments = [(f"picture {int(name)}", True), (4 if int(name) % 3 else 6, True)]
     images = [i for i, (content, _) in enumerate(segments) if isinstance(content, int)]
-    if form == DROPPED:
+    if form in NO_TEXT:
         segments = [segments[i] for i in images]
     return segments[::-1] if form == 2 else segments
 
@@ -134,10 +134,11 @@ class Walk:
         self.is_patch.append(patch)
         self.first.append(first)
 
-    def document(self, segments: list[tuple[str | int, bool]]) -> None:
+    def document(self, segments: list[tuple[str | int, bool]], form: int) -> None:
         t = self.tokenizer
         self.add(t.bos, True, first=True)
-        for number, (content, learn) in enumerate(segments, 1):
+        short = form in SHORT and self.copies > 1
+        for content, learn in segments:
             if isinstance(content, str):
                 for token in t.encode(content):
                     self.add(token, learn)
@@ -146,13 +147,13 @@ class Walk:
             self.add(t.boi, learn)
             self.add(t.size[grid], learn)
             begin = len(self.ids)
-            copies = self.copies if learn and number < len(segments) else 1
+            copies = self.copies if learn and not short else 1
             for _ in range(copies * grid[0] * grid[1]):
                 self.add(t.pad, False, patch=True)
             self.copies_of[len(self.ids) - 1] = copies
             (self.learned_images if learn else self.given_images).append(range(begin, len(self.ids)))
             self.add(t.eoi, False)
-        self.add(t.eos, True)
+        self.add(t.eos, not (short and segments[-1][1]))
 
     def labels(self, length: int) -> list[int]:
         found = [IGNORE] * length
@@ -166,7 +167,7 @@ class Walk:
 def walked(corpus: Corpus, row: PlannedRow, copies: int) -> Walk:
     walk = Walk(corpus, copies)
     for document in row:
-        walk.document(segments_of(corpus, corpus.name(document)[1], document.form))
+        walk.document(segments_of(corpus, corpus.name(document)[1], document.form), document.form)
     return walk
 
 

@@ -28,7 +28,7 @@ PAPER = {"head": {"width": 24, "time_features": 256, "cell": True}, "entry_norm"
 
 
 def test_time_features_are_those_of_diffusers() -> None:
-    """As many as the setting says, of the 1,000 steps of MAR's own code."""
+    """As many as the setting asks for, of the 1,000 steps of MAR's own code."""
     t = torch.linspace(0, 1, 7)
     embedding, found = TimeEmbedding(8, 256), []
     embedding.mlp[0].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))

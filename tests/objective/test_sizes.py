@@ -79,7 +79,9 @@ def by_image(batch: Batch) -> dict[int, list[float]]:
 
 @each_objective
 @pytest.mark.parametrize("image_loss", ["patch", "image"])
-def test_the_loss_of_a_mixed_batch_by_hand(config: Config, objective: dict[str, Any], image_loss: str) -> None:
+def test_the_loss_of_a_mixed_batch_is_computed_again(
+    config: Config, objective: dict[str, Any], image_loss: str
+) -> None:
     """A patch of an image has the noise scale of its own image, and an image counts by the mean over its patches.
 
     In MAR a patch has the mean over its draws of noise, and in `masked` only hidden patches count.
@@ -142,14 +144,14 @@ def trained_loss(config: Config, folder: str, micro_rows: int | None) -> list[fl
 
 
 def per_patch(config: Config) -> tuple[float, float]:
-    """The image loss of the first step by hand, per image and per patch."""
+    """The image loss of the first step from `by_image`: per image, and per patch."""
     losses = by_image(first_batch(config))
     every = [loss for image in losses.values() for loss in image]
     return float(np.mean([np.mean(image) for image in losses.values()])), float(np.mean(every))
 
 
 def test_the_trainer_divides_by_the_number_of_images(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logged loss of the first step is that by hand, with one micro-step or four; counts of patches are detected."""
+    """The logged loss of the first step equals that of `by_image`, with one micro-step or four; counts of patches are detected."""
     config = override(config, {"objective": {**RULES, "image_loss": "image"}})
     expected, other = per_patch(config)
     assert abs(expected - other) > 1e-3 * other
@@ -251,17 +253,17 @@ def test_the_shift_of_sampling_is_that_of_training_unless_it_is_set() -> None:
     assert torch.equal(drawn_times(settings, SampleConfig(steps=9, time_shift=1.0), 6), shifted_grid(9, 1.0)[:-1])
 
 
-def sampled_std(prediction: str, patches: int, std: float, told: int | None = None, **sample: Any) -> float:
+def sampled_std(prediction: str, patches: int, std: float, other: int | None = None, **sample: Any) -> float:
     """Standard deviation of samples drawn with the exact field of N(0, std^2) data under the noise of its size.
 
-    `told` is the number of patches that the sampler is given, if not the right one.
+    `other` is the number of patches that the sampler is given, if not the right one.
     """
     c = scale_of(patches)
     shift = {"base": 1.0, "patches": 4, "power": 0.25}
     settings = ObjectiveConfig(prediction=prediction, noise_scale=RULES["noise_scale"], time={"shift": shift})
     eps = torch.randn(1, 4000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     noise = normal(torch.Generator().manual_seed(1))
-    flow = ImageFlow(settings).draw(FlowSpec(SampleConfig(**sample), eps, noise, 1.0, told or patches))
+    flow = ImageFlow(settings).draw(FlowSpec(SampleConfig(**sample), eps, noise, 1.0, other or patches))
     try:
         z, t, _ = next(flow)
         while True:
@@ -285,7 +287,7 @@ def test_an_exact_field_is_sampled_with_the_noise_of_its_size(prediction: str, s
 
 def test_the_noise_of_another_size_is_seen_in_the_samples() -> None:
     """The deterministic map of Gaussian data is linear, so the wrong noise at the start stays as a factor."""
-    wrong = sampled_std("v", 4, 0.5, told=64, **SAMPLERS["heun"])
+    wrong = sampled_std("v", 4, 0.5, other=64, **SAMPLERS["heun"])
     assert wrong == pytest.approx(0.5 * scale_of(64) / scale_of(4), rel=0.03)
 
 
@@ -329,7 +331,7 @@ def test_parity_fails_when_the_sampler_uses_other_values(
 def test_parity_fails_when_training_uses_the_first_size_for_all(
     by_size: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The noise of MAR never enters the backbone, so the loss by hand is its check."""
+    """The noise of MAR never enters the backbone, so its check is the loss of `by_image`."""
     right = Batch.image_patches.fget
     monkeypatch.setattr(Batch, "image_patches", property(lambda batch: torch.full_like(right(batch), 4)))
     for variant in check_parity(by_size):

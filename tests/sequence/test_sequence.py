@@ -169,6 +169,7 @@ def walked(rows: list, length: int) -> dict[str, list]:
     images = 0
     for b, row in enumerate(rows):
         line: list[tuple] = []  # id, position, document, block, bidirectional, noised
+        unlearned: set[int] = set()
         blocks = 0
         for d, document in enumerate(row):
             if isinstance(document, int):
@@ -189,8 +190,8 @@ def walked(rows: list, length: int) -> dict[str, list]:
                     continue
                 token(t.boi)
                 found["size_at"].append(b * length + len(line))
-                last = int(segment.blocks[-1].order_N[0])
-                found["first"].append([last // segment.grid[1], last % segment.grid[1]])
+                first = int(segment.blocks[-1].order_N[0])
+                found["first"].append([first // segment.grid[1], first % segment.grid[1]])
                 token(t.size[segment.grid])
                 for copy in segment.blocks:
                     learned = np.broadcast_to(copy.loss, len(copy.order_N))
@@ -207,9 +208,13 @@ def walked(rows: list, length: int) -> dict[str, list]:
                         found["t"].append(float(copy.draws["t"][index]))
                         found["u"].append(copy.draws["u"][index].tolist())
                         line.append((t.pad, position, d, blocks, copy.bidirectional, copy.noised))
+                    found["grid"].append([*segment.grid])
                     images, blocks = images + 1, blocks + 1
                 position += 1
                 token(t.eoi)
+            last = document[-1]
+            if isinstance(last, ImageSegment) and last.blocks[-1].noised:
+                unlearned.add(len(line))  # EOS after an image that it cannot see
             token(t.eos)
         line += [(t.pad, None, -1, -1, False, False)] * (length - len(line))
         spare = count()
@@ -220,7 +225,13 @@ def walked(rows: list, length: int) -> dict[str, list]:
             found[name].append([*values])
         labels = [IGNORE] * length
         for i, (here, there) in enumerate(pairwise(line)):
-            if here[2] == there[2] >= 0 and here[3] < 0 and there[3] < 0 and there[0] != t.eoi:
+            if (
+                here[2] == there[2] >= 0
+                and here[3] < 0
+                and there[3] < 0
+                and there[0] != t.eoi
+                and i + 1 not in unlearned
+            ):
                 labels[i] = there[0]
                 found["label_at"].append(b * length + i)
         found["label"].append(labels)
