@@ -33,7 +33,7 @@ from mmgen.objective.interface import (
     ImageSpec,
 )
 from mmgen.objective.layers import CellEmbedding, OutputLinear, ProjectionError, TimeEmbedding, build_projection
-from mmgen.objective.replay import Replay, SampledImage, Trained, lane_scales, redraw
+from mmgen.objective.replay import Replay, SampledImage, Trained, lane_scales, recorded, redraw
 from mmgen.sequence.batch import Batch, Cells
 from mmgen.sequence.document import Block
 
@@ -305,7 +305,7 @@ class MARObjective(ImageObjective):
     def _replay_unmasking(self, replay: Replay) -> None:
         """The order of unmasking follows from the first recorded noise; the steps follow from the settings."""
         image, n, done = replay.image, len(replay.image.noise_NP), 0
-        reveal_N, further = image.draws[0].argsort(), iter(image.draws[1:])
+        reveal_N, further = image.draws[0].argsort(), recorded(draw.unsqueeze(0) for draw in image.draws[1:])
         for i, count in enumerate(unmask_counts(n, image.sample.unmask_steps)):
             now_n, unseen_N = reveal_N[done : done + count], torch.ones(n, dtype=torch.bool)
             unseen_N[reveal_N[:done]] = False
@@ -321,7 +321,7 @@ class MARObjective(ImageObjective):
             states = [self._trained_condition(one)[learned_n].unsqueeze(0) for one in trained]
             scales = [guidance_at(done / n, image.sample, scale) for scale in lane_scales(image.sample)]
             noise_1nP = image.noise_NP[now_n].unsqueeze(0)
-            drawn = self._redraw(noise_1nP, states, scales, image, lambda z: next(further).unsqueeze(0))
+            drawn = self._redraw(noise_1nP, states, scales, image, further)
             replay.compare(f"step {i}", image.x_NP[now_n], drawn[0])
 
     def _replay_next_patches(self, replay: Replay) -> None:
@@ -338,9 +338,9 @@ class MARObjective(ImageObjective):
             for w in lane_scales(image.sample)
         ]
         each = len(image.draws) // n  # the decoder drew the patches one after another, here they are drawn together
-        further = iter([torch.stack(image.draws[d::each]) for d in range(each)])
+        further = recorded(torch.stack(image.draws[d::each]) for d in range(each))
         noise_N1P = image.noise_NP[image.order_N].unsqueeze(1)
-        drawn = self._redraw(noise_N1P, states, scales, image, lambda z: next(further))
+        drawn = self._redraw(noise_N1P, states, scales, image, further)
         replay.compare("", image.x_NP[image.order_N], drawn.squeeze(1))
 
     def _trained_condition(self, trained: Trained) -> Tensor:

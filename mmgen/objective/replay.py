@@ -7,7 +7,7 @@ length, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,21 @@ class Replay(ABC):
     @abstractmethod
     def compare(self, step: str, sampled: Tensor, drawn: Tensor) -> None:
         """Report the difference between patches of the decoder (`sampled`) and patches that were drawn again."""
+
+
+def recorded(draws: Iterable[Tensor]) -> Noise:
+    """Return a source of recorded noise, in order.
+
+    A draw that is missing or has another shape is NaN, because the decoder then drew otherwise than the settings say,
+    and every comparison that follows must fail.
+    """
+    source = iter(draws)
+
+    def noise(like: Tensor) -> Tensor:
+        drawn = next(source, None)
+        return drawn if drawn is not None and drawn.shape == like.shape else torch.full_like(like, torch.nan)
+
+    return noise
 
 
 def redraw(

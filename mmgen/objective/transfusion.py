@@ -23,7 +23,7 @@ from mmgen.objective.interface import (
     ImageSpec,
 )
 from mmgen.objective.layers import CellEmbedding, OutputModulation, PatchProjection, TimeEmbedding, build_projection
-from mmgen.objective.replay import Replay, Trained, lane_scales, redraw
+from mmgen.objective.replay import Replay, Trained, lane_scales, recorded, redraw
 from mmgen.sequence.batch import Batch, Cells
 from mmgen.sequence.document import Block
 
@@ -182,13 +182,12 @@ class TransfusionObjective(ImageObjective):
             step = next(steps)
             return [output(trained, t) for trained in replay.train(f"t = {float(t):.2f}", slice(step, step + 1), put)]
 
-        further = iter(image.draws)
         drawn = redraw(
             self.flow,
             outputs,
             image.noise_NP.unsqueeze(0),
             lane_scales(image.sample),
             image,
-            lambda z: next(further).unsqueeze(0),
+            recorded(draw.unsqueeze(0) for draw in image.draws),
         )
         replay.compare("", image.x_NP, drawn[0])
