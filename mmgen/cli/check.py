@@ -26,7 +26,7 @@ def parity(
     """Compare what sampling and training compute; code 1 if they differ.
 
     Images are drawn with the settings `sample` of the configuration. The check proves that the decoder computes what
-    training computes at equal z, t and context. It says nothing about which z, t and contexts training covers.
+    training computes at equal z, t and context. Which z, t and contexts training covers is not checked.
 
     Example:
         mmgen check parity --config configs/scenes.yaml

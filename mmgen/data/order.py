@@ -74,7 +74,7 @@ def permuted(numbers: Ints, count: int, *parts: object) -> Ints:
             left, right = right, left ^ (mix(right ^ key) & mask)
         return (left << half) | right
 
-    if half == LEAST_BITS:  # a short range may take hundreds of rounds, each of which is then one look-up
+    if half == LEAST_BITS:  # a short range may take hundreds of rounds, so each is one look-up
         table = once(np.arange(1 << (2 * int(half)), dtype=np.uint64)).tolist()
         return np.array([_walked(table, number, count) for number in numbers.tolist()], dtype=np.int64)
     values = once(numbers.astype(np.uint64))

@@ -251,7 +251,7 @@ def ask_edit(count: int) -> Asked:
 
 
 def ask_continue(count: int) -> Asked:
-    """Go on after two digits: right if the text names the next digit, and a picture of it in the same style follows.
+    """Continue after two digits: right if the text names the next digit, and a picture of it in the same style follows.
 
     The digit is recognised by a support vector machine trained on the training digits.
     """
@@ -329,7 +329,7 @@ def image_edit(run: Run) -> Figure:
 
 @experiment("Continuing a document of captions and pictures: 8x8 digits", faults=("blind",), shared="documents")
 def image_continue(run: Run) -> Figure:
-    """Does a model go on with the next caption and picture after two, in the style of the pictures?
+    """Does a model continue with the third caption and picture, in the style of the two before?
 
     The share of documents of held-out digits whose third caption and picture are right in digit and style.
     """

@@ -69,7 +69,7 @@ class FlowSpec:
     noise: Noise
     """Source of further noise, for stochastic solvers."""
     guidance: Sequence[Guidance]
-    """Guidance of each lane beside the conditional one, in their order."""
+    """Guidance of each lane after that of the full prompt, in their order."""
     patches: int
     """Number of patches of a whole image, on which noise scale and time shift may depend."""
     given: Given | None = None

@@ -74,7 +74,7 @@ class Replay(ABC):
 def recorded(draws: Iterable[Tensor]) -> Noise:
     """Return a source of recorded noise, in order.
 
-    A draw that is missing or has another shape is NaN, because the decoder then drew otherwise than the settings say,
+    A draw that is missing or has another shape is NaN, because the decoder then drew otherwise than the settings ask,
     and every comparison that follows must fail.
     """
     source = iter(draws)

@@ -63,7 +63,7 @@ def late(objective: ImageObjective, spec: ImageSpec) -> Drawing:
 
 
 def another_step(objective: ImageObjective, spec: ImageSpec) -> Drawing:
-    """Draw with one solver step more than the settings say."""
+    """Draw with one solver step more than the settings have."""
     sample = spec.sample.model_copy(update={"steps": spec.sample.steps + 1})
     return objective.generate(replace(spec, sample=sample))
 

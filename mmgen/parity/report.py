@@ -62,7 +62,7 @@ class Report:
     def calls(self, where: str, made: int, compared: int) -> None:
         """Compare the number of backbone calls for an image with the number that the settings ask for."""
         if made != compared:
-            self._note(where, f"the decoder made {made} backbone calls, of which the settings explain {compared}")
+            self._note(where, f"the decoder made {made} backbone calls, and the settings explain {compared} of them")
 
     def _position(self, where: str, fed: Fed, trained: Fed) -> None:
         self.positions += 1

@@ -22,7 +22,7 @@ LEVEL = 1
 
 @dataclass(frozen=True)
 class _Entry:
-    """How one tensor stands in the bytes."""
+    """How one tensor is stored in the bytes."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -105,7 +105,7 @@ def test_the_report_of_bench_data(config: Config) -> None:
     for name in ("transfusion", "mar"):
         speeds = times["images_per_s_per_core"][name] / times["bare_images_per_s_per_core"]
         assert times["over_bare_decode"][name] == pytest.approx(speeds, rel=0.3)
-        # The pixels once, and beside them t and masks in a few kilobytes.
+        # The pixels once, and t and masks in a few kilobytes.
         assert 256 * 256 * 3 < 1e6 * times["megabytes_per_image"][name] < 256 * 256 * 3 + 6000
 
 

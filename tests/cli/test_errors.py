@@ -186,7 +186,7 @@ def test_keys_of_an_ablation(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert fails(capsys, "ablate", path).splitlines() == [
         f"{path}: the key 'base' is missing: it is the YAML file of the run that the arms change",
         f"{path}: unknown key 'seed', did you mean 'seeds'?",
-        f"{path}: unknown key 'thing', the keys are base, out, equal, seeds, arms, grid",
+        f"{path}: unknown key 'thing', the keys are base, out, equal, seeds, baseline, common, arms, grid",
     ]
 
 

@@ -350,7 +350,7 @@ def test_a_grid_per_sample_keeps_the_type(name: str, dtype: torch.dtype) -> None
     ("name", "message"),
     [
         ("heun", r"^solver 'heun' \(it is deterministic\) has no option 'eta' \(it has: end\)$"),
-        ("ancestral", r"^solver 'ancestral' has no option 'eta' \(it has: none\)$"),
+        ("ancestral", r"^solver 'ancestral' has no option 'eta' \(it has: gradient\)$"),
         ("euler_maruyama", r"^solver 'euler_maruyama' has no option 'eta' \(it has: end, level\)$"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,13 @@ from mmgen.flow import guide
 from mmgen.generate import Decoder, Request, drawing
 from mmgen.generate.drawing import Drawings
 from mmgen.generate.exchange import Draw
-from mmgen.generate.parts import Observer, Parts
-from mmgen.objective import image_flow, mar, transfusion
-from mmgen.objective.image_flow import ImageFlow
+from mmgen.generate.parts import REAL, Observer, Parts
+from mmgen.objective import image_flow
 from mmgen.parity import ScriptedGrammar, _generated, _piece
 from mmgen.parity.record import Identity, Recorder
-from mmgen.parity.reference import Document, ImageReplay, Picture, Reference
+from mmgen.parity.reference import ImageReplay, Reference
 from mmgen.parity.report import Report
-from mmgen.sequence.document import TextSegment, Writer
+from mmgen.sequence.document import Writer
 from tests.conftest import awake, picture, tiny
 
 RNG = np.random.default_rng(3)
@@ -76,35 +74,6 @@ def drawn(decoder: Decoder, requests: Sequence[Request], **sample: object) -> li
     return [observer.patches[i][0] for i in range(len(requests))]
 
 
-class LaneReplay(ImageReplay):
-    """The parity check of one image, with the lanes of text and image guidance."""
-
-    def run_lanes(self, where: str, segments: Sequence[TextSegment | Picture], negative: list[int]) -> None:
-        at = [i for i, segment in enumerate(segments) if isinstance(segment, Picture)][self.drawn.number]
-        images = [segment for segment in segments[:at] if isinstance(segment, Picture)]
-        text = [TextSegment(negative, learn=False)] if negative else []
-        self.where = where
-        self.documents = [
-            Document(segments[: at + 1], self.drawn.number),
-            Document([*images, *text, segments[at]], self.drawn.number),
-            Document([*text, segments[at]], 0),
-        ]
-        self.reference.model.objective.replay(self)
-
-
-def redraw(
-    flow: ImageFlow, outputs: Callable[[Tensor, Tensor], list[Tensor]], noise: Tensor, scale: Tensor, steps: int
-) -> Tensor:
-    """Euler steps with the guidance formula written out; MAR's ramp has the share of `scale` in the text scale."""
-    image_scale = 1 + (IMAGE - 1) * (scale - 1) / (TEXT - 1)
-    times = torch.arange(steps + 1, dtype=torch.float64) / steps
-    z = noise * flow.path.sigma(times[0])
-    for t, following in pairwise(times):
-        full, image, none = (flow.path.convert(flow.settings.prediction, "v", o, z, t, 1e-6) for o in outputs(z, t))
-        z = z + (following - t) * (none + image_scale * (image - none) + scale * (full - image))
-    return z
-
-
 SCRIPTS = ["wiwi"]
 
 
@@ -116,13 +85,12 @@ class Grammar(ScriptedGrammar):
         self._scripts = [iter((*script, "end")) for script in SCRIPTS]
 
 
-def check(tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch) -> Report:
-    """Compare every backbone call of every lane with training's forward pass, and the images with `redraw`."""
-    monkeypatch.setattr(transfusion, "redraw", redraw)
-    monkeypatch.setattr(mar, "redraw", redraw)
+def check(tmp_path: Path, objective: str) -> Report:
+    """Compare every backbone call of every lane with training's forward pass, and the images as parity does."""
     plain = decoder_of(tmp_path, objective)
-    recorder, report = Recorder(), Report(objective)
-    decoder = Decoder(plain.model, plain.tokenizer, plain.sample, Parts(grammar=Grammar, observer=recorder))
+    recorder, report = Recorder(REAL.generate), Report(objective)
+    parts = Parts(grammar=Grammar, observer=recorder, generate=recorder.generate)
+    decoder = Decoder(plain.model, plain.tokenizer, plain.sample, parts)
     events = list(decoder.stream(REQUESTS, previews=False))
     reference = Reference(decoder.model, decoder.tokenizer)
     with torch.no_grad():
@@ -130,10 +98,10 @@ def check(tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch) -> Re
             segments = [_piece(decoder, piece) for piece in request.prompt]
             images = recorder.drawn[number]
             segments += _generated([event for event in events if event.request == number], images)
-            negative = decoder.tokenizer.encode(request.negative_prompt or "")
+            sample = decoder.sample.model_copy(update={"negative_prompt": request.negative_prompt})
             for image in images:
-                replay = LaneReplay(reference, report, image, decoder.sample)
-                replay.run_lanes(f"request {number}, image {image.number}", segments, negative)
+                replay = ImageReplay(reference, report, image, sample)
+                replay.run(f"request {number}, image {image.number}", segments)
             if len(images) == 1:  # lanes that were cleared once
                 for g, document in enumerate(replay.documents):
                     fed = recorder.fed[g * len(REQUESTS) + number]
@@ -143,11 +111,9 @@ def check(tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch) -> Re
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_lane_sees_its_context_and_the_formula_holds(
-    tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_lane_sees_its_context_and_the_formula_holds(tmp_path: Path, objective: str) -> None:
     """Three lanes, prompts of text and images, images drawn in a document, negative prompts, one batch."""
-    report = check(tmp_path, objective, monkeypatch)
+    report = check(tmp_path, objective)
     assert report.holds, report
     assert report.positions > 150
 
@@ -184,7 +150,7 @@ def test_a_wrong_context_is_found(
 ) -> None:
     monkeypatch.setattr(drawing.Drawings, "_reduced", broken)
     try:
-        found = not check(tmp_path, "transfusion", monkeypatch).holds
+        found = not check(tmp_path, "transfusion").holds
     except KeyError as error:  # the decoder fed a position that training's document does not have
         found = isinstance(error.args[0], Identity)
     assert found
@@ -213,7 +179,7 @@ def test_a_wrong_formula_is_found(
     tmp_path: Path, broken: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_flow, "combine", broken)
-    assert not check(tmp_path, "transfusion", monkeypatch).holds
+    assert not check(tmp_path, "transfusion").holds
 
 
 IMAGES = [Request([FIRST, "cd", SECOND, "e"], "image", seed=1, grid=(3, 2)), Request(["t", FIRST], "image", seed=2)]

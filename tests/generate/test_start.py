@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmgen.config import SampleConfig
+from mmgen.config import ObjectiveConfig, SampleConfig
 from mmgen.config_io import override
 from mmgen.flow import GaussianMixture, LinearPath, RewardGuide, shifted_grid, slerp
 from mmgen.generate import Decoder, Inpaint, Request
@@ -55,16 +55,16 @@ DATA = GaussianMixture(
 
 def run(start: ImageToImage | Inversion | None, eps: Tensor, prediction: str = "v", **sample: object) -> Tensor:
     """Run `ImageFlow.draw` with the exact field of `DATA`, read as the prediction."""
-    settings = override(tiny(Path()), {"objective": {"prediction": prediction}}).objective
+    settings = ObjectiveConfig(prediction=prediction)
     solver = ImageFlow(settings)
-    spec = FlowSpec(SampleConfig(**{"steps": 20, **sample}), eps.unsqueeze(1), torch.randn_like, [], start=start)
+    spec = FlowSpec(SampleConfig(**{"steps": 20, **sample}), eps.unsqueeze(1), torch.randn_like, [], 1, start=start)
     flow = solver.draw(spec)
     try:
         z, t, _ = next(flow)
         while True:
             at = t if prediction == "v" else t.clamp(max=1 - 1e-9)  # E[eps | z] has no exact value at t = 1
             v = DATA.velocity(z.squeeze(1), at).unsqueeze(1)
-            z, t, _ = flow.send([solver.path.convert("v", prediction, v, z, at, 1e-9)])
+            z, t, _ = flow.send([solver.path_of(1).convert("v", prediction, v, z, at, 1e-9)])
     except StopIteration as stop:
         drawn: Tensor = stop.value
         return drawn.squeeze(1)
@@ -127,9 +127,9 @@ def test_the_first_state_and_time_of_a_strength_are_those_of_diffusers() -> None
         object.__setattr__(pipeline, "scheduler", scheduler)
         # 0.29 * 100 is 28.999999999999996, which diffusers cuts to 28.
         timesteps, _ = pipeline.get_timesteps(steps, round(strength * steps, 9) / steps, "cpu")
-        config = override(tiny(Path()), {}).objective
+        config = ObjectiveConfig()
         sample = SampleConfig(steps=steps, time_shift=shift)
-        spec = FlowSpec(sample, eps.unsqueeze(1), torch.randn_like, [], start=ImageToImage(x.unsqueeze(1), strength))
+        spec = FlowSpec(sample, eps.unsqueeze(1), torch.randn_like, [], 1, start=ImageToImage(x.unsqueeze(1), strength))
         flow = ImageFlow(config).draw(spec)
         z, t, _ = next(flow)
         taken = 1

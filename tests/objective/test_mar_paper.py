@@ -12,11 +12,11 @@ from diffusers.models.embeddings import get_timestep_embedding
 from mmgen.backbone import attention_mask
 from mmgen.config import Config
 from mmgen.config_io import load, override
-from mmgen.flow.schedule import LinearPath
 from mmgen.flow.solvers import SOLVERS, adds_noise
 from mmgen.generate.decoder import Decoder, Request
 from mmgen.model import MMGenModel
 from mmgen.objective import mar as mar_module
+from mmgen.objective.image_flow import build_path
 from mmgen.objective.layers import TimeEmbedding
 from mmgen.parity import check_parity
 from mmgen.sequence.document import TextSegment, Writer
@@ -188,7 +188,7 @@ def test_a_temperature_is_refused_or_changes_the_picture(config: Config, solver:
     )
     request = [Request(["a"], "image", 1)]
     (drawn,) = Decoder(model, tokenizer, warm).generate(request)
-    if not adds_noise(solver, torch.linspace(0, 1, 5), LinearPath()):
+    if not adds_noise(solver, torch.linspace(0, 1, 5), build_path(config.objective)):
         with pytest.raises(ValueError, match=rf"sample\.noise_temperature is 0\.5, but the solver '{solver}'"):
             Decoder(model, tokenizer, cold).generate(request)
     else:

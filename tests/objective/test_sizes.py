@@ -190,7 +190,7 @@ def scheduled(steps: int, mu: float | None, **settings: Any) -> Tensor:
 def drawn_times(settings: ObjectiveConfig, sample: SampleConfig, patches: int) -> Tensor:
     """The times at which the flow asks for velocities."""
     eps = torch.randn(1, patches, 3, dtype=torch.float64)
-    flow = ImageFlow(settings).draw(FlowSpec(sample, eps, normal(), 1.0, patches))
+    flow = ImageFlow(settings).draw(FlowSpec(sample, eps, normal(), [], patches))
     times = []
     try:
         z, t, _ = next(flow)
@@ -263,7 +263,7 @@ def sampled_std(prediction: str, patches: int, std: float, other: int | None = N
     settings = ObjectiveConfig(prediction=prediction, noise_scale=RULES["noise_scale"], time={"shift": shift})
     eps = torch.randn(1, 4000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     noise = normal(torch.Generator().manual_seed(1))
-    flow = ImageFlow(settings).draw(FlowSpec(SampleConfig(**sample), eps, noise, 1.0, other or patches))
+    flow = ImageFlow(settings).draw(FlowSpec(SampleConfig(**sample), eps, noise, [], other or patches))
     try:
         z, t, _ = next(flow)
         while True:

@@ -35,7 +35,7 @@ def spread(name: str, options: dict[str, Any], path: str, temperature: float) ->
     sample = SampleConfig(steps=8, solver=name, solver_options=options, noise_temperature=temperature)
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn(8, 16, 32, dtype=torch.float64, generator=generator)
-    drawing = flow.draw(FlowSpec(sample, eps, normal(generator), 1.0))
+    drawing = flow.draw(FlowSpec(sample, eps, normal(generator), [], eps.shape[1]))
     try:
         z, _, _ = next(drawing)
         while True:

@@ -1,4 +1,4 @@
-"""What loader workers send: exact, and small beside the pixels."""
+"""What loader workers send: exact, and small next to the pixels."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_batch_that_was_sent_has_the_same_bits(config: Config, objective: dict
 
 @pytest.mark.parametrize("kind", ["transfusion", "mar"])
 def test_the_facts_about_256_patches_take_few_bytes(config: Config, kind: str) -> None:
-    """Beside t in fp32 (one for each draw), less than a byte per patch; each of some ten numbers took eight."""
+    """Apart from t in fp32 (one for each draw), less than a byte per patch; each of some ten numbers took eight."""
     patcher = {"patch_size": 1, "image_sizes": [[16, 16]]}
     batch = raw(
         override(config, {"model": {"patcher": patcher}, "data": {"row_length": 600, "image_first": 0.0}}), kind=kind
