@@ -165,8 +165,10 @@ def ancestral(
             of the step times the gradient at its start (Dhariwal and Nichol 2021, algorithm 1).
 
     Raises:
-        ValueError: times that do not fit, or a gradient of another shape than z.
+        ValueError: times that do not fit, or a gradient that is no function or has another shape than z.
     """
+    if gradient is not None and not callable(gradient):
+        raise ValueError(f"gradient must be a function of z and t, not {gradient!r}")
     grid = Grid(z, times, path or LinearPath())
     noise_levels = grid.noise_levels()
     # (1 - c) alpha_j / alpha_k, in a form that also holds where alpha_k is zero.

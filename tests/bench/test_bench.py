@@ -138,6 +138,7 @@ def test_the_loader_and_the_bare_decoder_give_the_same_pixels(config: Config, tm
         assert sum(len(batch.patches_UP) for batch in step.micro) == 256 * step.images
 
 
+@pytest.mark.slow
 def test_images_that_are_sent_twice_are_detected(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def doubled(self: RawBatch) -> dict:
         return {**vars(self), "patches_UP": torch.cat([self.patches_UP] * 2)}

@@ -250,6 +250,8 @@ def test_a_guided_step_is_that_of_diffusers_plus_the_variance_times_the_gradient
 
 
 def test_a_gradient_of_another_shape_raises() -> None:
+    with pytest.raises(ValueError, match="gradient must be a function of z and t, not 2"):
+        next(build_solver("ancestral", start(LinearPath()), uniform_grid(4), LinearPath(), gradient=2.0))
     with pytest.raises(ValueError, match=r"the gradient has shape \(1, 2\) but the state has shape \(12, 2\)"):
         solve(
             build_solver("ancestral", start(LinearPath()), uniform_grid(4), LinearPath(), gradient=lambda z, t: z[:1]),

@@ -319,6 +319,7 @@ def test_objectives_that_have_no_use_for_a_projection_refuse_it(config: Config) 
         check_parity(projection(config, "unet", "mar"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEW)
 def test_sampling_equals_training(config: Config, name: str) -> None:
     reports = check_parity(projection(config, name, conv_depth=2))
@@ -328,6 +329,7 @@ def test_sampling_equals_training(config: Config, name: str) -> None:
         assert report.holds, report
 
 
+@pytest.mark.slow
 def test_parity_sees_a_decoder_that_convolves_otherwise(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder's own convolution, of an image alone, is mirrored."""
     assert not any(report.holds for report in check_parity(projection(config, "unet"), "shifted-t"))

@@ -110,6 +110,7 @@ def test_every_parameter_takes_part_without_images(config: Config, order: str) -
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.slow
 def test_sampling_equals_training(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after saving and loading; and a decoder whose cells are permuted is seen."""
     config = mar(config, **PAPER)

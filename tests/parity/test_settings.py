@@ -47,6 +47,7 @@ def holds(config: Config) -> dict[str, bool]:
     return {report.variant: report.holds for report in parity.check_parity(config)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", OTHER)
 def test_a_decoder_that_ignores_a_setting_fails(setting: str, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {setting: OTHER[setting], **({"solver_options": {}} if setting == "solver" else {})}
@@ -57,6 +58,7 @@ def test_a_decoder_that_ignores_a_setting_fails(setting: str, config: Config, mo
         assert report.holds == ignored, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("langevin", "annealed_langevin")])
 def test_it_holds_with_every_solver(name: str, config: Config) -> None:
     options = {"ddim": {"eta": 0.6}, "euler_maruyama": {"level": "constant"}}.get(name, {})
@@ -80,6 +82,7 @@ def test_the_solver_of_the_user_is_the_one_that_runs(config: Config, monkeypatch
     assert set(called) == {(3, 0.25)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "sample"),
     [

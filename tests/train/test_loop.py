@@ -51,7 +51,7 @@ def gradients(config: Config, micro_rows: int | None, factor: float = 1.0) -> li
     model = build_model(config, len(tokenizer)).double()
     corpus = Corpus(config.data.train, tokenizer, config)
     step = corpus.first_step()
-    counts = count(step)
+    counts = count(step, config.objective.image_loss)
     for raw in step.micro:
         out = model(ready(corpus, raw, torch.float64))
         (factor * (out.text / counts[0] + out.image / counts[1])).backward()
