@@ -321,7 +321,7 @@ def image_copy(run: Run) -> Figure:
     return answer(run, ask_copy(run.pick(300, 120)), 0.95, {"capped": 0.5})
 
 
-@experiment("Editing the picture before, as a word asks: 8x8 digits", faults=("shared_t", "blind"), shared="documents")
+@experiment("Editing the picture before, as a word asks: 8x8 digits", faults=("blind",), shared="documents")
 def image_edit(run: Run) -> Figure:
     """Does a model learn to mirror, invert or turn a picture, as a word asks?
 
