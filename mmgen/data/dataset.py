@@ -133,12 +133,13 @@ class Measured(ABC):
     def forms(self, epochs: Ints, facts: Facts) -> Ints:
         """The form of each sample in its epoch. It depends on the sample's key and is drawn before packing."""
         data, seed = self.config.data, self.config.run.seed
-        flip, drop, ending = np.empty((3, len(epochs)))
+        flip, drop, ending = np.zeros((3, len(epochs)))
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             flip[here] = uniform(facts.hashes[here], seed, "flip", epoch)
             drop[here] = uniform(facts.hashes[here], seed, "drop", epoch)
-            ending[here] = uniform(facts.hashes[here], seed, "ending", epoch)
+            if self.copies > 1:
+                ending[here] = uniform(facts.hashes[here], seed, "ending", epoch)
         # What is dropped: text (0), the other images (1), both (2) or nothing (3).
         kind = np.searchsorted(np.cumsum([data.caption_drop, data.image_drop, data.prompt_drop]), drop, side="right")
         learned, several = facts.learned_images > 0, facts.images > 1
