@@ -304,14 +304,15 @@ class ModelConfig(Settings):
     """How images are cut into patches."""
     positions: Positions | None = None
     """Positions of the patches of an image: one for all (`shared`), counted line by line (`raster`), or one with row
-    and column (`axial`). If null, those of the checkpoint; a new run takes `shared`."""
+    and column (`axial`). If null, those of the checkpoint; a new run takes `axial`, or `shared` if the backbone is
+    pretrained."""
     position_base: Annotated[float, Field(gt=1)] = 100.0
     """Base of the rotary frequencies of row and column, for `axial`: the longest wavelength is 2 pi times the base."""
 
     @property
     def chosen_positions(self) -> Positions:
         """The positions of a new run."""
-        return self.positions or "shared"
+        return self.positions or ("shared" if self.backbone.pretrained else "axial")
 
 
 class TimeConfig(Settings):

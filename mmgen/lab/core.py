@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from mmgen.lab.faults import injected
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Number = TypeVar("Number", int, float)
 Json = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
 """A value that a JSON file can hold."""
 
@@ -108,8 +109,8 @@ class Run:
         """The seed of all random numbers."""
         return self.options.seed
 
-    def pick(self, full: int, fast: int) -> int:
-        """Return the size for a full or a fast run."""
+    def pick(self, full: Number, fast: Number) -> Number:
+        """Return the size, or the bound, for a full or a fast run."""
         return fast if self.fast else full
 
     def note(self, **figures: Json) -> None:

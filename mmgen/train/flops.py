@@ -98,7 +98,8 @@ class Arithmetic:
         """
         patches, learned = len(batch.at_I), len(batch.loss_at_J)
         if self._rates is None and learned:
-            entering = self._counted(replace(batch, loss_at_J=batch.loss_at_J[:0]))
+            copies = [copy._replace(learned=False) for copy in batch.copies]
+            entering = self._counted(replace(batch, loss_at_J=batch.loss_at_J[:0], copies=copies))
             self._rates = _Rates(entering, patches, self._counted(batch) - entering, learned)
         return self._rates.at(patches, learned) if self._rates else self._counted(batch)
 

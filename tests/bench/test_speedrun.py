@@ -28,6 +28,7 @@ def test_the_first_checkpoint_at_the_target_counts() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_runs_are_trained_and_scored_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

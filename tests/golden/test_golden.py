@@ -18,13 +18,11 @@ from tests.golden.record import CASES, FOLDER, differences
 ROOT = Path(__file__).parents[2]
 
 
-FAST = ("digits", "shards")
-"""Cases that `make test` runs; the others are marked `slow` and run in continuous integration."""
+SLOW = [case for case in CASES if case != "shards"]
+"""The cases that train; continuous integration runs them, and `make test` leaves them out."""
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", ["shards", *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
 def test_a_small_run_reproduces_its_record(case: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.golden.record", case, "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

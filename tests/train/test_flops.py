@@ -169,6 +169,17 @@ def test_a_new_projection_is_counted_without_a_change(images_first: Config, monk
     assert found == explained
 
 
+@pytest.mark.parametrize("name", layers.PROJECTIONS)
+@pytest.mark.parametrize("objective", ["capped", "clean_copy", "masked"])
+def test_every_projection_is_counted(images_first: Config, name: str, objective: str) -> None:
+    """Up to the one patch of zeros that convolutions compute where there is no image."""
+    if objective == "masked" and name == "unet":
+        pytest.skip("MAR refuses skip connections")
+    settings = {"objective": OBJECTIVES[objective], "model": {"patcher": {"projection": name}}}
+    found, explained = excess(override(images_first, settings))
+    assert found == pytest.approx(explained, rel=0.01)
+
+
 def test_each_draw_of_the_head_counts(images_first: Config) -> None:
     """Each further draw is one pass of every learned patch through the head, without the projection of the state."""
     totals = []

@@ -119,6 +119,7 @@ def test_an_incomplete_resume_is_detected(
     assert (losses(broken) != losses(straight)) == (fault != "average")
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_continues(config: Config, tmp_path: Path) -> None:
     """Start the command, press Ctrl-C, repeat the command: losses equal those of an uninterrupted run."""
     outcome = {}
