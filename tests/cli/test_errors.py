@@ -86,6 +86,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "--model.patcher.image_sizes needs a list in quotes, such as --model.patcher.image_sizes '[[",
         ),
         (
+            ["train", "--sample.guidance-interval", "[0, 0.5]"],
+            "--sample.guidance-interval needs 2 values, one after the other, as in --sample.guidance-interval 0 0.5",
+        ),
+        (
             ["train", "--model.patcher.image_sizes", "40", "41"],
             "model.patcher.image_sizes must be a list, each item a ",
         ),
