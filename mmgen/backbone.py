@@ -119,15 +119,18 @@ class AxialRotary(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """Cosine and sine [B, S, d] of the angles at packed positions [B, S]."""
-        cos, sin = self.rotary(x, position_ids & MASK, *others, **named)
+        # At least fp32 until the last line, so that bf16 rounds once.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = self.rotary(x.to(dtype), position_ids & MASK, *others, **named)
         half = cos.shape[-1] // 2
         exponent = torch.arange(half, device=cos.device, dtype=torch.float32) // 2 * 2 / half
         cell = torch.stack([position_ids >> BITS & MASK, position_ids >> 2 * BITS], dim=-1).float()
         pair = cell.repeat(1, 1, (half + 1) // 2)[..., :half] * self.base**-exponent
         # The two numbers that are turned together are half a head apart, or neighbours, as the backbone has them.
         angle = pair.repeat_interleave(2, dim=-1) if self.neighbours else torch.cat([pair, pair], dim=-1)
-        turn_cos, turn_sin = angle.cos().to(cos.dtype), angle.sin().to(cos.dtype)
-        return cos * turn_cos - sin * turn_sin, sin * turn_cos + cos * turn_sin
+        turn_cos, turn_sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        turned = cos * turn_cos - sin * turn_sin, sin * turn_cos + cos * turn_sin
+        return turned[0].to(x.dtype), turned[1].to(x.dtype)
 
 
 def add_axes(decoder: PreTrainedModel, base: float) -> None:

@@ -63,7 +63,11 @@ def transfusion(context: str, **section: Any) -> dict[str, Any]:
 
 
 def mar(order: str, **section: Any) -> dict[str, Any]:
-    """Settings of MAR with an order. It learns these tasks several times faster at a lower rate and at more noise."""
+    """Settings of MAR with an order; `section` has settings of other sections.
+
+    A low rate matters: after 900 steps, `masked` without cell and entry norm has 0.10 of the copies right with a rate
+    of 0.003, and 0.32 with 0.0015. With them and 0.0008 it has 0.99.
+    """
     own = {
         "order": order, "head": {"depth": 2, "width": 128, "cell": True}, "draws_per_patch": 2, "entry_norm": True,
     }  # fmt: skip
@@ -87,8 +91,14 @@ POLICIES: Mapping[str, Mapping[str, Any]] = {
 """Each context policy of Transfusion and each order of MAR, as changes to the settings that they share."""
 FAST = ("capped", "masked")
 """The policies of a fast run."""
-NOISY_IS_LATE = {"noisy": "given images are rarely as clear in training as in sampling, so it needs more steps"}
-"""Policies that do not learn to copy and edit in 1,500 steps, and why."""
+LATE_TO_COPY = {"noisy": "given images are rarely as clear in training as in sampling, so it needs more steps"}
+"""Policies that do not learn to copy in 1,500 steps, and why."""
+LATE_TO_EDIT = {**LATE_TO_COPY, "random": "each image has an order of its own, so it needs more steps"}
+"""Policies that do not learn to edit in 1,500 steps, and why."""
+LATE_TO_CONTINUE = dict.fromkeys(
+    ("clean_copy", "raster"), "caption and style are right; some drawings are read as another digit"
+)
+"""Policies that do not learn to continue in 1,500 steps, and why."""
 
 
 @dataclass(frozen=True)
@@ -343,7 +353,7 @@ def image_copy(run: Run) -> Figure:
 
     The share of held-out digits whose copy is nearest to the digit itself among all held-out digits, at guidance 1.
     """
-    return answer(run, ask_copy(run.pick(300, 120)), run.pick(0.95, 0.5), NOISY_IS_LATE)
+    return answer(run, ask_copy(run.pick(300, 120)), run.pick(0.95, 0.5), LATE_TO_COPY)
 
 
 @experiment("Editing the picture before, as a word asks: 8x8 digits", faults=("blind",), shared="documents")
@@ -352,7 +362,7 @@ def image_edit(run: Run) -> Figure:
 
     The share of held-out digits whose edit is nearest to the edit that was asked, among all edits of all digits.
     """
-    return answer(run, ask_edit(run.pick(300, 120)), run.pick(0.95, 0.5), NOISY_IS_LATE)
+    return answer(run, ask_edit(run.pick(300, 120)), run.pick(0.95, 0.5), LATE_TO_EDIT)
 
 
 @experiment("Continuing a document of captions and pictures: 8x8 digits", faults=("blind",), shared="documents")
@@ -361,4 +371,4 @@ def image_continue(run: Run) -> Figure:
 
     The share of documents of held-out digits whose third caption and picture are right in digit and style.
     """
-    return answer(run, ask_continue(run.pick(300, 120)), run.pick(0.9, 0.5), {})
+    return answer(run, ask_continue(run.pick(300, 120)), run.pick(0.9, 0.5), LATE_TO_CONTINUE)

@@ -37,8 +37,10 @@ from tests.faults.launch import report, run_ranks, small
 STEPS, ROWS = 20, 7
 LIMITS = {
     "fp32": {"gradient": 1e-5, "losses": 1e-5, "norms": 1e-5, "parameters": 1e-4, "averages": 1e-4},
-    "bf16": {"gradient": 2e-2, "losses": 2e-3, "norms": 2e-2, "parameters": 5e-2, "averages": 5e-2},
+    "bf16": {"gradient": 2e-2, "losses": 2e-3, "norms": 2e-2, "parameters": 1e-1, "averages": 1e-1},
 }
+"""Largest relative differences. In bf16, 20 steps of AdamW spread the rounding of equal gradients: by 0.03 with shared
+positions, and by 0.06 with axial ones, whose gradients differ by the same 0.007."""
 FAULTS = ("doubled", "no_sync")
 NAN_STEP = 5
 

@@ -135,7 +135,7 @@ def test_on_packed_rows_torch_counts_padding_and_hidden_pairs_too(
     ids=str,
 )
 def test_other_decoders(images_first: Config, backbone: dict) -> None:
-    found, explained = excess(override(images_first, {"model": {"backbone": backbone}}))
+    found, explained = excess(override(images_first, {"model": {"backbone": backbone, "positions": "raster"}}))
     assert found == explained
 
 
