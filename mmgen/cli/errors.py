@@ -71,7 +71,7 @@ def _usage(error: CycloptsError, program: str) -> str:
             return f"{_name(error)} is missing: see {more}"
         count, repeats = error.argument.token_count()
         if count > 1 and not repeats:
-            return f"{error.keyword} needs {count} values, one after the other, as in {error.keyword} 0 0.5"
+            return f"{error.keyword} needs {count} values, one after the other and without brackets"
         if count > 1:
             return f"{error.keyword} needs a list in quotes{example(error.keyword.removeprefix('--'))}"
         return f"{error.keyword} needs a value: see {more}"

@@ -87,7 +87,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             ["train", "--sample.guidance-interval", "[0, 0.5]"],
-            "--sample.guidance-interval needs 2 values, one after the other, as in --sample.guidance-interval 0 0.5",
+            "--sample.guidance-interval needs 2 values, one after the other and without brackets",
         ),
         (
             ["train", "--model.patcher.image_sizes", "40", "41"],

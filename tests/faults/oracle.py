@@ -36,11 +36,14 @@ from tests.faults.launch import report, run_ranks, small
 
 STEPS, ROWS = 20, 7
 LIMITS = {
-    "fp32": {"gradient": 1e-5, "losses": 1e-5, "norms": 1e-5, "parameters": 1e-4, "averages": 1e-4},
-    "bf16": {"gradient": 2e-2, "losses": 2e-3, "norms": 2e-2, "parameters": 1e-1, "averages": 1e-1},
+    "fp32": {"gradient": 1e-5, "losses": 1e-5, "norms": 1e-5, "parameters": 1e-4, "averages": 1e-4, "whole": 1e-4},
+    "bf16": {"gradient": 2e-2, "losses": 2e-3, "norms": 2e-2, "parameters": 1e-1, "averages": 1e-1, "whole": 1e-2},
 }
-"""Largest relative differences. In bf16, 20 steps of AdamW spread the rounding of equal gradients: by 0.03 with shared
-positions, and by 0.06 with axial ones, whose gradients differ by the same 0.007."""
+"""Largest relative differences: `parameters` and `averages` of the worst parameter, `whole` of all of them together.
+
+In bf16 the worst one is a bias of 32 numbers with norm 0.06, where AdamW enlarges the rounding of small gradients: 0.06
+differ there, and 0.002 of the whole.
+"""
 FAULTS = ("doubled", "no_sync")
 NAN_STEP = 5
 
@@ -257,13 +260,13 @@ def compare(config: Config, cell: Cell, reference: Path, out: Path, rank: int) -
     def worst(a: list[float], b: list[float]) -> float:
         return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
+    weights = {name: store.whole("weight", name) for name in expected["parameters"]}
     far = {
         "gradient": distance(whole(gradient), whole(expected["gradient"])),
         "losses": worst([line["loss"] for line in lines], expected["losses"]),
         "norms": worst([line["grad_norm"] for line in lines], expected["norms"]),
-        "parameters": max(
-            distance(store.whole("weight", name), value) for name, value in expected["parameters"].items()
-        ),
+        "parameters": max(distance(weights[name], value) for name, value in expected["parameters"].items()),
+        "whole": distance(whole(weights), whole(expected["parameters"])),
         "averages": max(distance(store.whole("ema", name), value) for name, value in expected["averages"].items()),
     }
     out.write_text(json.dumps(far))
