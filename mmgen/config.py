@@ -544,6 +544,8 @@ class TrainConfig(Settings):
     """Number of rows in one optimiser step, over all processes and micro-steps."""
     micro_rows: Positive | None = None
     """Number of rows in one forward pass of a process; if null, all its rows of a step at once."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises updates of the hidden matrices, and AdamW steps the rest; it needs `zero_stage` 0."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate, reached after warm-up."""
     min_lr_ratio: Fraction = 0.05
@@ -610,6 +612,13 @@ class TrainConfig(Settings):
     """Experiment trackers that also receive the metrics; each needs its package."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
     """Peak TFLOP/s of one device, the reference of MFU; if null, it is measured at the start."""
+
+    def check(self) -> None:
+        """Muon needs whole matrices, and ZeRO's stages 1 to 3 cut them into flat shards."""
+        if self.optimizer == "muon" and self.zero_stage > 0:
+            raise ValueError(
+                f"optimizer muon needs zero_stage 0, because stage {self.zero_stage} shards matrices; adamw works"
+            )
 
 
 GuidanceLane = Literal["images", "nothing"]

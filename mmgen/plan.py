@@ -14,6 +14,7 @@ from mmgen.objective import build_layout
 from mmgen.sequence.tokenizer import SPECIAL, Tokenizer
 from mmgen.train.engine import uses_bf16
 from mmgen.train.memory import Shape, theory
+from mmgen.train.muon import hidden_matrices
 from mmgen.train.optimizer import ema_decays
 
 BYTES = 4
@@ -54,7 +55,8 @@ def plan(config: Config) -> Plan:
     """Compute the parameter count, tokens per step and memory per process of a run from shapes only.
 
     The model is built on the meta device, which allocates nothing. The state is weights, gradients, fp32 master
-    weights, two moments and the EMA weights. The number of processes is that of the environment variable WORLD_SIZE.
+    weights, moments (two of a parameter, but one where Muon steps) and the EMA weights. The number of processes is that
+    of the environment variable WORLD_SIZE.
 
     Raises:
         ValueError: the rows of a step cannot be divided among this number of processes, or an image does not fit a row.
@@ -67,7 +69,9 @@ def plan(config: Config) -> Plan:
     parameters = sum(p.numel() for p in model.parameters())
     rows, length = config.train.batch_rows, config.data.row_length
     micro = min(config.train.micro_rows or rows, -(-rows // world))
-    shape = Shape(parameters, config.train.zero_stage, world, uses_bf16(config))
+    hidden = hidden_matrices(model) if config.train.optimizer == "muon" else set()
+    muon = sum(p.numel() for name, p in model.named_parameters() if name in hidden)
+    shape = Shape(parameters, config.train.zero_stage, world, uses_bf16(config), muon)
     state = theory(shape, len(ema_decays(config.train)))
     fields = model.backbone.config
     per_position = fields.num_hidden_layers * (16 * fields.hidden_size + 5 * fields.intermediate_size)

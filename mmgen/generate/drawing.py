@@ -146,11 +146,11 @@ class Drawings:
             noise=noise,
             given=given,
             previews=self.with_previews,
-            start=self._start(draws),
+            start=self.start(draws),
             guide=guide,
         )
 
-    def _start(self, draws: list[Draw]) -> ImageToImage | Inversion | None:
+    def start(self, draws: list[Draw]) -> ImageToImage | Inversion | None:
         """Return the pictures from which these images start; all of them or none have one."""
         pictures = [draw.begin.picture_NP for draw in draws if draw.begin.picture_NP is not None]
         if not pictures:

@@ -9,12 +9,12 @@ from multiprocessing import get_context
 
 import torch
 
-from mmgen.lab import documents, exact, images, plane
+from mmgen.lab import documents, exact, images, plane, starts
 from mmgen.lab.core import EXPERIMENTS, Experiment, Options, Result, check, execute
 
 __all__ = [
     "EXPERIMENTS", "Experiment", "Options", "Result", "check", "documents", "exact", "execute", "images", "plane",
-    "run_all",
+    "run_all", "starts",
 ]  # fmt: skip
 
 

@@ -257,6 +257,21 @@ def nearest(pictures: Pixels, candidates: Pixels) -> NDArray[np.int64]:
     return found
 
 
+def digit_judge() -> Callable[[Pixels], NDArray[np.int64]]:
+    """Names the digit of each picture [R, 8, 8]: a support vector machine that is trained on the training digits."""
+    from sklearn.svm import SVC
+
+    seen = parts()[0]
+    judge = SVC(C=10).fit(seen.pictures.reshape(-1, 64) / 255, seen.labels)
+    return lambda pictures: np.asarray(judge.predict(pictures.reshape(-1, 64) / 255))
+
+
+def upright(pictures: Pixels) -> Pixels:
+    """Pictures [R, 8, 8] with a dark ground: bright ones are inverted."""
+    bright = pictures.mean((1, 2), keepdims=True) > 127.5
+    return np.where(bright, 255 - pictures, pictures)
+
+
 def ask_copy(count: int) -> Asked:
     """Copy a held-out digit: right if the nearest held-out digit is the one that was shown."""
     shown = parts()[1].pictures
@@ -277,12 +292,9 @@ def ask_edit(count: int) -> Asked:
 def ask_continue(count: int) -> Asked:
     """Continue after two digits: right if the text names the next digit, and a picture of it in the same style follows.
 
-    The digit is recognised by a support vector machine trained on the training digits.
+    The digit is recognised by `digit_judge`.
     """
-    from sklearn.svm import SVC
-
-    seen, held_out = parts()
-    judge = SVC(C=10).fit(seen.pictures.reshape(-1, 64) / 255, seen.labels)
+    held_out, judge = parts()[1], digit_judge()
     rng = np.random.default_rng(5)
     cases = [(i % 10, bool(i // 10 % 2)) for i in range(count)]
     prompts = [counting(held_out, digit, inverted, 2, rng) for digit, inverted in cases]
@@ -295,8 +307,7 @@ def ask_continue(count: int) -> Asked:
     def right(results: Sequence[Result]) -> NDArray[np.bool_]:
         pictures = made(results)
         style = (pictures.mean((1, 2)) > 127.5) == inverted
-        upright = np.where(inverted[:, None, None], 255 - pictures, pictures)
-        drawn = judge.predict(upright.reshape(-1, 64) / 255) == following
+        drawn = judge(np.where(inverted[:, None, None], 255 - pictures, pictures)) == following
         named = np.array([result.text == str(digit) for result, digit in zip(results, following, strict=True)])
         correct: NDArray[np.bool_] = style & drawn & named
         return correct

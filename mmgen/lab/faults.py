@@ -1,8 +1,8 @@
 """Deliberate mistakes of the kind that papers and tutorials contain; the exact experiments must detect them.
 
-A fault wraps public methods of `mmgen.flow`, or of the classes that make documents. `HOOKS` lists the methods that may
-be wrapped. `injected` installs the
-wrapped methods for the duration of a block and then restores the originals.
+A fault wraps public methods of `mmgen.flow`, of the classes that make documents, or of the decoder. `HOOKS` lists the
+methods that may be wrapped. `injected` installs the wrapped methods for the duration of a block and then restores the
+originals.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmgen.data.documents import Documents
@@ -19,6 +20,7 @@ from mmgen.flow.field import GaussianMixture
 from mmgen.flow.grid import AffineSteps, Grid
 from mmgen.flow.likelihood import LogLikelihood, Ode
 from mmgen.flow.path import Path
+from mmgen.generate.drawing import Drawings
 from mmgen.sequence.document import Block, Writer
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -51,7 +53,8 @@ DDIM = Hook(Grid, "ddim")
 YIELDED = Hook(Grid, "yielded")
 QUANTILES = Hook(Documents, "quantiles")
 PATCHES = Hook(Writer, "patches")
-HOOKS = (COEFFICIENTS, SCORE, LOG_JOINT, LOG_LIKELIHOOD, DDIM, YIELDED, QUANTILES, PATCHES)
+START = Hook(Drawings, "start")
+HOOKS = (COEFFICIENTS, SCORE, LOG_JOINT, LOG_LIKELIHOOD, DDIM, YIELDED, QUANTILES, PATCHES, START)
 
 
 def _scaled_conversion(factor: float) -> Wrap:
@@ -131,6 +134,16 @@ def _blind(patches: Callable[..., Any]) -> Callable[..., Any]:
     return hidden
 
 
+def _lost(start: Callable[..., Any]) -> Callable[..., Any]:
+    """Start every image from a grey picture instead of its own."""
+
+    def grey(self: Drawings, draws: Any) -> Any:
+        begin = start(self, draws)
+        return begin and replace(begin, x_RNP=torch.zeros_like(begin.x_RNP))
+
+    return grey
+
+
 FAULTS: dict[str, Mapping[Hook, Wrap]] = {
     "sign": {
         COEFFICIENTS: _scaled_conversion(-1.0),
@@ -142,12 +155,14 @@ FAULTS: dict[str, Mapping[Hook, Wrap]] = {
     "shifted_t": {YIELDED: _late, LOG_JOINT: _late_density},
     "shared_t": {QUANTILES: _shared},
     "blind": {PATCHES: _blind},
+    "lost_start": {START: _lost},
 }
 """The methods that each fault wraps.
 
 `sign`: the score and the divergence have the wrong sign. `half`: w^2 score instead of w^2 score / 2. `minus_s2`: the
 square root of DDIM lacks - s^2. `shifted_t`: the field is evaluated at t + 0.01.
 `shared_t`: the images of a document have nearly equal t in training. `blind`: no position sees an image before its own.
+`lost_start`: the decoder starts from a grey picture instead of the one that a request gives.
 """
 
 

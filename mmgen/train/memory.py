@@ -13,6 +13,8 @@ class Shape:
     stage: int
     world: int
     bf16: bool
+    muon: int = 0
+    """Parameters that Muon steps, which have one moment instead of two."""
 
     @property
     def low(self) -> int:
@@ -33,7 +35,7 @@ def theory(shape: Shape, averages: int) -> dict[str, float]:
         "weights": shape.low * (share if stage == 3 else whole),
         "gradients": 4 * (share if stage >= 2 else whole),
         "master": 4 * share if stage else 0,
-        "moments": 8 * share,
+        "moments": 8 * share - 4 * shape.muon,
         "averages": 4 * averages * share,
     }
 

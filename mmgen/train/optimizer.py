@@ -1,8 +1,9 @@
-"""AdamW with averaged weights (EMA) in its state, and the learning-rate schedule."""
+"""AdamW and Muon with averaged weights (EMA) in their state, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgen.config import TrainConfig
+from mmgen.train import muon
 
 EMA = "ema"
 Decay = Callable[[int], float]
@@ -63,11 +65,11 @@ class AveragingAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Take one AdamW step, then update all averaged weights."""
+        """Take one step, then update all averaged weights."""
         stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not self.allow(stepped) or not stepped:
             return None
-        loss = super().step(closure)
+        self.update()
         taken = int(self.state[stepped[0]]["step"])
         weights = [p.detach().float() for p in stepped]
         for name, decay in self.decays.items():
@@ -76,14 +78,22 @@ class AveragingAdamW(torch.optim.AdamW):
                     self.state[p][name] = p.detach().float().clone()
             averaged: list[Tensor] = [self.state[p][name] for p in stepped]
             torch._foreach_lerp_(averaged, weights, 1 - decay(taken))
-        return loss
+        return None
+
+    def update(self) -> None:
+        """Step every parameter that has a gradient; averaged weights are not touched."""
+        super().step()
 
     def create_state(self, taken: int, tensors: list[Tensor]) -> None:
         """Create the state of `tensors` after `taken` steps, to be filled from a checkpoint."""
         for p in tensors:
-            zeros = {kind: torch.zeros_like(p, dtype=torch.float32) for kind in ("exp_avg", "exp_avg_sq")}
+            zeros = {kind: torch.zeros_like(p, dtype=torch.float32) for kind in self.kinds(p)}
             averaged = {name: p.detach().float().clone() for name in self.decays}
             self.state[p] = {"step": torch.tensor(float(taken), device=p.device), **zeros, **averaged}
+
+    def kinds(self, p: Tensor) -> tuple[str, ...]:
+        """Names of the moments of a parameter, as checkpoints store them."""
+        return ("exp_avg", "exp_avg_sq")
 
     def swap(self, average: str) -> None:
         """Exchange every stepped tensor with its averaged weights, without a copy; a second call undoes it."""
@@ -92,14 +102,59 @@ class AveragingAdamW(torch.optim.AdamW):
                 p.data, state[average].data = state[average].data, p.data
 
 
+class AveragingMuon(AveragingAdamW):
+    """Muon for parameter groups with `muon=True`, AdamW for the others; averaged weights as in `AveragingAdamW`.
+
+    The momentum is stored as `exp_avg`. Each parameter must be a whole matrix, so the parameters may not be sharded.
+    """
+
+    def update(self) -> None:
+        """Step the matrices, then leave the other parameters to AdamW."""
+        for group in self.param_groups:
+            if group.get("muon"):
+                self._step_matrices(group, [p for p in group["params"] if p.grad is not None])
+        super().update()
+
+    def _step_matrices(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
+        equal: dict[torch.Size, list[Tensor]] = defaultdict(list)  # stacked, since one large product is faster
+        for p in matrices:
+            equal[p.shape].append(p)
+        for shape, stepped in equal.items():
+            updates = torch.stack([self._momentum(p, p.grad) for p in stepped if p.grad is not None])
+            torch._foreach_mul_(stepped, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(stepped, list(muon.orthogonal(updates)), alpha=-group["lr"] * muon.size(shape))
+            for p in stepped:
+                p.grad = None  # AdamW skips parameters without a gradient
+
+    def _momentum(self, p: Tensor, gradient: Tensor) -> Tensor:
+        """Advance the momentum of a parameter; returns the mean of gradient and momentum that Nesterov's form uses."""
+        state = self.state[p]
+        if "exp_avg" not in state:
+            state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p))
+        state["step"] += 1
+        average: Tensor = state["exp_avg"].lerp_(gradient, 1 - muon.MOMENTUM)
+        return gradient.lerp(average, muon.MOMENTUM)
+
+    def kinds(self, p: Tensor) -> tuple[str, ...]:
+        """Muon has no second moments."""
+        matrices = (q for group in self.param_groups if group.get("muon") for q in group["params"])
+        return ("exp_avg",) if any(p is q for q in matrices) else super().kinds(p)
+
+
 def build_optimizer(model: nn.Module, settings: TrainConfig) -> AveragingAdamW:
-    """AdamW with the settings of a run; weight decay applies to tensors of two or more axes only."""
+    """The optimiser of a run; weight decay applies to tensors of two or more axes only."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for _, p in named if dimensions(p) >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for _, p in named if dimensions(p) < 2], "weight_decay": 0.0},
+    hidden = muon.hidden_matrices(model) if settings.optimizer == "muon" else set()
+    rest = [(name, p) for name, p in named if name not in hidden]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for _, p in rest if dimensions(p) >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for _, p in rest if dimensions(p) < 2], "weight_decay": 0.0},
     ]
-    return AveragingAdamW(groups, ema_decays(settings), lr=settings.lr, betas=settings.betas, fused=True)
+    matrices = [p for name, p in named if name in hidden]
+    if matrices:
+        groups.append({"params": matrices, "weight_decay": settings.weight_decay, "muon": True})
+    kind = AveragingMuon if matrices else AveragingAdamW
+    return kind(groups, ema_decays(settings), lr=settings.lr, betas=settings.betas, fused=True)
 
 
 def dimensions(p: Tensor) -> int:

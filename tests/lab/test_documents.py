@@ -9,10 +9,11 @@ import pytest
 
 from mmgen.config import Config
 from mmgen.data.streams import training_corpus
-from mmgen.generate import Result
+from mmgen.generate import Decoder, Request, Result
 from mmgen.lab import documents as docs
-from mmgen.lab.catalog import EXPERIMENTS, Options, run_all
+from mmgen.lab.catalog import EXPERIMENTS, Options, execute, run_all
 from mmgen.lab.faults import injected
+from mmgen.model import build_model
 from mmgen.sequence.attention import dense_visible
 from mmgen.sequence.tokenizer import Tokenizer
 
@@ -111,6 +112,20 @@ def test_the_fault_blind_hides_every_image_from_what_follows(policy: str, tmp_pa
     assert seen["blind"] == 0
 
 
+def test_the_fault_lost_start_takes_the_picture_away(tmp_path: Path) -> None:
+    config = corpus_settings(tmp_path / "documents")
+    tokenizer = Tokenizer.of(config)
+    decoder = Decoder(build_model(config, len(tokenizer)).eval(), tokenizer, config.sample)
+    pictures = {name: docs.picture_of(docs.parts()[1].pictures[i]) for i, name in enumerate("ab")}
+    drawn = {}
+    for fault in (None, "lost_start"):
+        requests = [Request(["3"], "image", 0, image=picture, strength=0.25) for picture in pictures.values()]
+        with injected(fault):
+            drawn[fault] = docs.made(decoder.generate(requests))
+    assert not np.array_equal(*drawn[None])
+    assert np.array_equal(*drawn["lost_start"])
+
+
 @pytest.mark.slow
 def test_models_learn_the_tasks_and_faults_are_detected(tmp_path: Path) -> None:
     """One call trains each model once. Fast models reach their bounds, and models with a fault do not."""
@@ -123,3 +138,5 @@ def test_models_learn_the_tasks_and_faults_are_detected(tmp_path: Path) -> None:
         detecting = [name for name in names if fault in EXPERIMENTS[name].faults]
         for result in run_all(detecting, 2, Options(fast=True, out=tmp_path, inject=fault)):
             assert not result.holds, (result.name, fault, result.bounds)
+    with injected("lost_start"):  # it acts in decoding only, so the models above serve
+        assert not execute("image_start", Options(fast=True, out=tmp_path)).holds

@@ -69,11 +69,12 @@ def test_micro_steps_do_not_change_the_gradient(config: Config) -> None:
     assert not equal(whole, gradients(config, 1, factor=2.0)), "doubled gradients must be detected"
 
 
-def test_resume_repeats_the_uninterrupted_run(config: Config, tmp_path: Path) -> None:
-    straight = override(config, {"run": {"dir": str(tmp_path / "a")}})
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_repeats_the_uninterrupted_run(config: Config, tmp_path: Path, optimizer: str) -> None:
+    straight = override(config, {"run": {"dir": str(tmp_path / "a")}, "train": {"optimizer": optimizer}})
     assert train(straight) == 0
     # The state after a crash past step 3: only the older checkpoint exists, and metrics.jsonl is ahead of it.
-    third = override(config, {"run": {"dir": str(tmp_path / "c")}})
+    third = override(straight, {"run": {"dir": str(tmp_path / "c")}})
     shutil.copytree(straight.run.dir, third.run.dir, symlinks=True)
     shutil.rmtree(third.run.dir / "checkpoints" / "step-6")
     (third.run.dir / "checkpoints" / "latest").unlink()

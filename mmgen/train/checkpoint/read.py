@@ -132,7 +132,7 @@ def check_same_run(stored: Checkpoint, config: Config, tokenizer: Tokenizer) -> 
             "run": {"seed": settings.run.seed},
             "data": settings.data.model_dump(mode="json", exclude={"workers", "max_bad_fraction", "val"}),
             **_model_shape(settings),
-            "train": {"batch_rows": settings.train.batch_rows},
+            "train": {"batch_rows": settings.train.batch_rows, "optimizer": settings.train.optimizer},
         }
 
     _refuse(differences(shape(config), shape(_settings(stored))), stored.folder)
