@@ -18,6 +18,7 @@ from mmgen.cli.errors import sentence
 from mmgen.cli.flags import Overrides, with_flags
 from mmgen.cli.help import GROUP, OVERVIEW, Columns, closing, parts
 from mmgen.cli.pulse import pulse
+from mmgen.cli.run import holds_model, stored_settings
 from mmgen.cli.show import log
 from mmgen.config import Config
 from mmgen.config_io import load, override
@@ -68,12 +69,28 @@ def launch(words: Sequence[str]) -> int:
         if "config" in inspect.signature(command).parameters:
             given = bound.arguments.get("config")
             changes = given.model_dump(exclude_unset=True) if isinstance(given, Overrides) else {}
+            if folder := _take_model(bound):
+                base = override(stored_settings(folder) if config is None else base, {"run": {"dir": folder}})
             bound.arguments["config"] = override(base, changes)
         if "config_file" in inspect.signature(command).parameters:
             bound.arguments["config_file"] = config
         return int(command(*bound.args, **bound.kwargs) or 0)
 
     return int(app.meta(words, exit_on_error=False, print_error=False, result_action="return_value") or 0)
+
+
+def _take_model(bound: inspect.BoundArguments) -> Path | None:
+    """Take the folder of a trained model out of the arguments: `--run`, or a first argument that is such a folder."""
+    named: Path | None = bound.arguments.pop("run", None)
+    words = [
+        name
+        for name, parameter in bound.signature.parameters.items()
+        if parameter.kind is parameter.VAR_POSITIONAL and "run" in bound.signature.parameters
+    ]
+    given = bound.arguments.get(words[0], ()) if words else ()
+    if named is None and given and holds_model(Path(given[0])):
+        named, bound.arguments[words[0]] = Path(given[0]), given[1:]
+    return named
 
 
 def build() -> App:

@@ -11,8 +11,10 @@ from mmgen.cli.caption import caption
 from mmgen.cli.check import parity
 from mmgen.cli.data import buckets, check, index, show_rows
 from mmgen.cli.demo import demo
+from mmgen.cli.edit import edit
 from mmgen.cli.eval import evaluate
 from mmgen.cli.export import export
+from mmgen.cli.generate import generate
 from mmgen.cli.lab import list_experiments, run_experiments
 from mmgen.cli.sample import sample
 from mmgen.cli.settings import settings
@@ -21,6 +23,8 @@ from mmgen.cli.train import train
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "sample": sample,
+    "edit": edit,
+    "generate": generate,
     "caption": caption,
     "eval": evaluate,
     "demo": demo,

@@ -9,11 +9,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from mmgen.cli.flags import ConfigFile, Json, RunSettings
+from mmgen.cli.flags import ConfigFile, Json, Uses
 from mmgen.cli.run import load_run
 from mmgen.cli.show import log, print_json
 from mmgen.config import Config
 
+DemoSettings = Annotated[Config, Uses(("run", "sample"))]
 PROMPT = "a red 7 top left and a blue 3 bottom right"
 MORE = ("a green 5 bottom left", "a cyan 2 top right and a yellow 8 bottom right")
 SCORES = (
@@ -25,7 +26,7 @@ SCORES = (
 def demo(
     prompt: Annotated[str, Parameter(help="Caption of the image.")] = PROMPT,
     *,
-    config: RunSettings = Config(),
+    config: DemoSettings = Config(),
     config_file: ConfigFile = None,
     as_json: Json = False,
 ) -> int:
@@ -57,7 +58,7 @@ def demo(
         print_json({"prompt": prompt, "image": str(picture), "caption": caption, "scores": scores})
         return 0
     program = sys.argv[0] if Path(sys.argv[0]).name == "mmgen" else "mmgen"
-    options = f"--config {config_file or run / 'config.yaml'}"
+    options = f"--config {config_file}" if config_file else str(run)
     shown = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
     print(f"""
 caption given:   {prompt}

@@ -9,7 +9,7 @@ from mmgen.cli.run import load_run
 from mmgen.cli.show import log, show
 from mmgen.config import Config
 
-EvalSettings = Annotated[Config, Uses(("run", "sample", "eval"))]
+EvalSettings = Annotated[Config, Uses(("run", "sample", "eval"), trained=True)]
 
 
 def evaluate(*, config: EvalSettings = Config(), as_json: Json = False) -> int:

@@ -13,7 +13,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter
 from pydantic import BaseModel, BeforeValidator, create_model
@@ -28,6 +28,14 @@ class Uses:
     """The sections of settings that a command uses, for its help. All other settings are accepted too."""
 
     sections: tuple[str, ...] = tuple(Config.model_fields)
+    trained: bool = False
+    """Whether the command works on a trained model, which its first argument or `--run` may name."""
+
+    @classmethod
+    def of(cls, command: Callable[..., int]) -> Uses | None:
+        """What the type of a command's `config` holds; None for a command without settings."""
+        hints = get_type_hints(command, include_extras=True)
+        return next((item for item in get_args(hints.get("config")) if isinstance(item, Uses)), None)
 
 
 def at_least(minimum: int) -> Callable[[object, int], None]:
@@ -41,7 +49,7 @@ def at_least(minimum: int) -> Callable[[object, int], None]:
 
 
 Settings = Annotated[Config, Uses()]
-RunSettings = Annotated[Config, Uses(("run", "sample"))]
+RunSettings = Annotated[Config, Uses(("run", "sample"), trained=True)]
 """Settings of a command on a trained run; settings of model and objective are stored with the run."""
 DataSettings = Annotated[Config, Uses(("run", "data", "model", "objective"))]
 ConfigFile = Annotated[Path | None, Parameter(parse=False)]
@@ -51,6 +59,9 @@ Folder = Annotated[Path, Parameter(help="Folder that the images are written to."
 Rounds = Annotated[int, Parameter(help="Repetitions; the compared variants take turns in each.", validator=at_least(1))]
 
 
+RUN = "The trained model: a run folder, a checkpoint or an exported folder."
+
+
 class Overrides(BaseModel):
     """Base of the classes that `twin` makes."""
 
@@ -58,7 +69,10 @@ class Overrides(BaseModel):
 
 
 def with_flags(command: Callable[..., int]) -> Callable[..., int]:
-    """Replace the parameter `config` of a command by a flag for every setting; a command without it is unchanged."""
+    """Replace the parameter `config` of a command by a flag for every setting; a command without it is unchanged.
+
+    A command on a trained model also gets the parameter `run`, its first argument if it has no others.
+    """
     hints = get_type_hints(command, include_extras=True)
     if "config" not in hints:
         return command
@@ -69,6 +83,14 @@ def with_flags(command: Callable[..., int]) -> Callable[..., int]:
         parameter.replace(annotation=hints[name], default=flags() if name == "config" else parameter.default)
         for name, parameter in signature.parameters.items()
     ]
+
+    uses = Uses.of(command)
+    if uses is not None and uses.trained:
+        hints["run"] = Annotated[Path | None, Parameter(help=RUN)]
+        words = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+        kind = inspect.Parameter.KEYWORD_ONLY if words else inspect.Parameter.POSITIONAL_OR_KEYWORD
+        run = inspect.Parameter("run", kind, default=None, annotation=hints["run"])
+        parameters = [*parameters[:1], run, *parameters[1:]] if words else [run, *parameters]
 
     @wraps(command)
     def flagged(*args: object, **named: object) -> int:

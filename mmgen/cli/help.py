@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from cyclopts.help import DescriptionRenderer, HelpPanel
 from rich.console import Console, ConsoleOptions
@@ -94,5 +94,5 @@ def closing(command: Callable[..., int]) -> str:
 
 def used_sections(command: Callable[..., int]) -> tuple[str, ...]:
     """The sections of settings in the type of a command's `config`; none for a command without settings."""
-    hints = get_type_hints(command, include_extras=True)
-    return next((item.sections for item in get_args(hints.get("config")) if isinstance(item, Uses)), ())
+    uses = Uses.of(command)
+    return uses.sections if uses else ()

@@ -39,7 +39,7 @@ def run_experiments(
     out: Annotated[Path, Parameter(help="Folder for a JSON file and a picture of each experiment.")] = Path("runs/lab"),
     seed: Annotated[int, Parameter(help="Seed of all random numbers.")] = 0,
     inject: Annotated[
-        str | None, Parameter(help="Inject a fault: sign, half, minus_s2, shifted_t, shared_t or blind.")
+        str | None, Parameter(help="Inject a fault: sign, half, minus_s2, shifted_t, shared_t, blind or lost_start.")
     ] = None,
     jobs: Annotated[
         int, Parameter(help="Experiments that run at a time, each with one thread.", validator=at_least(1))

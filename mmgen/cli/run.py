@@ -1,18 +1,26 @@
-"""Loading of the trained run that a command uses."""
+"""The trained model that a command uses: a run folder, a checkpoint or an exported folder."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from mmgen.cli.show import log
 from mmgen.config import Config
+from mmgen.config_io import load
 
 if TYPE_CHECKING:
     from mmgen.model import MMGenModel
     from mmgen.sequence.tokenizer import Tokenizer
     from mmgen.train.checkpoint.read import Checkpoint
     from mmgen.train.state import TrainerState
+
+Item = TypeVar("Item")
+BATCH = 64
+"""Number of requests that the decoder gets at a time."""
 
 
 @dataclass(frozen=True)
@@ -25,21 +33,55 @@ class Trained:
     """State of the run in trainer.json: step, settings, seconds of training."""
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a path is a run folder, a checkpoint or an exported folder."""
+    return folder.is_dir() and any((folder / name).is_file() for name in ("config.yaml", "config.json"))
+
+
+def stored_settings(folder: Path) -> Config:
+    """The settings with which the model of a folder was trained.
+
+    Raises:
+        ValueError: the folder holds no model of mmgen, or a file is damaged.
+    """
+    from mmgen.train.checkpoint import export, read
+
+    if not holds_model(folder):
+        raise ValueError(
+            f"{folder} holds no trained model: give a run folder, a checkpoint (FOLDER/checkpoints/latest) or a folder "
+            "that `mmgen export` wrote"
+        )
+    if (folder / "config.yaml").is_file():
+        return load(folder / "config.yaml")
+    if (folder / "trainer.json").is_file():
+        return read.settings_of(folder)
+    return export.read_settings(folder)
+
+
 def load_run(config: Config) -> Trained:
-    """Load the newest checkpoint of a run to the GPU if there is one, else to the CPU; raises as `newest` does."""
+    """Load the model of `run.dir` to the GPU if there is one, else to the CPU.
+
+    `run.dir` is a run folder, whose newest checkpoint is loaded, or a checkpoint, or an exported folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `newest` does, or as `read_export` does.
+    """
     import torch
 
-    from mmgen.train.checkpoint import read as checkpoint
+    from mmgen.train.checkpoint import export, read
 
-    found = newest(config)
-    model, tokenizer = checkpoint.load_model(found.folder, config.sample.weights)
+    if export.is_export(config.run.dir):
+        trained = Trained(*export.read_export(config.run.dir, config.sample.weights))
+    else:
+        found = newest(config)
+        trained = Trained(*read.load_model(found.folder, config.sample.weights), found.state)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model.to(torch.device(device))
-    return Trained(model, tokenizer, found.state)
+    trained.model.to(torch.device(device))
+    return trained
 
 
 def newest(config: Config) -> Checkpoint:
-    """The newest undamaged checkpoint of a run.
+    """The newest undamaged checkpoint of a run, or the checkpoint that `run.dir` is.
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
@@ -47,12 +89,28 @@ def newest(config: Config) -> Checkpoint:
     """
     from mmgen.train.checkpoint import read as checkpoint
 
-    found = checkpoint.newest_good(config.run.dir, log)
+    folder = config.run.dir
+    if (folder / "trainer.json").is_file():
+        found: Checkpoint | None = checkpoint.Checkpoint(folder, checkpoint.read_trainer(folder))
+    else:
+        found = checkpoint.newest_good(folder, log)
     if found is None:
-        what = "is a file, not a run folder" if config.run.dir.is_file() else "has no checkpoint"
+        what = "is a file, not a run folder" if folder.is_file() else "has no checkpoint"
         raise FileNotFoundError(
-            f"{config.run.dir} {what}: name a trained run with --config FILE or --run.dir FOLDER, or train it "
-            "with `mmgen train --config FILE`"
+            f"{folder} {what}: name a trained run as the first argument or with --config FILE, or train it with "
+            "`mmgen train --config FILE`"
         )
     checkpoint.check_same_model(found, config)
     return found
+
+
+def batches(items: Sequence[Item], what: str) -> Iterator[Sequence[Item]]:
+    """Yield the items in batches for the decoder, and log how many are done per second after each.
+
+    `what` names them in the log, such as "images drawn".
+    """
+    began = time.perf_counter()
+    for start in range(0, len(items), BATCH):
+        yield items[start : start + BATCH]
+        done = min(start + BATCH, len(items))
+        log(f"{done} of {len(items)} {what}, {done / (time.perf_counter() - began):.2g} per second")

@@ -147,8 +147,8 @@ def loop(run: Run, resumed: Path | None) -> int:
             watchdog.phase("sample", step)
             run.probe.show(step)
     run.log.print(
-        f"finished at step {progress.step}: {config.run.dir}/checkpoints/latest. Next: mmgen sample --config "
-        f'{config.run.dir}/config.yaml "CAPTION"'
+        f"finished at step {progress.step}: {config.run.dir}/checkpoints/latest. "
+        f'Next: mmgen sample {config.run.dir} "CAPTION"'
     )
     return 0
 

@@ -38,7 +38,7 @@ from tests.conftest import run
         (["sample", " "], "a caption is empty"),
         (["caption"], "no image is given"),
         (["caption", "pyproject.toml"], "pyproject.toml is not an image"),
-        (["eval"], "has no checkpoint: name a trained run with --config FILE or --run.dir FOLDER"),
+        (["eval"], "has no checkpoint: name a trained run as the first argument or with --config FILE"),
         (["train", "--objective.prediction", "w"], "prediction"),
         (["sample", "a", "--sample.guidance-interval", "0.9", "0.1"], "error: sample.guidance_interval must rise"),
         (["train", "--model.patcher.patch_size", "5"], "error: image size 16x16 is not divisible by patch_size 5"),

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mmgen.cli import caption as command
+from mmgen.cli import pictures
 from mmgen.config import Config, PatcherConfig
 from mmgen.image.patch import PixelPatcher
 from tests.conftest import awake, run
@@ -28,14 +29,14 @@ from tests.conftest import awake, run
 )
 def test_changes_of_a_picture(size: tuple[int, int], mode: str, channels: int, changes: str) -> None:
     patcher = PixelPatcher(PatcherConfig(channels=channels, patch_size=4, image_sizes=[(16, 16)]))
-    assert command.describe_changes(Image.new(mode, size), patcher) == changes
+    assert pictures.describe_changes(Image.new(mode, size), patcher) == changes
 
 
 def test_a_turned_picture_is_described_upright() -> None:
     picture = Image.new("RGB", (100, 60))
     picture.getexif()[0x0112] = 6
     patcher = PixelPatcher(PatcherConfig(channels=3, patch_size=4, image_sizes=[(16, 16)]))
-    assert command.describe_changes(picture, patcher) == "is 60x100; it was scaled and cropped to 16x16"
+    assert pictures.describe_changes(picture, patcher) == "is 60x100; it was scaled and cropped to 16x16"
 
 
 def test_the_note_is_one_line_on_standard_error(
@@ -50,4 +51,6 @@ def test_the_note_is_one_line_on_standard_error(
     code, out, err = run(capsys, "caption", *paths, "--json")
     assert code == 0
     assert out.startswith('{"captions": ')
-    assert err.splitlines() == [f"{paths[0]} is 100x60; it was scaled and cropped to 4x4"]
+    note, speed = err.splitlines()
+    assert note == f"{paths[0]} is 100x60; it was scaled and cropped to 4x4"
+    assert speed.startswith("2 of 2 pictures captioned, ")

@@ -208,6 +208,11 @@ def stored_facts(folder: Path) -> AutoencoderFacts | None:
     return _trainer_state(folder / "trainer.json").autoencoder
 
 
+def settings_of(folder: Path) -> Config:
+    """The settings that are stored with a checkpoint; raises ValueError if a file is damaged."""
+    return _settings(Checkpoint(folder, _trainer_state(folder / "trainer.json")))
+
+
 def _settings(stored: Checkpoint) -> Config:
     """The settings stored with a checkpoint; settings that were added later have their defaults."""
     try:
