@@ -18,7 +18,7 @@ from mmgen.cli.errors import sentence
 from mmgen.cli.flags import Overrides, with_flags
 from mmgen.cli.help import GROUP, OVERVIEW, Columns, closing, parts
 from mmgen.cli.pulse import pulse
-from mmgen.cli.run import holds_model, stored_settings
+from mmgen.cli.run import holds_model
 from mmgen.cli.show import log
 from mmgen.config import Config
 from mmgen.config_io import load, override
@@ -70,6 +70,8 @@ def launch(words: Sequence[str]) -> int:
             given = bound.arguments.get("config")
             changes = given.model_dump(exclude_unset=True) if isinstance(given, Overrides) else {}
             if folder := _take_model(bound):
+                from mmgen.train.checkpoint.trained import stored_settings  # it imports torch
+
                 base = override(stored_settings(folder) if config is None else base, {"run": {"dir": folder}})
             bound.arguments["config"] = override(base, changes)
         if "config_file" in inspect.signature(command).parameters:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import numpy as np
 from cyclopts import Parameter
 
 from mmgen.cli.flags import Folder, Json, RunSettings, at_least
@@ -15,15 +14,6 @@ from mmgen.cli.run import load_run
 from mmgen.cli.sample import check_captions
 from mmgen.cli.show import print_json
 from mmgen.config import Config
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from mmgen.generate import Inpaint
-    from mmgen.image.patch import Patcher
-
-WHITE = 128
-"""Smallest grey value of a mask that counts as white."""
 
 
 def edit(
@@ -49,7 +39,7 @@ def edit(
     Example:
         mmgen edit runs/scenes samples/0000.png "a red 7 top left" --strength 0.6
     """
-    from mmgen.generate.decoder import Decoder, Request
+    from mmgen.generate import Decoder, Inpaint, Request
     from mmgen.image import sheet
 
     if len(words) != 2:
@@ -62,7 +52,7 @@ def edit(
     trained = load_run(config)
     decoder = Decoder(trained.model, trained.tokenizer, config.sample)
     note_changes(path, picture, decoder.patcher)
-    inpaint = kept(picture, mask_picture, decoder.patcher) if mask_picture else None
+    inpaint = Inpaint.of_mask(picture, mask_picture, decoder.patcher) if mask_picture else None
     grid = None if inpaint else decoder.patcher.pixels(picture)[1]
     requests = [
         Request([text], "image", seed + i, inpaint=inpaint)
@@ -85,28 +75,3 @@ def edit(
             print(f"{target}: {text}")
         print(f"{out / 'grid.png'}: {path} and all of them, enlarged")
     return 0
-
-
-def kept(picture: Image.Image, mask: Image.Image, patcher: Patcher) -> Inpaint:
-    """The part of a picture that a mask keeps: the patches in which no pixel of the mask is white.
-
-    The mask is scaled and cropped as the picture is.
-
-    Raises:
-        ValueError: the sizes of mask and picture differ, or the mask keeps all patches.
-    """
-    from mmgen.generate import Inpaint
-    from mmgen.image.patch import cut
-
-    if mask.size != picture.size:
-        raise ValueError(
-            f"the mask is {mask.width}x{mask.height} and the picture {picture.width}x{picture.height}: give a mask of "
-            "the same size, white where the picture is redrawn"
-        )
-    values = np.asarray(patcher.fit(mask.convert("L").convert("RGB")).convert("L"))
-    side = patcher.settings.side
-    patches, (rows, columns) = cut(values[..., None], side)
-    keep = (patches < WHITE).all(1).reshape(rows, columns)
-    if keep.all():
-        raise ValueError("the mask has no white pixel, so nothing would be drawn: make it white where that is wanted")
-    return Inpaint(picture, keep)

@@ -4,58 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mmgen.cli.show import log
 from mmgen.config import Config
-from mmgen.config_io import load
 
 if TYPE_CHECKING:
-    from mmgen.model import MMGenModel
-    from mmgen.sequence.tokenizer import Tokenizer
     from mmgen.train.checkpoint.read import Checkpoint
-    from mmgen.train.state import TrainerState
+    from mmgen.train.checkpoint.trained import Trained
 
 Item = TypeVar("Item")
 BATCH = 64
 """Number of requests that the decoder gets at a time."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained model on its device, with its tokenizer."""
-
-    model: MMGenModel
-    tokenizer: Tokenizer
-    trainer: TrainerState
-    """State of the run in trainer.json: step, settings, seconds of training."""
-
-
 def holds_model(folder: Path) -> bool:
     """Whether a path is a run folder, a checkpoint or an exported folder."""
     return folder.is_dir() and any((folder / name).is_file() for name in ("config.yaml", "config.json"))
-
-
-def stored_settings(folder: Path) -> Config:
-    """The settings with which the model of a folder was trained.
-
-    Raises:
-        ValueError: the folder holds no model of mmgen, or a file is damaged.
-    """
-    from mmgen.train.checkpoint import export, read
-
-    if not holds_model(folder):
-        raise ValueError(
-            f"{folder} holds no trained model: give a run folder, a checkpoint (FOLDER/checkpoints/latest) or a folder "
-            "that `mmgen export` wrote"
-        )
-    if (folder / "config.yaml").is_file():
-        return load(folder / "config.yaml")
-    if (folder / "trainer.json").is_file():
-        return read.settings_of(folder)
-    return export.read_settings(folder)
 
 
 def load_run(config: Config) -> Trained:
@@ -66,18 +32,15 @@ def load_run(config: Config) -> Trained:
     Raises:
         FileNotFoundError, ValueError: as `newest` does, or as `read_export` does.
     """
-    import torch
-
     from mmgen.train.checkpoint import export, read
+    from mmgen.train.checkpoint.trained import Trained
 
     if export.is_export(config.run.dir):
         trained = Trained(*export.read_export(config.run.dir, config.sample.weights))
     else:
         found = newest(config)
         trained = Trained(*read.load_model(found.folder, config.sample.weights), found.state)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    trained.model.to(torch.device(device))
-    return trained
+    return trained.on_best_device()
 
 
 def newest(config: Config) -> Checkpoint:

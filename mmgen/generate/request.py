@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmgen.flow.guide import Guide
-from mmgen.image.patch import Grid
+from mmgen.image.patch import Grid, Patcher, cut
 
 Mode = Literal["image", "text", "auto"]
 Prompt = Sequence[str | Image.Image]
+WHITE = 128
+"""Smallest grey value of a mask that counts as white."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,25 @@ class Inpaint:
     image: Image.Image
     keep: NDArray[np.bool_]
     """[rows, columns] of the patch grid; true where the patch is kept."""
+
+    @classmethod
+    def of_mask(cls, image: Image.Image, mask: Image.Image, patcher: Patcher) -> Inpaint:
+        """Keep the patches in which no pixel of a mask is white; the mask is scaled and cropped as the image is.
+
+        Raises:
+            ValueError: the sizes of mask and image differ, or the mask keeps all patches.
+        """
+        if mask.size != image.size:
+            raise ValueError(
+                f"the mask is {mask.width}x{mask.height} and the picture {image.width}x{image.height}: give a mask of "
+                "the same size, white where the picture is redrawn"
+            )
+        values = np.asarray(patcher.fit(mask.convert("L").convert("RGB")).convert("L"))
+        patches, grid = cut(values[..., None], patcher.settings.side)
+        keep = np.asarray((patches < WHITE).all(1)).reshape(grid)
+        if keep.all():
+            raise ValueError("the mask has no white pixel, so nothing would be drawn: make a part of it white")
+        return cls(image, keep)
 
 
 @dataclass(frozen=True)

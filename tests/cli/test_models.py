@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmgen.cli.edit import kept
 from mmgen.config import PatcherConfig
+from mmgen.generate import Inpaint
 from mmgen.image.patch import PixelPatcher
 from tests.conftest import run
 
@@ -174,7 +174,7 @@ def test_a_mask_keeps_the_patches_without_white() -> None:
     patcher = PixelPatcher(PatcherConfig(channels=1, patch_size=2, image_sizes=[(4, 6)]))
     mask = np.zeros((4, 6), np.uint8)
     mask[1, 5] = 255
-    found = kept(Image.new("L", (6, 4)), Image.fromarray(mask), patcher)
+    found = Inpaint.of_mask(Image.new("L", (6, 4)), Image.fromarray(mask), patcher)
     assert found.keep.tolist() == [[True, True, False], [True, True, True]]
 
 
