@@ -1,9 +1,10 @@
-"""Scripts that turn raw sources into WebDataset shards and tokenizers; each runs as `python -m data_prep.NAME`."""
+"""Scripts that turn raw sources into WebDataset shards and tokenizers; each runs as `mmgen prep NAME`, or as `python -m
+data_prep.NAME`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cyclopts
@@ -20,13 +21,16 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def run(main: Callable[..., None]) -> None:
-    """Run a script's command; an error in the command or its input is printed as one message and exits with code 2."""
-    app = cyclopts.App(name=f"python -m data_prep.{Path(sys.argv[0]).stem}")
+def run(main: Callable[..., None], words: Sequence[str] | None = None, name: str | None = None) -> None:
+    """Run a script's command; an error in the command or its input is printed as one message and exits with code 2.
+
+    `words` are the arguments, by default those of this process, and `name` is the command in help and messages.
+    """
+    app = cyclopts.App(name=name or f"python -m data_prep.{Path(sys.argv[0]).stem}")
     app.default(main)
     try:
         with pulse(app.name[0]):
-            app(sys.argv[1:], exit_on_error=False, print_error=False)
+            app(sys.argv[1:] if words is None else words, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         log(f"error: {sentence(error, app.name[0])}")
         sys.exit(USAGE)

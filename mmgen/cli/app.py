@@ -17,6 +17,7 @@ from mmgen.cli.commands import COMMANDS, GROUPS
 from mmgen.cli.errors import sentence
 from mmgen.cli.flags import Overrides, with_flags
 from mmgen.cli.help import GROUP, OVERVIEW, Columns, closing, parts
+from mmgen.cli.prep import asks_for_script, run_script
 from mmgen.cli.pulse import pulse
 from mmgen.cli.run import holds_model
 from mmgen.cli.show import log
@@ -57,6 +58,8 @@ def launch(words: Sequence[str]) -> int:
         CycloptsError: the command or an option is unknown.
         ValueError: a setting is wrong.
     """
+    if asks_for_script(words):
+        return run_script(words[1:])
     app = build()
 
     @app.meta.default

@@ -16,11 +16,13 @@ from mmgen.cli.eval import evaluate
 from mmgen.cli.export import export
 from mmgen.cli.generate import generate
 from mmgen.cli.lab import list_experiments, run_experiments
+from mmgen.cli.prep import prep
 from mmgen.cli.sample import sample
 from mmgen.cli.settings import settings
 from mmgen.cli.train import train
 
 COMMANDS: dict[str, Callable[..., int]] = {
+    "prep": prep,
     "train": train,
     "sample": sample,
     "edit": edit,

@@ -20,8 +20,7 @@ from mmgen.cli.flags import Uses
 
 EXAMPLE = "\n\nExample:\n"
 OVERVIEW = """\
-mmgen COMMAND --help     options and an example of one command
-mmgen settings [NAME]    settings with their types, defaults and choices
+mmgen COMMAND --help shows options and an example, mmgen settings the settings.
 Each command takes --config FILE.yaml; each setting is a flag: --train.steps 9."""
 """The last lines of `mmgen --help`."""
 GROUP = "mmgen {} COMMAND --help    options and an example of one command"
