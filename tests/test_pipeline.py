@@ -88,6 +88,9 @@ def test_arguments_change_the_image(folder: Path) -> None:
         for other in names[:i]:
             assert not equal(images[one], images[other]), (one, other)
     assert equal(images["mask"].crop((0, 2, 4, 4)), picture.crop((0, 2, 4, 4))), "black is kept"
+    both = pipeline(["picture 1", "picture 2"], ["a", "b"], generator=[seeded(1), seeded(4)], guidance_scale=3.0).images
+    alone = pipeline("picture 2", "b", generator=seeded(4), guidance_scale=3.0).images[0]
+    assert equal(both[1], alone), "lists give each image its own seed and negative prompt"
     torch.manual_seed(0)
     unseeded = pipeline("picture 1").images[0]
     assert not equal(unseeded, pipeline("picture 1").images[0]), "without a generator, each call draws another image"
@@ -100,7 +103,11 @@ def test_arguments_change_the_image(folder: Path) -> None:
         ({"height": 4}, "no size of height 4 and width None"),
         ({"mask_image": Image.new("L", (4, 4))}, "mask_image needs the picture"),
         ({"num_images_per_prompt": 0}, "nothing to draw"),
-        ({"num_inference_steps": 0}, "steps"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+        ({"strength": 7.0}, "strength lies between"),
+        ({"image": [Image.new("L", (4, 4))]}, "image must be one PIL image, got list"),
+        ({"generator": [torch.Generator()] * 2}, "generator has 2 entries for 1 images"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
     ],
 )
 def test_wrong_arguments(folder: Path, arguments: dict[str, object], message: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -34,9 +36,10 @@ def main() -> None:
     """Run the command of the command line and exit with its code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _choose_accelerator()
-    words = [word for word in sys.argv[1:3] if not word.startswith("-")]
+    words = [word for word in sys.argv[1:2] if not word.startswith("-")]
+    script = asks_for_script(sys.argv[1:])  # it has a pulse of its own
     try:
-        with pulse(" ".join(["mmgen", *words[:1]])):
+        with nullcontext() if script else pulse(" ".join(["mmgen", *words])):
             code = launch(sys.argv[1:])
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -73,6 +76,8 @@ def launch(words: Sequence[str]) -> int:
             given = bound.arguments.get("config")
             changes = given.model_dump(exclude_unset=True) if isinstance(given, Overrides) else {}
             if folder := _take_model(bound):
+                if "dir" in changes.get("run", {}):
+                    raise ValueError(f"the model {folder} and --run.dir are both given: leave one of them out")
                 from mmgen.train.checkpoint.trained import stored_settings  # it imports torch
 
                 base = override(stored_settings(folder) if config is None else base, {"run": {"dir": folder}})
@@ -93,9 +98,19 @@ def _take_model(bound: inspect.BoundArguments) -> Path | None:
         if parameter.kind is parameter.VAR_POSITIONAL and "run" in bound.signature.parameters
     ]
     given = bound.arguments.get(words[0], ()) if words else ()
-    if named is None and given and holds_model(Path(given[0])):
-        named, bound.arguments[words[0]] = Path(given[0]), given[1:]
+    if named is None and given:
+        first = Path(given[0])
+        if holds_model(first):
+            named, bound.arguments[words[0]] = first, given[1:]
+        elif given[1:] and _looks_like_a_folder(first):
+            raise ValueError(f"the folder {first} does not exist: correct the path of the trained model")
     return named
+
+
+def _looks_like_a_folder(path: Path) -> bool:
+    """Whether a word that names nothing is rather a mistyped folder than a caption or a picture."""
+    text = str(path)
+    return os.sep in text and not re.search(r"\s", text) and not path.suffix and not path.exists()
 
 
 def build() -> App:

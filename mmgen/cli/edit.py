@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from mmgen.cli.flags import Folder, Json, RunSettings, at_least
 from mmgen.cli.pictures import note_changes, numbered, opened
-from mmgen.cli.run import load_run
+from mmgen.cli.run import batches, load_run
 from mmgen.cli.sample import check_captions
 from mmgen.cli.show import print_json
 from mmgen.config import Config
@@ -24,7 +24,7 @@ def edit(
         float | None, Parameter(help="Start from the picture with noise: 0 keeps it, 1 forgets it.")
     ] = None,
     n: Annotated[int, Parameter(name=["--n", "-n"], help="Number of versions.", validator=at_least(1))] = 1,
-    out: Folder = Path("samples"),
+    out: Folder = Path("edited"),
     seed: Annotated[
         int, Parameter(help="Seed of the first image; image i has this seed + i.", validator=at_least(0))
     ] = 0,
@@ -48,6 +48,10 @@ def edit(
         raise ValueError("--mask keeps a part of the picture and --strength changes all of it: give one of them")
     path, text = Path(words[0]), words[1]
     check_captions([text])
+    paths = list(islice(numbered(out, seed), n))
+    for target in [*paths, out / "grid.png"]:
+        if target.exists() and target.resolve() in [given.resolve() for given in (path, mask) if given]:
+            raise ValueError(f"{target} is an input and would be overwritten: name another folder with --out")
     picture, mask_picture = opened(path), opened(mask) if mask else None
     trained = load_run(config)
     decoder = Decoder(trained.model, trained.tokenizer, config.sample)
@@ -62,8 +66,9 @@ def edit(
         else Request([picture, text], "image", seed + i, grid=grid)
         for i in range(n)
     ]
-    images = [result.images[0] for result in decoder.generate(requests)]
-    paths = list(islice(numbered(out, seed), n))
+    images = []
+    for some in batches(requests, "versions drawn"):
+        images += [result.images[0] for result in decoder.generate(some)]
     for image, target in zip(images, paths, strict=True):
         sheet.save(image, target)
     sheet.save(sheet.grid([decoder.patcher.fit(picture), *images], [path.name, *[text] * n]), out / "grid.png")

@@ -17,20 +17,25 @@ def export(
     *,
     config: RunSettings = Config(),
     out: Annotated[Path, Parameter(help="Folder that the model is written to.")] = Path("export"),
+    text_only: Annotated[bool, Parameter(help="Write the language model alone.", negative="")] = False,
     as_json: Json = False,
 ) -> int:
     """Write a trained run as a Hugging Face folder.
 
-    `sample.weights` chooses which weights are written: averaged ones (EMA) by default.
+    `MMGenPipeline.from_pretrained` and the commands on a trained model read it. With `--text-only`, transformers'
+    `AutoModelForCausalLM` does. `sample.weights` chooses which weights are written: averaged ones (EMA) by default.
 
     Example:
-        mmgen export --config configs/scenes.yaml --out exported
+        mmgen export runs/scenes --out exported
     """
     from mmgen.train.checkpoint.export import export as write
+    from mmgen.train.checkpoint.export import is_export
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file where a folder is needed: choose another path")
+    if is_export(config.run.dir):
+        raise ValueError(f"{config.run.dir} is an exported folder already: copy it, or export a run")
     found = newest(config)
-    write(config.run.dir, found.folder, out, config.sample.weights)
+    write(found.folder.resolve().parents[1], found.folder, out, config.sample.weights, text_only)
     show({"folder": str(out), "step": found.state.step, "weights": config.sample.weights}, as_json)
     return 0

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from mmgen.cli.flags import Folder, Json, RunSettings, at_least
-from mmgen.cli.pictures import note_changes, opened
+from mmgen.cli.pictures import SUFFIXES, note_changes, opened
 from mmgen.cli.run import load_run
-from mmgen.cli.sample import is_file
+from mmgen.cli.sample import is_file, is_folder
 from mmgen.cli.show import print_json
 from mmgen.config import Config
 
@@ -27,7 +27,7 @@ def generate(
 ) -> int:
     """Continue a document of texts and pictures with a trained model.
 
-    An argument that is an existing file is a picture, any other one is text. Text is printed and images are written, in
+    A path of a picture file is a picture, any other argument is text. Text is printed and images are written, in
     the order in which they come. The first argument may be the model: a run folder, a checkpoint or an exported folder.
 
     Example:
@@ -38,7 +38,9 @@ def generate(
 
     if not parts:
         raise ValueError("no part is given: write texts and picture files, in order")
-    prompt = [opened(Path(part)) if is_file(part) else part for part in parts]
+    if not all(part.strip() for part in parts):
+        raise ValueError("a part is empty: give texts and picture files")
+    prompt = [opened(Path(part)) if is_picture(part) else part for part in parts]
     trained = load_run(config)
     decoder = Decoder(trained.model, trained.tokenizer, config.sample)
     for part, piece in zip(parts, prompt, strict=True):
@@ -57,7 +59,12 @@ def generate(
         print_json({"segments": segments, "finished": result.finished})
     else:
         for described in segments:
-            print(described.get("text") or described["image"])
+            print(described["text"] if "text" in described else described["image"])
         if not result.finished:
             print("(not finished: raise sample.max_new_tokens or sample.max_images)")
     return 0
+
+
+def is_picture(part: str) -> bool:
+    """Whether a part of a prompt is a path: a file or folder that exists, or a name that ends as picture files do."""
+    return is_file(part) or is_folder(part) or part.lower().endswith(SUFFIXES)

@@ -22,7 +22,7 @@ CALL = "run(main)"
 def prep(
     *words: Annotated[str, Parameter(help="Name of a script, then its arguments.", allow_leading_hyphen=True)],
 ) -> int:
-    """Turn pictures, tables, pages or text into shards; list the ways.
+    """Turn pictures, tables, pages or text into shards.
 
     Without a name it lists the scripts. `mmgen prep NAME --help` shows the options of one; each is also
     `python -m data_prep.NAME`.

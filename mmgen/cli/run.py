@@ -50,20 +50,18 @@ def newest(config: Config) -> Checkpoint:
         FileNotFoundError: the run has no checkpoint.
         ValueError: all checkpoints are damaged, or their model differs from the settings.
     """
-    from mmgen.train.checkpoint import read as checkpoint
+    from mmgen.train.checkpoint.read import check_same_model
+    from mmgen.train.checkpoint.trained import find_checkpoint
 
     folder = config.run.dir
-    if (folder / "trainer.json").is_file():
-        found: Checkpoint | None = checkpoint.Checkpoint(folder, checkpoint.read_trainer(folder))
-    else:
-        found = checkpoint.newest_good(folder, log)
+    found = find_checkpoint(folder, log)
     if found is None:
         what = "is a file, not a run folder" if folder.is_file() else "has no checkpoint"
         raise FileNotFoundError(
             f"{folder} {what}: name a trained run as the first argument or with --config FILE, or train it with "
             "`mmgen train --config FILE`"
         )
-    checkpoint.check_same_model(found, config)
+    check_same_model(found, config)
     return found
 
 

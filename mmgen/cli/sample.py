@@ -72,12 +72,17 @@ def sample(
 
 
 def check_captions(texts: Sequence[str]) -> None:
-    """Raise ValueError if there is no caption, or if one is empty or the name of a file."""
+    """Raise ValueError if there is no caption, or if one is empty or the name of a file or folder."""
     if not texts:
         raise ValueError('no caption is given: write one or more, such as "a red 7 top left"')
     for text in texts:
         if not text.strip():
             raise ValueError('a caption is empty: write one such as "a red 7 top left"')
+        if is_folder(text):
+            raise ValueError(
+                f"the caption '{text}' is a folder, and it holds no trained model: give a run folder, a checkpoint or "
+                "an exported folder first, or other words"
+            )
         if is_file(text):
             raise ValueError(
                 f"the caption '{text}' is a file: give a file of captions as `--prompts {text}`, and use "
@@ -90,6 +95,14 @@ def is_file(text: str) -> bool:
     try:
         return Path(text).is_file()
     except OSError:  # too long for a path
+        return False
+
+
+def is_folder(text: str) -> bool:
+    """Whether a text is the path of a folder that exists."""
+    try:
+        return Path(text).is_dir()
+    except OSError:
         return False
 
 

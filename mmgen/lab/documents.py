@@ -57,12 +57,12 @@ TWICE = 172
 """The row length for policies that write an image twice, so that a step holds as many documents as with 128."""
 
 
-def transfusion(context: str, batch_rows: int = 16, row_length: int = 128) -> dict[str, Any]:
+def transfusion(context: str, batch_rows: int = 16, row_length: int = 128, optimizer: str = "adamw") -> dict[str, Any]:
     """Settings of Transfusion with a context policy."""
     return {
         "objective": {"transfusion": {"context": context}, "time": LOGIT_NORMAL},
         "model": {"backbone": {"num_attention_heads": 2, "num_key_value_heads": 2}},
-        "train": {"lr": 0.003, "batch_rows": batch_rows},
+        "train": {"lr": 0.003, "batch_rows": batch_rows, "optimizer": optimizer},
         "data": {"row_length": row_length},
     }
 
@@ -71,7 +71,8 @@ def mar(order: str, row_length: int = 128) -> dict[str, Any]:
     """Settings of MAR with an order.
 
     A low rate matters: after 900 steps, `masked` without cell and entry norm has 0.10 of the copies right with a rate
-    of 0.003, and 0.32 with 0.0015. With them and 0.0008 it has 0.99.
+    of 0.003, and 0.32 with 0.0015. With them and 0.0008 it has 0.99. Muon learns to copy later: after 1,500 steps with
+    this rate, `raster` has 0.61 of the copies right, and 1.00 with AdamW.
     """
     section = {
         "order": order, "head": {"depth": 2, "width": 128, "cell": True}, "draws_per_patch": 2, "entry_norm": True,
@@ -88,7 +89,7 @@ POLICIES: Mapping[str, Mapping[str, Any]] = {
     # Only some of its given pictures have little noise, so it needs more documents per step.
     "noisy": transfusion("noisy", batch_rows=32),
     "capped": transfusion("capped"),
-    "clean_copy": transfusion("clean_copy", row_length=TWICE),
+    "clean_copy": transfusion("clean_copy", row_length=TWICE, optimizer="muon"),
     "masked": mar("masked", row_length=TWICE),
     "raster": mar("raster"),
     "random": mar("random"),

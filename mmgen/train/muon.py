@@ -16,12 +16,14 @@ ITERATIONS = 5
 MOMENTUM = 0.95
 UPDATE_SIZE = 0.2
 """Root mean square of the entries of an AdamW update in practice, in units of the learning rate."""
+OTHERS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers of a backbone whose weights are no matrices of a product with hidden states."""
 HIDDEN = ("backbone.", "objective.head.blocks.")
 """Prefixes of the hidden layers' parameters."""
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Replace the singular values of matrices [..., R, C] by values between about 0.7 and 1.2, keeping their vectors.
+    """Move the singular values of matrices [..., R, C] near 1 and keep their vectors; tiny values stay smaller.
 
     This is the quintic Newton-Schulz iteration of Muon. On CUDA it runs in bf16.
     A matrix of zeros stays zero.
@@ -50,7 +52,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     Embeddings and layers that enter or leave the model (language head, patch projections, time) keep AdamW, as Jordan
     et al. 2024 recommend. Stacked matrices [..., R, C], for example of experts, count as matrices.
     """
-    outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    outer = {id(module.weight) for module in model.modules() if isinstance(module, OTHERS)}
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
             outer.add(id(module.get_output_embeddings().weight))

@@ -63,7 +63,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "unknown command 'trian', did you mean 'train'? (one of: train, sample, "),
+        (["trian"], "unknown command 'trian', did you mean 'train'? (one of: prep, train, "),
         (["lab", "rum"], "unknown command 'lab rum', did you mean 'run'? (one of: list, run)"),
         (["--foo"], "unknown option --foo: see `mmgen --help`"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,13 @@ def test_a_negative_prompt_changes_the_image(folder: Path, tmp_path: Path, capsy
         (["edit", "{run}", "{picture}", "a", "--mask", "{black}"], "the mask has no white pixel"),
         (["edit", "{run}", "{picture}", "a", "--strength", "2"], "strength lies between 0"),
         (["generate", "{run}"], "no part is given"),
+        (["generate", "{run}", "missing.png"], "missing.png does not exist: correct the path"),
+        (["generate", "{run}", ""], "a part is empty"),
+        (["sample", "{nothing}", "a"], "is a folder, and it holds no trained model"),
+        (["sample", "runs/missing", "a"], "the folder runs/missing does not exist: correct the path"),
+        (["sample", "{run}", "a", "--run.dir", "other"], "and --run.dir are both given"),
+        (["export", "{export}", "--out", "again"], "is an exported folder already"),
+        (["edit", "{run}", "{numbered}", "a", "--out", "{nothing}"], "is an input and would be overwritten"),
         (["sample", "{export}", "a", "--sample.weights", "weight"], "holds the weights 'ema', but sample.weights is"),
     ],
 )
@@ -129,7 +137,9 @@ def test_wrong_input_has_a_message(
     Image.new("L", (9, 4), 255).save(tmp_path / "wide.png")
     Image.new("L", (4, 4), 0).save(tmp_path / "black.png")
     names = {"run": folder, "export": exported, "nothing": tmp_path / "nothing", "file": tmp_path / "file.txt"}
-    names |= {"empty": tmp_path / "empty.txt"}
+    names |= {"empty": tmp_path / "empty.txt", "numbered": tmp_path / "nothing" / "0000.png"}
+    if "{numbered}" in words:
+        Image.new("L", (4, 4), 200).save(names["numbered"])
     names |= {name: tmp_path / f"{name}.png" for name in ("picture", "wide", "black")}
     code, _, err = run(capsys, *[word.format(**names) for word in words])
     assert code == 2, err
@@ -188,3 +198,18 @@ def test_generate_continues_texts_and_pictures(folder: Path, tmp_path: Path, cap
     code, text, err = run(capsys, "generate", folder, tmp_path / "picture.png", "--mode", "text", "--json")
     assert code == 0, err
     assert all("text" in segment for segment in json.loads(text)["segments"])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, symlinks=True)
+    (copy / "checkpoints" / "latest" / "trainer.json").write_text("{")
+    drawn(capsys, tmp_path / "out", copy, "picture 1")
+
+
+def test_a_checkpoint_can_be_exported(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    code, _, err = run(capsys, "export", folder / "checkpoints" / "latest", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert (tmp_path / "out" / "mmgen.json").is_file()

@@ -18,8 +18,11 @@ FACTS = "mmgen.json"
 """The file of an exported folder with step, kind of weights and settings of the run."""
 
 
-def export(run: Path, folder: Path, out: Path, weights: str) -> None:
+def export(run: Path, folder: Path, out: Path, weights: str, text_only: bool = False) -> None:
     """Write config.json, model.safetensors and the tokenizer, for `MMGenModel.from_pretrained` and `AutoTokenizer`.
+
+    With `text_only`, the model is the backbone alone, for `AutoModelForCausalLM.from_pretrained`; it computes the same
+    logits of text, and keeps the ids of image tokens.
 
     `weights` is a kind of weights in the checkpoint `folder` (`ema`, `weight`, ...), or `power:WIDTH` for a
     power-function EMA of any relative width, computed from all kept checkpoints of `run`.
@@ -35,11 +38,14 @@ def export(run: Path, folder: Path, out: Path, weights: str) -> None:
                 f"unknown weights '{weights}': set sample.weights to ema, weight, another stored EMA, or power:WIDTH"
             )
         posthoc.fill(model, run, folder, float(width))
-    model.save_pretrained(out)
+    (out / FACTS).unlink(missing_ok=True)  # a folder is read only if it has this file, which is written last
+    (model.backbone if text_only else model).save_pretrained(out)
     tokenizer.save(out / "tokenizer.json")
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     (out / "tokenizer_config.json").write_text(json.dumps(described, indent=1))
+    if text_only:
+        return
     state = read_trainer(folder)
     facts = {"step": state.step, "weights": weights, "train_seconds": state.train_seconds, "config": state.config}
     (out / FACTS).write_text(json.dumps(facts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mmgen.config import Config
 from mmgen.model import MMGenModel
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.checkpoint import export, read
+from mmgen.train.checkpoint.read import Checkpoint
 from mmgen.train.state import TrainerState
 
 
@@ -30,6 +32,24 @@ class Trained:
         return self
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint."""
+    return (folder / "trainer.json").is_file()
+
+
+def find_checkpoint(folder: Path, report: Callable[[str], None] | None = None) -> Checkpoint | None:
+    """The checkpoint that a folder is, or the newest undamaged one of a run folder; None if there is none.
+
+    `report` gets a line for each damaged checkpoint.
+
+    Raises:
+        ValueError: the checkpoint, or every checkpoint of the run, is damaged.
+    """
+    if is_checkpoint(folder):
+        return Checkpoint(folder, read.read_trainer(folder))
+    return read.newest_good(folder, report)
+
+
 def stored_settings(folder: Path) -> Config:
     """The settings with which the model of a folder was trained; for an exported folder, with its kind of weights.
 
@@ -38,19 +58,19 @@ def stored_settings(folder: Path) -> Config:
     """
     if export.is_export(folder):
         return export.read_settings(folder)
-    checkpoint = folder if is_checkpoint(folder) else read.latest(folder)
-    if checkpoint is None:
-        what = "does not exist" if not folder.exists() else "holds no trained model"
-        raise ValueError(
-            f"{folder} {what}: give a run folder, a checkpoint (FOLDER/checkpoints/latest) or a folder that "
-            "`mmgen export` wrote"
-        )
-    return read.settings_of(checkpoint)
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint."""
-    return (folder / "trainer.json").is_file()
+    problems = []
+    for checkpoint in [folder] if is_checkpoint(folder) else read.candidates(folder):
+        try:
+            return read.settings_of(checkpoint)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(problems[0])
+    what = "does not exist" if not folder.exists() else "holds no trained model"
+    raise ValueError(
+        f"{folder} {what}: give a run folder, a checkpoint (FOLDER/checkpoints/latest) or a folder that "
+        "`mmgen export` wrote"
+    )
 
 
 def load_folder(folder: Path, weights: str) -> Trained:
@@ -63,10 +83,7 @@ def load_folder(folder: Path, weights: str) -> Trained:
     """
     if export.is_export(folder):
         return Trained(*export.read_export(folder, weights))
-    stored_settings(folder)
-    found = folder if is_checkpoint(folder) else None
+    found = find_checkpoint(folder)
     if found is None:
-        newest = read.newest_good(folder)
-        assert newest is not None, "stored_settings found a checkpoint"
-        found = newest.folder
-    return Trained(*read.load_model(found, weights), read.read_trainer(found))
+        raise ValueError(f"{folder} has no checkpoint: train it, or give another folder")
+    return Trained(*read.load_model(found.folder, weights), found.state)

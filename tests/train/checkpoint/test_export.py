@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mmgen.cli.export import export as export_command
 from mmgen.config import Config
 from mmgen.config_io import override
+from mmgen.generate import Decoder, Request
 from mmgen.model import MMGenModel
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.checkpoint import posthoc
@@ -36,6 +37,23 @@ def test_transformers_reads_an_export(config: Config, tmp_path: Path, average: s
     ours = Tokenizer.of(config)
     assert tokenizer("picture 1", add_special_tokens=False)["input_ids"] == ours.encode("picture 1")
     assert tokenizer.eos_token_id == ours.eos
+
+
+@pytest.mark.parametrize("positions", ["shared", "axial"])
+def test_the_language_model_alone_writes_the_same_text(config: Config, tmp_path: Path, positions: str) -> None:
+    config = override(config, {"model": {"positions": positions}})
+    train(config)
+    found = checkpoint.latest(config.run.dir)
+    export(config.run.dir, found, tmp_path / "out", "ema", text_only=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours = Decoder(*checkpoint.load_model(found), config.sample.model_copy(update={"temperature": 0.0}))
+    for prompt in ("picture 12", "picture", "a 3"):
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+        written = plain.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        wanted = ours.generate([Request([prompt], "text", max_new_tokens=8)])[0].text
+        assert wanted
+        assert tokenizer.decode(written, skip_special_tokens=True) == wanted
 
 
 def test_export_command(config: Config, tmp_path: Path) -> None:
