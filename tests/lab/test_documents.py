@@ -71,22 +71,29 @@ def test_the_judges_accept_right_answers_and_no_others() -> None:
     assert count.right(results_of(count, shifted, named)).mean() <= 0.3, "the digit is judged"
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of the experiments, made once for all tests."""
+    path = tmp_path_factory.mktemp("lab") / "documents"
+    docs.prepare_data(path, 0)
+    return path
+
+
 def corpus_settings(folder: Path, policy: str = "capped") -> Config:
-    docs.prepare_data(folder, 0)
     return docs.settings(policy, folder / policy, 1, 0)
 
 
 @pytest.mark.parametrize("policy", docs.POLICIES)
-def test_every_picture_is_learned(policy: str, tmp_path: Path) -> None:
-    config = corpus_settings(tmp_path / "documents", policy)
+def test_every_picture_is_learned(policy: str, folder: Path) -> None:
+    config = corpus_settings(folder, policy)
     tokenizer = Tokenizer.of(config)
     step = training_corpus(config, tokenizer, None).first_step()
     assert not step.bad
     assert step.images >= 2 * step.documents, "each document has two pictures or three, and all are learned"
 
 
-def test_the_fault_shared_t_ties_the_times_of_a_document(tmp_path: Path) -> None:
-    config = corpus_settings(tmp_path / "documents", "noisy")
+def test_the_fault_shared_t_ties_the_times_of_a_document(folder: Path) -> None:
+    config = corpus_settings(folder, "noisy")
     corpus = training_corpus(config, Tokenizer.of(config), None)
     gap = {}
     for fault in (None, "shared_t"):
@@ -98,8 +105,8 @@ def test_the_fault_shared_t_ties_the_times_of_a_document(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("policy", ["capped", "masked", "raster"])
-def test_the_fault_blind_hides_every_image_from_what_follows(policy: str, tmp_path: Path) -> None:
-    config = corpus_settings(tmp_path / "documents", policy)
+def test_the_fault_blind_hides_every_image_from_what_follows(policy: str, folder: Path) -> None:
+    config = corpus_settings(folder, policy)
     corpus = training_corpus(config, Tokenizer.of(config), None)
     seen = {}
     for fault in (None, "blind"):
@@ -112,8 +119,8 @@ def test_the_fault_blind_hides_every_image_from_what_follows(policy: str, tmp_pa
     assert seen["blind"] == 0
 
 
-def test_the_fault_lost_start_takes_the_picture_away(tmp_path: Path) -> None:
-    config = corpus_settings(tmp_path / "documents")
+def test_the_fault_lost_start_takes_the_picture_away(folder: Path) -> None:
+    config = corpus_settings(folder)
     tokenizer = Tokenizer.of(config)
     decoder = Decoder(build_model(config, len(tokenizer)).eval(), tokenizer, config.sample)
     pictures = {name: docs.picture_of(docs.parts()[1].pictures[i]) for i, name in enumerate("ab")}
