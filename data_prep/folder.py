@@ -15,9 +15,9 @@ import cyclopts
 from data_prep import log, reason, run
 from data_prep.shards import LeftOut, Sample, Target, as_json, identity, image_member, shown, walk, write
 from data_prep.table import READERS
+from mmgen.cli.pictures import SUFFIXES
 from mmgen.data.progress import Progress
 
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 CAPTIONS = (".txt", ".caption", ".json")
 
 
@@ -33,7 +33,7 @@ def main(
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: name the folder of the images")
     files = list(Progress("listing files", "files", quiet=True).over(walk(folder, without=out)))
-    images = [path for path in files if path.suffix.lower() in IMAGES]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
     captions = {path.with_suffix(path.suffix.lower()): path for path in files if path.suffix.lower() in CAPTIONS}
     for table in (path for path in files if path.stem == "metadata" and path.suffix in READERS):
         log(f"{table} is a table of captions, which this script does not read. To read it:")

@@ -11,11 +11,9 @@ from PIL import Image
 
 from mmgen.config import SampleConfig
 from mmgen.generate import Decoder, Inpaint, Request
+from mmgen.generate.request import BATCH
 from mmgen.image.patch import Grid
 from mmgen.train.checkpoint.trained import Trained, load_folder, stored_settings
-
-BATCH = 64
-"""Number of images that are drawn at a time."""
 
 
 @dataclass(frozen=True)

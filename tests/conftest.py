@@ -29,6 +29,7 @@ from mmgen.model import MMGenConfig, MMGenModel
 from mmgen.sequence.batch import Batch, RawBatch, RowFormat, collate, prepare
 from mmgen.sequence.document import Block
 from mmgen.sequence.tokenizer import Tokenizer
+from mmgen.train.loop import train
 
 torch.set_num_threads(1)
 GRIDS = [(2, 2), (3, 2)]
@@ -140,6 +141,16 @@ def _fresh_accelerate() -> None:
 def config(tmp_path: Path) -> Config:
     shard = write_tar(tmp_path / "train-000.tar", pairs(40))
     return tiny(tmp_path, data={"train": [str(shard)], "val": [str(shard)]})
+
+
+@pytest.fixture(scope="session")
+def six_steps(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The settings of a run of six steps on 4x4 and 6x4 pictures. Tests must not change its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    shard = write_tar(folder / "train-000.tar", pairs(40))
+    config = tiny(folder, data={"train": [str(shard)], "val": [str(shard)]})
+    assert train(config) == 0
+    return config
 
 
 def run(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str, str]:

@@ -13,21 +13,16 @@ import torch
 from PIL import Image
 
 from mmgen import MMGenPipeline
+from mmgen.config import Config
 from mmgen.generate import Decoder, Request
 from mmgen.train.checkpoint.export import export
 from mmgen.train.checkpoint.trained import load_folder, stored_settings
-from mmgen.train.loop import train
-from tests.conftest import pairs, tiny, write_tar
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a run of six steps on 4x4 and 6x4 pictures."""
-    place = tmp_path_factory.mktemp("trained")
-    shard = write_tar(place / "train-000.tar", pairs(40))
-    config = tiny(place, data={"train": [str(shard)], "val": [str(shard)]})
-    assert train(config) == 0
-    return config.run.dir
+@pytest.fixture
+def folder(six_steps: Config) -> Path:
+    """The folder of a trained run."""
+    return six_steps.run.dir
 
 
 def seeded(seed: int) -> torch.Generator:

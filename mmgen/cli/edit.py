@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +47,7 @@ def edit(
         raise ValueError("--mask keeps a part of the picture and --strength changes all of it: give one of them")
     path, text = Path(words[0]), words[1]
     check_captions([text])
-    paths = list(islice(numbered(out, seed), n))
+    paths = numbered(out, seed, n)
     for target in [*paths, out / "grid.png"]:
         if target.exists() and target.resolve() in [given.resolve() for given in (path, mask) if given]:
             raise ValueError(f"{target} is an input and would be overwritten: name another folder with --out")

@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from mmgen.cli.flags import Folder, Json, RunSettings, at_least
-from mmgen.cli.pictures import SUFFIXES, note_changes, opened
+from mmgen.cli.pictures import SUFFIXES, is_file, is_folder, note_changes, opened
 from mmgen.cli.run import load_run
-from mmgen.cli.sample import is_file, is_folder
 from mmgen.cli.show import print_json
 from mmgen.config import Config
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,8 +76,22 @@ def describe_changes(image: Image.Image, patcher: Patcher) -> str:
     return f"is {width}x{height}; it was {' and '.join(changes)}" if changes else ""
 
 
-def numbered(folder: Path, start: int = 0) -> Iterator[Path]:
-    """Paths of PNG files in a folder, with numbers from `start` up."""
-    while True:
-        yield folder / f"{start:04d}.png"
-        start += 1
+def numbered(folder: Path, start: int, count: int) -> list[Path]:
+    """Paths of `count` PNG files in a folder, with numbers from `start` up."""
+    return [folder / f"{start + i:04d}.png" for i in range(count)]
+
+
+def is_file(text: str) -> bool:
+    """Whether a text is the path of a file that exists."""
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a path
+        return False
+
+
+def is_folder(text: str) -> bool:
+    """Whether a text is the path of a folder that exists."""
+    try:
+        return Path(text).is_dir()
+    except OSError:
+        return False

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from mmgen.train.checkpoint.trained import Trained
 
 Item = TypeVar("Item")
-BATCH = 64
-"""Number of requests that the decoder gets at a time."""
 
 
 def holds_model(folder: Path) -> bool:
@@ -70,6 +68,8 @@ def batches(items: Sequence[Item], what: str) -> Iterator[Sequence[Item]]:
 
     `what` names them in the log, such as "images drawn".
     """
+    from mmgen.generate.request import BATCH
+
     began = time.perf_counter()
     for start in range(0, len(items), BATCH):
         yield items[start : start + BATCH]

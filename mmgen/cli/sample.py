@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from mmgen.cli.flags import Folder, Json, RunSettings, at_least
-from mmgen.cli.pictures import numbered
+from mmgen.cli.pictures import is_file, is_folder, numbered
 from mmgen.cli.run import batches, load_run
 from mmgen.cli.show import log, print_json
 from mmgen.config import Config
@@ -51,7 +50,7 @@ def sample(
     trained = load_run(config)
     decoder = Decoder(trained.model, trained.tokenizer, config.sample)
     requests = [Request([text], "image", seed + i, grid=grid, negative_prompt=negative) for i, text in enumerate(texts)]
-    paths = list(islice(numbered(out, seed), len(texts)))
+    paths = numbered(out, seed, len(texts))
     shown = []
     for some in batches(range(len(texts)), "images drawn"):
         for i, result in zip(some, decoder.generate([requests[i] for i in some]), strict=True):
@@ -88,22 +87,6 @@ def check_captions(texts: Sequence[str]) -> None:
                 f"the caption '{text}' is a file: give a file of captions as `--prompts {text}`, and use "
                 "`mmgen caption` to caption pictures"
             )
-
-
-def is_file(text: str) -> bool:
-    """Whether a text is the path of a file that exists."""
-    try:
-        return Path(text).is_file()
-    except OSError:  # too long for a path
-        return False
-
-
-def is_folder(text: str) -> bool:
-    """Whether a text is the path of a folder that exists."""
-    try:
-        return Path(text).is_dir()
-    except OSError:
-        return False
 
 
 def read_lines(path: Path) -> list[str]:

@@ -15,6 +15,8 @@ from mmgen.image.patch import Grid, Patcher, cut
 
 Mode = Literal["image", "text", "auto"]
 Prompt = Sequence[str | Image.Image]
+BATCH = 64
+"""Number of requests that a caller with any number of them gives to the decoder at a time."""
 WHITE = 128
 """Smallest grey value of a mask that counts as white."""
 

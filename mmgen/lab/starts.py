@@ -55,7 +55,7 @@ def image_start(run: Run) -> Figure:
         curves[policy] = [float((judge(upright(drawn[s])) == others).mean()) for s in STRENGTHS]
         run.note(**{f"share of captions, {policy}": curves[policy]})
         run.bound(f"start kept, {policy}", own(drawn[KEPT]), at_least=0.95)
-        run.bound(f"caption drawn, {policy}", curves[policy][-1], at_least=run.pick(0.75, 0.6))
+        run.bound(f"caption drawn, {policy}", curves[policy][-1], at_least=run.pick(0.85, 0.6))
 
         named = [replace(one, prompt=[str(digit)]) for one, digit in zip(started, labels, strict=True)]
         inverted = decoder.generate([replace(one, invert=True) for one in named])

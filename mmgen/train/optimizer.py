@@ -65,10 +65,14 @@ class AveragingAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Take one step, then update all averaged weights."""
+        """Take one step, then update all averaged weights; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not self.allow(stepped) or not stepped:
-            return None
+            return loss
         self.update()
         taken = int(self.state[stepped[0]]["step"])
         weights = [p.detach().float() for p in stepped]
@@ -78,7 +82,7 @@ class AveragingAdamW(torch.optim.AdamW):
                     self.state[p][name] = p.detach().float().clone()
             averaged: list[Tensor] = [self.state[p][name] for p in stepped]
             torch._foreach_lerp_(averaged, weights, 1 - decay(taken))
-        return None
+        return loss
 
     def update(self) -> None:
         """Step every parameter that has a gradient; averaged weights are not touched."""
@@ -107,6 +111,10 @@ class AveragingMuon(AveragingAdamW):
 
     The momentum is stored as `exp_avg`. Each parameter must be a whole matrix, so the parameters may not be sharded.
     """
+
+    def __init__(self, params: Any, decays: dict[str, Decay], **kwargs: Any) -> None:
+        super().__init__(params, decays, **kwargs)
+        self._matrices = {id(p) for group in self.param_groups if group.get("muon") for p in group["params"]}
 
     def update(self) -> None:
         """Step the matrices, then leave the other parameters to AdamW."""
@@ -137,8 +145,7 @@ class AveragingMuon(AveragingAdamW):
 
     def kinds(self, p: Tensor) -> tuple[str, ...]:
         """Muon has no second moments."""
-        matrices = (q for group in self.param_groups if group.get("muon") for q in group["params"])
-        return ("exp_avg",) if any(p is q for q in matrices) else super().kinds(p)
+        return ("exp_avg",) if id(p) in self._matrices else super().kinds(p)
 
 
 def build_optimizer(model: nn.Module, settings: TrainConfig) -> AveragingAdamW:

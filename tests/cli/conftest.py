@@ -8,8 +8,6 @@ import pytest
 import yaml
 
 from mmgen.config import Config
-from mmgen.train.loop import train
-from tests.conftest import pairs, tiny, write_tar
 
 
 @pytest.fixture
@@ -18,13 +16,9 @@ def file(config: Config, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The YAML file of a run of six steps on 4x4 and 6x4 pictures. Tests must not change it or its run folder."""
-    folder = tmp_path_factory.mktemp("trained")
-    shard = write_tar(folder / "train-000.tar", pairs(40))
-    config = tiny(folder, data={"train": [str(shard)], "val": [str(shard)]})
-    assert train(config) == 0
-    return written(config, folder)
+def trained(six_steps: Config) -> Path:
+    """The YAML file of a trained run. Tests must not change it or its run folder."""
+    return written(six_steps, six_steps.run.dir.parent)
 
 
 def written(config: Config, folder: Path) -> Path:

@@ -11,16 +11,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmgen.config import PatcherConfig
+from mmgen.config import Config, PatcherConfig
 from mmgen.generate import Inpaint
 from mmgen.image.patch import PixelPatcher
 from tests.conftest import run
 
 
 @pytest.fixture(scope="module")
-def folder(trained: Path) -> Path:
-    """The run folder of the trained run."""
-    return Path(yaml.safe_load(trained.read_text())["run"]["dir"])
+def folder(six_steps: Config) -> Path:
+    """The folder of the trained run."""
+    return six_steps.run.dir
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy, symlinks=True)
     (copy / "checkpoints" / "latest" / "trainer.json").write_text("{")
-    drawn(capsys, tmp_path / "out", copy, "picture 1")
+    (image,) = drawn(capsys, tmp_path / "out", copy, "picture 1")
+    (older,) = drawn(capsys, tmp_path / "older", folder / "checkpoints" / "step-3", "picture 1")
+    (newest,) = drawn(capsys, tmp_path / "newest", folder, "picture 1")
+    assert np.array_equal(image, older)
+    assert not np.array_equal(image, newest)
 
 
 def test_a_checkpoint_can_be_exported(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
