@@ -131,6 +131,11 @@ def pairs(count: int, seed: int = 0) -> dict[str, bytes]:
     return members
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the tests of several processes, the longest ones, so that none of them runs alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_scale.py")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> None:
     """Reset accelerate, which holds one precision per process, because tests use several."""

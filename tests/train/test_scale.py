@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 import yaml
@@ -57,6 +58,20 @@ def test_settings_that_must_not_change_the_result() -> None:
     """Offloading, activation checkpointing, small buckets, samples; a NaN step is skipped in all stages."""
     code, found = command("oracle", "--variants")
     assert code == 0, found
+
+
+@pytest.mark.slow
+def test_muon_in_two_processes_equals_one(config: Config, tmp_path: Path) -> None:
+    found = {}
+    for processes in (1, 2):
+        change = {"run": {"dir": str(tmp_path / str(processes))}, "train": {"optimizer": "muon"}}
+        run, file = override(config, change), tmp_path / f"{processes}.yaml"
+        file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+        launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        words = [sys.executable, *launcher, "-m", "mmgen.cli", "train", "--config", str(file)]
+        subprocess.run(words, env=ENVIRONMENT, check=True, capture_output=True)
+        found[processes] = losses(run)
+    np.testing.assert_allclose(found[2], found[1], rtol=1e-6)
 
 
 @pytest.mark.slow
