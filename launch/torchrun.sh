@@ -2,7 +2,7 @@
 # Trains in PROCESSES processes on this machine (default: one per GPU, or one per core without GPUs). If a signal to one
 # of the processes stops the run after saving, the script starts it again. If the script itself gets SIGINT or SIGTERM,
 # the run saves and the script exits.
-# Usage: PROCESSES=4 launch/torchrun.sh --config configs/scenes.yaml --train.zero_stage 2 [...]
+# Usage: PROCESSES=4 launch/torchrun.sh --config my.yaml --train.zero_stage 2 [...]
 set -uo pipefail
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
 processes=${PROCESSES:-$(( gpus > 0 ? gpus : $(nproc) ))}

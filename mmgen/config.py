@@ -617,7 +617,8 @@ class TrainConfig(Settings):
         """Muon needs whole matrices, and ZeRO's stages 1 to 3 cut them into flat shards."""
         if self.optimizer == "muon" and self.zero_stage > 0:
             raise ValueError(
-                f"optimizer muon needs zero_stage 0, because stage {self.zero_stage} shards matrices; adamw works"
+                f"optimizer muon needs zero_stage 0, because stage {self.zero_stage} shards matrices; "
+                "use --train.optimizer adamw"
             )
 
 
