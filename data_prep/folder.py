@@ -13,7 +13,22 @@ from typing import Annotated, Any
 import cyclopts
 
 from data_prep import log, reason, run
-from data_prep.shards import LeftOut, Sample, Target, as_json, identity, image_member, shown, walk, write
+from data_prep.shards import (
+    NAME,
+    TEST,
+    VAL,
+    LeftOut,
+    Sample,
+    Shares,
+    Source,
+    Target,
+    as_json,
+    identity,
+    image_member,
+    shown,
+    walk,
+    write,
+)
 from data_prep.table import READERS
 from mmgen.cli.pictures import SUFFIXES
 from mmgen.data.progress import Progress
@@ -25,11 +40,19 @@ def main(
     folder: Annotated[Path, cyclopts.Parameter(help="Folder of images; its subfolders are searched too.")],
     *,
     out: Annotated[Path, cyclopts.Parameter(help="Folder to write.")],
-    name: Annotated[str, cyclopts.Parameter(help="Name of the shards: NAME-000000.tar, ...")] = "train",
+    name: Annotated[str | None, cyclopts.Parameter(help=NAME)] = None,
     per_shard: Annotated[int, cyclopts.Parameter(help="Images per shard.")] = 1000,
+    val: Annotated[float, cyclopts.Parameter(help=VAL)] = 0.0,
+    test: Annotated[float, cyclopts.Parameter(help=TEST)] = 0.0,
     captionless: Annotated[bool, cyclopts.Parameter(help="Keep images without a caption.", negative="")] = False,
 ) -> None:
     """Write a folder of images with caption files as shards; repeat the command to resume."""
+    found = source(folder, out, captionless)
+    write(Target(out, name, per_shard, found.made, Shares(val, test)), found.items, found.sample, found.total)
+
+
+def source(folder: Path, out: Path, captionless: bool = False) -> Source[Path]:
+    """The images of a folder and its subfolders, except those below `out`; raises ValueError if there is no folder."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: name the folder of the images")
     files = list(Progress("listing files", "files", quiet=True).over(walk(folder, without=out)))
@@ -39,8 +62,7 @@ def main(
         log(f"{table} is a table of captions, which this script does not read. To read it:")
         log(f"    python -m data_prep.table {table} --image file_name --caption text")
     made = {"files": identity([*images, *captions.values()], folder), "captionless": captionless}
-    target = Target(out, name, per_shard, made)
-    write(target, images, partial(sample, folder, captions, captionless), len(images))
+    return Source(images, partial(sample, folder, captions, captionless), made, len(images))
 
 
 def sample(folder: Path, captions: dict[Path, Path], captionless: bool, image: Path) -> Sample:

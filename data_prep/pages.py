@@ -24,6 +24,7 @@ from PIL import Image
 
 from data_prep import reason, run
 from data_prep.shards import (
+    NAME,
     LeftOut,
     Losses,
     Sample,
@@ -75,7 +76,7 @@ def main(
     length: Annotated[int, cyclopts.Parameter(help="Largest number of characters, or tokens, of a document.")] = 2000,
     images: Annotated[int, cyclopts.Parameter(help="Largest number of pictures of a document.")] = 4,
     tokenizer: Annotated[Path | None, cyclopts.Parameter(help="Count its tokens instead of characters.")] = None,
-    name: Annotated[str, cyclopts.Parameter(help="Name of the shards: NAME-000000.tar, ...")] = "pages",
+    name: Annotated[str | None, cyclopts.Parameter(help=NAME)] = None,
     per_shard: Annotated[int, cyclopts.Parameter(help="Documents per shard.")] = 1000,
 ) -> None:
     """Write HTML pages with pictures as shards of interleaved documents; repeat the command to resume."""

@@ -9,10 +9,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
@@ -31,6 +32,10 @@ Sample = dict[str, bytes]
 # MPO, which phones write, is a JPEG with a second picture after the first.
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
 KEEP = DataConfig(captionless="keep")
+
+NAME = "Name of the shards: NAME-000000.tar, ...; by default that of the folder. Keys begin with it."
+VAL = "Share of the samples for shards NAME-val-000000.tar, ..., chosen by content."
+TEST = "Share of the samples for shards NAME-test-000000.tar, ..., chosen by content."
 
 
 class LeftOut(ValueError):
@@ -75,19 +80,61 @@ class Losses:
                 log(f"{count:,} {kind}; all are listed in {self.file}")
 
 
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class Source(Generic[T]):
+    """What is turned into shards: items in a fixed order, and how each becomes a sample."""
+
+    items: Iterable[T]
+    sample: Callable[[T], Sample]
+    """The members of the sample of an item; raises `LeftOut`."""
+    made: dict[str, Any]
+    """The source and its options, as JSON."""
+    total: int | None = None
+    """Number of items, if it is known."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of the samples that go to validation and test shards; equal content always goes to the same split."""
+
+    val: float = 0.0
+    test: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.val, self.test) < 0 or self.val + self.test >= 1:
+            raise ValueError(f"--val {self.val:g} and --test {self.test:g} must be shares that add up to less than 1")
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that are written; training is the last, since it completes the shards of a part of the source."""
+        return [name for name, share in (("val", self.val), ("test", self.test)) if share] + [TRAIN]
+
+    def split(self, members: Sample) -> str:
+        """The split of a sample, from a hash of its images, or of its text where it has no images."""
+        images = [members[name] for name in sorted(members) if name not in ("json", "txt")]
+        digest = hashlib.sha256(b"".join(images) or members.get("txt") or members.get("json", b"")).digest()
+        at = int.from_bytes(digest[:8], "big") / 2**64
+        return "val" if at < self.val else "test" if at < self.val + self.test else TRAIN
+
+
 @dataclass(frozen=True)
 class Target:
-    """Shards to write: `NAME-000000.tar`, ... in the folder `out`."""
+    """Shards to write in the folder `out`: `NAME-000000.tar`, ..., or `NAME-train-000000.tar`, ... with `shares`."""
 
     out: Path
-    name: str
+    name: str | None
+    """The first part of the names of shards and keys; None takes the name of the folder."""
     per_shard: int
     """Number of items of the source for each shard."""
     made: dict[str, Any]
     """The source and the options, as JSON; stored next to the shards to detect a changed source."""
+    shares: Shares = Shares()
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w-]+", self.name):
+        if self.name is not None and not re.fullmatch(r"[\w-]+", self.name):
             raise ValueError(
                 f"--name {self.name!r} may contain letters, digits, _ and - only, because a key ends at its first dot"
             )
@@ -95,9 +142,19 @@ class Target:
             raise ValueError(f"--per-shard must be at least 1, not {self.per_shard}")
 
     @property
+    def stem(self) -> str:
+        """The first part of the names of shards and keys."""
+        return self.name or re.sub(r"[^\w-]+", "-", self.out.resolve().name) or "data"
+
+    def shard(self, split: str, number: int) -> Path:
+        """The path of a shard; its name without suffix is the first part of its keys."""
+        stem = self.stem if self.shares == Shares() else f"{self.stem}-{split}"
+        return self.out / f"{stem}-{number:06d}.tar"
+
+    @property
     def losses(self) -> Losses:
         """A new report of the items that are left out."""
-        return Losses(self.out / f"{self.name}.left-out.txt")
+        return Losses(self.out / f"{self.stem}.left-out.txt")
 
 
 def write(
@@ -110,12 +167,13 @@ def write(
     """Write each shard from the next `per_shard` items; existing shards stay as they are.
 
     A shard gets its name only when it is complete. The order of `items` and the contents of `target` must be the same
-    in every call. `total` is the number of items, if it is known.
+    in every call. `total` is the number of items, if it is known. With shares, `per_shard` items go to one shard of
+    each split.
 
     Raises:
         ValueError: the folder holds shards of this name from another source, or there is nothing to write.
     """
-    out, name, per_shard = target.out, target.name, target.per_shard
+    out, name, per_shard = target.out, target.stem, target.per_shard
     _same_as_before(target)
     losses = losses or target.losses
     shards = written = left_out = 0
@@ -123,14 +181,17 @@ def write(
         source = progress.each(items)
         while (first := next(source, None)) is not None:
             chunk = chain([first], islice(source, per_shard - 1))
-            shard = out / f"{name}-{shards:06d}.tar"
+            number, shard = shards, target.shard(TRAIN, shards)
             shards += 1
             if shard.exists():
                 log(f"{shard}: exists, with {sum(1 for _ in chunk)} items of the source")
                 continue
-            done, left = _write_shard(shard, f"{name}-{shards - 1:06d}", chunk, sample, losses)
-            log(f"{shard}: {done} samples" if done else f"{shard}: not written, because all its items were left out")
-            written, left_out = written + done, left_out + left
+            done, left = _write_shards(target, number, chunk, sample, losses)
+            for split, count in done.items():
+                log(f"{target.shard(split, number)}: {count} samples")
+            if not done:
+                log(f"{shard}: not written, because all its items were left out")
+            written, left_out = written + sum(done.values()), left_out + left
     losses.close()
     if not any(out.glob(f"{name}-*.tar")):
         raise ValueError(
@@ -138,12 +199,15 @@ def write(
             if left_out
             else "the source holds nothing to write: name files of the kinds that this script reads (see --help)"
         )
-    print(f"{shards} shards in {out}; {written} samples written now" + (f", {left_out} left out" if left_out else ""))
+    found = len(list(out.glob(f"{name}-*.tar")))
+    print(f"{found} shards in {out}; {written} samples written now" + (f", {left_out} left out" if left_out else ""))
 
 
 def _same_as_before(target: Target) -> None:
     """Store the source of the shards next to them; raises ValueError if existing shards have another source."""
-    out, name, made = writable(target.out), target.name, {**target.made, "per_shard": target.per_shard}
+    out, name, made = writable(target.out), target.stem, {**target.made, "per_shard": target.per_shard}
+    if target.shares != Shares():
+        made |= asdict(target.shares)
     note = out / f"{name}.source.json"
     if note.exists() and any(out.glob(f"{name}-*.tar")):
         from mmgen.train.checkpoint.read import differences  # it imports torch, which takes seconds
@@ -173,29 +237,35 @@ def read_note(note: Path) -> dict[str, Any]:
     return before
 
 
-def _write_shard(
-    target: Path, prefix: str, chunk: Iterable[T], sample: Callable[[T], Sample], losses: Losses
-) -> tuple[int, int]:
-    """Write one shard; returns the numbers of samples and of items that were left out."""
-    part, done, left = target.with_name(target.name + ".part"), 0, 0
-    with part.open("wb") as file:
-        with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as sink:
-            for number, item in enumerate(chunk):
-                key = f"{prefix}-{number:06d}"
-                try:
-                    members = sample(item)
-                    _check(key, members)
-                except LeftOut as error:
-                    losses.add(error)
-                    left += 1
-                else:
-                    sink.write({"__key__": key, **members})
-                    done += 1
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(target) if done else part.unlink()
+def _write_shards(
+    target: Target, number: int, chunk: Iterable[T], sample: Callable[[T], Sample], losses: Losses
+) -> tuple[dict[str, int], int]:
+    """Write the shards of one part of the source; returns the samples of each split and the items left out."""
+    paths, done, left = {split: target.shard(split, number) for split in target.shares.splits}, Counter[str](), 0
+    parts = {split: path.with_name(path.name + ".part") for split, path in paths.items()}
+    with ExitStack() as files:
+        sinks = {}
+        for split, part in parts.items():
+            file = files.enter_context(part.open("wb"))
+            files.callback(os.fsync, file.fileno())
+            files.callback(file.flush)
+            sinks[split] = files.enter_context(TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT"))
+        for item_number, item in enumerate(chunk):
+            try:
+                members = sample(item)
+                split = target.shares.split(members)
+                key = f"{paths[split].stem}-{item_number:06d}"
+                _check(key, members)
+            except LeftOut as error:
+                losses.add(error)
+                left += 1
+            else:
+                sinks[split].write({"__key__": key, **members})
+                done[split] += 1
+    for split, part in parts.items():  # training last: its shard marks the part of the source as complete
+        part.replace(paths[split]) if done[split] else part.unlink()
     losses.save()
-    return done, left
+    return dict(done), left
 
 
 def _check(key: str, members: Sample) -> None:

@@ -18,7 +18,20 @@ from typing import Annotated, Any
 import cyclopts
 
 from data_prep import reason, run
-from data_prep.shards import LeftOut, Sample, Target, as_json, identity, image_member, write
+from data_prep.shards import (
+    NAME,
+    TEST,
+    VAL,
+    LeftOut,
+    Sample,
+    Shares,
+    Source,
+    Target,
+    as_json,
+    identity,
+    image_member,
+    write,
+)
 from mmgen.data.shards.samples import position
 
 Row = Mapping[str, Any]
@@ -32,10 +45,18 @@ def main(
     image: Annotated[str, cyclopts.Parameter(help="Column of images.")] = "image",
     caption: Annotated[str, cyclopts.Parameter(help="Column of captions.")] = "caption",
     images: Annotated[Path | None, cyclopts.Parameter(help="Folder that relative paths start from.")] = None,
-    name: Annotated[str, cyclopts.Parameter(help="Name of the shards: NAME-000000.tar, ...")] = "train",
+    name: Annotated[str | None, cyclopts.Parameter(help=NAME)] = None,
     per_shard: Annotated[int, cyclopts.Parameter(help="Rows per shard.")] = 1000,
+    val: Annotated[float, cyclopts.Parameter(help=VAL)] = 0.0,
+    test: Annotated[float, cyclopts.Parameter(help=TEST)] = 0.0,
 ) -> None:
     """Write the images and captions of a table as shards; repeat the command to resume."""
+    found = source(table, image, caption, images)
+    write(Target(out, name, per_shard, found.made, Shares(val, test)), found.items, found.sample)
+
+
+def source(table: Path, image: str = "image", caption: str = "caption", images: Path | None = None) -> Source[Any]:
+    """The rows of a table; raises ValueError if it is no table, or lacks a column."""
     if table.suffix.lower() not in READERS or not table.is_file():
         raise ValueError(f"{table} is not a table: name a file that ends in {', '.join(READERS)}")
     columns = dict.fromkeys(column for row in islice(rows(table), 100) for column in row)
@@ -45,7 +66,7 @@ def main(
             raise ValueError(f"{table} has no column {column!r}, but {known}: name it with --image or --caption")
     root = images or table.parent
     made = {"files": identity([table], table.parent), "image": image, "caption": caption, "images": str(root)}
-    write(Target(out, name, per_shard, made), enumerate(rows(table)), partial(sample, root, image, caption))
+    return Source(enumerate(rows(table)), partial(sample, root, image, caption), made)
 
 
 def rows(table: Path) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import cyclopts
 
 from data_prep import reason, run
-from data_prep.shards import Sample, Target, identity, measure, pieces, walk, write
+from data_prep.shards import NAME, Sample, Target, identity, measure, pieces, walk, write
 from mmgen.data.shards.samples import position
 
 SUFFIXES = (".txt", ".md", ".jsonl")
@@ -31,7 +31,7 @@ def main(
     length: Annotated[int, cyclopts.Parameter(help="Largest number of characters, or tokens, of a document.")] = 2000,
     tokenizer: Annotated[Path | None, cyclopts.Parameter(help="Count its tokens instead of characters.")] = None,
     field: Annotated[str, cyclopts.Parameter(help="Field of the text in lines of .jsonl.")] = "text",
-    name: Annotated[str, cyclopts.Parameter(help="Name of the shards: NAME-000000.tar, ...")] = "text",
+    name: Annotated[str | None, cyclopts.Parameter(help=NAME)] = None,
     per_shard: Annotated[int, cyclopts.Parameter(help="Documents per shard.")] = 10_000,
 ) -> None:
     """Write text as shards of documents; repeat the command to resume."""

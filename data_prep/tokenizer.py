@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -28,16 +29,9 @@ def main(
         raise ValueError(f"--vocabulary is {vocabulary}, but the bytes alone are {BYTES} tokens: raise it")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file, such as {out / 'tokenizer.json'}")
-    tokenizer = Tokenizer(models.BPE())
-    # A prefix space makes a word the same token at the start of a text and after a space.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
     bad: list[BadRecord] = []
     with Progress("training the tokenizer", "samples read", quiet=True) as progress:
-        tokenizer.train_from_iterator((sample.caption for sample in progress.each(read(shards, bad))), trainer)
+        tokenizer = trained((sample.caption for sample in progress.each(read(shards, bad))), vocabulary)
     for line in folded_bad(bad):
         log(line)
     if not progress.done:
@@ -45,6 +39,19 @@ def main(
     writable(out.parent)
     tokenizer.save(str(out))
     print(f"{tokenizer.get_vocab_size()} tokens in {out}")
+
+
+def trained(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most `vocabulary` tokens, trained on texts."""
+    tokenizer = Tokenizer(models.BPE())
+    # A prefix space makes a word the same token at the start of a text and after a space.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 if __name__ == "__main__":

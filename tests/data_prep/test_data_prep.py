@@ -190,19 +190,19 @@ def test_long_pages_become_several_documents(tmp_path: Path) -> None:
 def test_a_killed_command_resumes(tmp_path: Path) -> None:
     """The result equals that of an uninterrupted run, byte for byte; complete shards are not written again."""
     photos(tmp_path / "in", 7)
-    folder.main(tmp_path / "in", out=tmp_path / "whole", per_shard=2)
+    folder.main(tmp_path / "in", out=tmp_path / "whole", name="photos", per_shard=2)
     command = (
         "import data_prep.folder as f, os, sys; from pathlib import Path\n"
         "write = f.image_member\n"
         "def count(*a, n=[0]):\n    n[0] += 1\n    return os._exit(9) if n[0] == 4 else write(*a)\n"
         "f.image_member = count\n"
-        f"f.main(Path({str(tmp_path / 'in')!r}), out=Path({str(tmp_path / 'cut')!r}), per_shard=2)"
+        f"f.main(Path({str(tmp_path / 'in')!r}), out=Path({str(tmp_path / 'cut')!r}), name='photos', per_shard=2)"
     )
     assert subprocess.run([sys.executable, "-c", command], check=False, capture_output=True).returncode == 9
     done = [*(tmp_path / "cut").glob("*.tar")]
     assert len(done) == 1
     before = done[0].stat().st_mtime_ns
-    folder.main(tmp_path / "in", out=tmp_path / "cut", per_shard=2)
+    folder.main(tmp_path / "in", out=tmp_path / "cut", name="photos", per_shard=2)
     assert done[0].stat().st_mtime_ns == before
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "cut").iterdir())

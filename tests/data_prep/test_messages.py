@@ -35,7 +35,7 @@ def cut(path: Path) -> Path:
     ("script", "words", "message"),
     [
         ("folder", lambda at: [at, "--out", made(at / "file.png", "")], "is a file: name a folder"),
-        ("folder", lambda at: [at, "--out", noted(at / "out")], "train.source.json is damaged"),
+        ("folder", lambda at: [at, "--out", noted(at / "out")], "out.source.json is damaged"),
         ("table", lambda at: [made(at / "t.parquet", "PAR1"), "--out", at / "o"], "cannot be read as Parquet"),
         ("table", lambda at: [cut(parquet(at / "t.parquet", ["a"])), "--out", at / "o"], "cannot be read as Parquet"),
         ("table", lambda at: [made(at / "t.csv", b"\xff\xfe\0"), "--out", at / "o"], "t.csv is not UTF-8"),
@@ -78,8 +78,8 @@ def test_a_wrong_command_ends_with_words_and_code_2(
 
 def noted(out: Path) -> Path:
     """A folder of shards with a damaged note of their source."""
-    made(out / "train-000000.tar", "")
-    made(out / "train.source.json", "{")
+    made(out / "out-000000.tar", "")
+    made(out / "out.source.json", "{")
     return out
 
 
@@ -101,19 +101,19 @@ def test_repeated_losses_are_folded_and_all_are_listed(tmp_path: Path, capsys: p
     folder.main(tmp_path / "in", out=tmp_path / "out", per_shard=25)
     lines = capsys.readouterr().err.splitlines()
     assert sum("no caption file" in line for line in lines) == 4
-    assert any(line.startswith("39 left out: no caption file") and "train.left-out.txt" in line for line in lines)
+    assert any(line.startswith("39 left out: no caption file") and "out.left-out.txt" in line for line in lines)
     assert "left out: 40.bmp: image cannot be decoded: its header is damaged" in lines
-    listed = (tmp_path / "out" / "train.left-out.txt").read_text().splitlines()
+    listed = (tmp_path / "out" / "out.left-out.txt").read_text().splitlines()
     assert len(listed) == len(set(listed)) == 40
     folder.main(tmp_path / "in", out=tmp_path / "out", per_shard=25)
-    again = (tmp_path / "out" / "train.left-out.txt").read_text().splitlines()
+    again = (tmp_path / "out" / "out.left-out.txt").read_text().splitlines()
     assert len(again) == 40 + 16, "a shard without any sample is not written, so its items are read again"
 
 
 def test_progress_counts_the_items_of_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos(tmp_path / "in")
     folder.main(tmp_path / "in", out=tmp_path / "out")
-    assert "writing train shards: 5 of 5 items of the source" in capsys.readouterr().err
+    assert "writing out shards: 5 of 5 items of the source" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "PNG", "JPEG", "WEBP", "ICO", "PPM", "TGA", "PCX", "SGI"])
