@@ -702,18 +702,30 @@ class SampleConfig(Settings):
 class EvalConfig(Settings):
     """How a trained model is scored."""
 
-    task: str = "digits"
-    """Task that defines what images show and how they are scored; it must match the data."""
+    task: str = "captions"
+    """What is scored: `captions` for any captioned images, or a task that knows what labelled images show."""
     judge: list[str] = []
-    """Shards of single digits on which the judge is trained; they must not be training data of the model."""
+    """Shards on which the judge is trained, and the model is not: of single digits for labelled tasks, of captioned
+    images for `classes`; if empty, the judge of `classes` is trained on training images."""
     test: list[str] = []
     """Shards of real images and captions that training never reads; scores are computed on them."""
     heldout: list[str] = []
     """Shards whose captions combine attributes that never occur together in the training data."""
     samples: Positive = 500
-    """Number of captions for which images are drawn; all images of `test` are captioned."""
+    """Number of captions for which images are drawn; in labelled tasks all images of `test` are captioned."""
     batch: Positive = 128
     """Number of prompts that are decoded together."""
+    classes: list[str] = []
+    """Names of classes that captions contain; with them, the task `captions` also scores which class is drawn and
+    named."""
+    choices: Annotated[int, Field(ge=2)] = 10
+    """Number of captions from which the model chooses that of an image, in the task `captions`."""
+    features: str = "pixels"
+    """Features in which the task `captions` compares images."""
+    features_model: str = ""
+    """Hub name or local folder of the model of the features `transformers`."""
+    guidance_curve: list[float] = []
+    """Further guidance scales at which the task `captions` draws and scores images."""
 
 
 class Config(Settings):

@@ -60,9 +60,15 @@ def _solvers() -> Collection[str]:
 
 
 def _tasks() -> Collection[str]:
-    from mmgen.evaluate.tasks import TASKS
+    from mmgen.evaluate.tasks import CAPTIONS, TASKS
 
-    return TASKS
+    return [CAPTIONS, *TASKS]
+
+
+def _extractors() -> Collection[str]:
+    from mmgen.evaluate.extractors import EXTRACTORS
+
+    return EXTRACTORS
 
 
 def _patchers() -> Collection[str]:
@@ -80,6 +86,7 @@ REGISTRIES: dict[str, Callable[[], Collection[str]]] = {
     "objective.time.distribution": _times,
     "sample.solver": _solvers,
     "eval.task": _tasks,
+    "eval.features": _extractors,
 }
 """Dotted name of a setting to the names that it may have. Registries are imported on demand, as they import torch."""
 

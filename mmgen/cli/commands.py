@@ -15,6 +15,7 @@ from mmgen.cli.edit import edit
 from mmgen.cli.eval import evaluate
 from mmgen.cli.export import export
 from mmgen.cli.generate import generate
+from mmgen.cli.init import init
 from mmgen.cli.lab import list_experiments, run_experiments
 from mmgen.cli.prep import prep
 from mmgen.cli.sample import sample
@@ -22,6 +23,7 @@ from mmgen.cli.settings import settings
 from mmgen.cli.train import train
 
 COMMANDS: dict[str, Callable[..., int]] = {
+    "init": init,
     "prep": prep,
     "train": train,
     "sample": sample,

@@ -89,10 +89,14 @@ class Views:
     def batches(self, samples: range, rows: int) -> list[ViewBatch]:
         """The views of some samples, packed into batches of `rows` rows; samples that cannot be read are left out."""
         views = [view for number, index in enumerate(samples) for view in self.of_sample(number, index)]
+        return self.packed(views, len(samples), rows)
+
+    def packed(self, views: Sequence[View], samples: int, rows: int) -> list[ViewBatch]:
+        """Views of `samples` numbered samples, packed into batches of `rows` rows."""
         packed = pack([len(view.strip) for view in views], self.form.row_length)
         packed = [[*row] for row in packed] + [[]] * (-len(packed) % rows)
         chosen = [[views[i] for i in row] for row in packed]
-        return [self._batch(chosen[i : i + rows], len(samples)) for i in range(0, len(chosen), rows)]
+        return [self._batch(chosen[i : i + rows], samples) for i in range(0, len(chosen), rows)]
 
     def empty(self, rows: int) -> ViewBatch:
         """A batch without documents, for a rank that takes part in the forward passes of others."""
@@ -114,6 +118,16 @@ class Views:
         for image, last in enumerate(images):
             if written[last].learn:
                 yield from self._image(number, written[: last + 1], decoded, image)
+
+    def text_view(self, number: int, segments: Sequence[TextSegment | DecodedImage]) -> View:
+        """The view of a document of these segments in which its text is scored, given clean images."""
+        return self._text(number, self._fitted([self._encoded(segment) for segment in segments]))
+
+    def image_views(
+        self, number: int, segments: Sequence[TextSegment | DecodedImage], decoded: Decoded, image: int
+    ) -> Iterator[View]:
+        """The views in which the last segment is scored at each time; noise and masks are those of `decoded`."""
+        yield from self._image(number, self._fitted([self._encoded(s) for s in segments]), decoded, image)
 
     def _encoded(self, segment: TextSegment | DecodedImage) -> TextSegment | DecodedImage:
         if isinstance(segment, TextSegment) or not self.corpus.unencoded:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
+from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -52,7 +54,35 @@ def frechet_unbiased(a: Features, b: Features, sizes: int = 8, draws: int = 8) -
     return float(np.polyfit(1 / counts, means, 1)[1])
 
 
-def compress(train: Features) -> PCA | None:
+def kernel_distance(a: Features, b: Features) -> float:
+    """Return the squared kernel distance (KID) of two sets: the unbiased MMD^2 of the kernel (x y / d + 1)^3.
+
+    Binkowski et al. 2018, arXiv:1801.01401, over all pictures at once. It may be slightly negative.
+    """
+    n, m = len(a), len(b)
+    aa, bb, ab = (polynomial_kernel(x, y, degree=3) for x, y in ((a, a), (b, b), (a, b)))
+    same = (aa.sum() - np.trace(aa)) / (n * (n - 1)) + (bb.sum() - np.trace(bb)) / (m * (m - 1))
+    return float(same - 2 * ab.mean())
+
+
+def spread_ratio(drawn: Features, real: Features, groups: Sequence[Hashable]) -> float | None:
+    """Return the mean squared distance of drawn pictures of one group, over that of the real ones.
+
+    `groups` has the group of each picture, which is that of the real one of equal index. Groups of one picture do not
+    count; without a larger one the result is None.
+    """
+    members = defaultdict(list)
+    for i, group in enumerate(groups):
+        members[group].append(i)
+    several = [at for at in members.values() if len(at) > 1]
+    if not several:
+        return None
+    variances = [[side[at].var(0, ddof=1).sum() for at in several] for side in (drawn, real)]
+    below = float(np.mean(variances[1]))
+    return float(np.mean(variances[0])) / below if below else None
+
+
+def projection(train: Features) -> PCA | None:
     """Fit the projection on `DIMENSIONS` principal components; None if there are not more features than that."""
     return PCA(DIMENSIONS, random_state=0).fit(train) if train.shape[1] > DIMENSIONS else None
 

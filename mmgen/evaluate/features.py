@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy
+from itertools import compress
 
 import numpy as np
 from PIL import Image
@@ -14,10 +15,10 @@ from mmgen.data.shards.samples import BadRecord, Picture, Sample, read
 from mmgen.data.shards.store import Patterns
 from mmgen.evaluate.distances import (
     Features,
-    compress,
     frechet,
     frechet_unbiased,
     nearest_distance,
+    projection,
     two_sample_accuracy,
     within_class_variance,
 )
@@ -49,13 +50,21 @@ class Pictures:
                 bad.append(BadRecord(sample.shard, sample.key, str(error)))
         self.images = decoded(stored, patcher)
         self.pixels = [pixels(image) for image in self.images]
-        self.truth = [truth(sample) for sample in self.samples]
+
+    @property
+    def truth(self) -> list[Truth]:
+        """The objects that each picture shows; raises ValueError for a sample without labels."""
+        return [truth(sample) for sample in self.samples]
 
     def of_size(self, size: tuple[int, int]) -> Pictures:
         """Return those of (height, width) `size`, which may be none."""
-        kept, chosen = [i for i, values in enumerate(self.pixels) if values.shape[:2] == size], copy(self)
-        chosen.samples, chosen.images = [self.samples[i] for i in kept], [self.images[i] for i in kept]
-        chosen.pixels, chosen.truth = [self.pixels[i] for i in kept], [self.truth[i] for i in kept]
+        return self.where([values.shape[:2] == size for values in self.pixels])
+
+    def where(self, kept: Sequence[bool]) -> Pictures:
+        """Return those for which `kept` is true."""
+        chosen = copy(self)
+        chosen.samples, chosen.images = [*compress(self.samples, kept)], [*compress(self.images, kept)]
+        chosen.pixels = [*compress(self.pixels, kept)]
         return chosen
 
 
@@ -84,7 +93,7 @@ class Real:
         self.test, self.test_truth = test.pixels, test.truth
         self.size: tuple[int, int] = (test.images[0].height, test.images[0].width)
         self.train_features, self.test_features = features(train.pixels), features(test.pixels)
-        self.pca = compress(self.train_features)
+        self.pca = projection(self.train_features)
         self.digits = digits_by_class(task, train.pixels, train.truth)
         test_digits = digits_by_class(task, test.pixels, test.truth)
         self.variance = within_class_variance({k: features(v) for k, v in test_digits.items()})

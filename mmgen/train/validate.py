@@ -125,7 +125,7 @@ def fixed_losses(
             batches += [views.empty(rows)] * (int(most) - len(batches))
         sums, counts = torch.zeros(2, len(samples), KINDS, dtype=torch.float64)
         for batch in batches:
-            _add(model, patcher, batch, sums, counts)
+            add_losses(model, patcher, batch, sums, counts)
         source = torch.searchsorted(ends, torch.arange(samples.start, samples.stop), right=True)
         for number in source.unique().tolist():
             here = source == number
@@ -141,7 +141,7 @@ def fixed_losses(
     )
 
 
-def _add(model: MMGenModel, patcher: Patcher, views: ViewBatch, sums: Tensor, counts: Tensor) -> None:
+def add_losses(model: MMGenModel, patcher: Patcher, views: ViewBatch, sums: Tensor, counts: Tensor) -> None:
     """Add the losses of a batch of views, and the number of their terms, per sample and kind [D, KINDS]."""
     batch = prepare(views.raw, patcher, model.device)
     losses = model(batch)

@@ -38,7 +38,8 @@ def test_equal_pictures_are_in_one_split_and_nothing_is_lost(tmp_path: Path) -> 
     captions = [sample.caption for samples in found.values() for sample in samples]
     assert sorted(captions) == sorted(f"picture {i}" for i in range(300))
     contents = {name: {sample.image for sample in samples} for name, samples in found.items()}
-    assert not contents["train"] & contents["val"] and not contents["train"] & contents["test"]
+    assert not contents["train"] & contents["val"]
+    assert not contents["train"] & contents["test"]
     assert not contents["val"] & contents["test"]
     distinct = 241
     assert len(contents["val"]) == pytest.approx(0.2 * distinct, abs=20)
@@ -82,5 +83,6 @@ def test_shards_are_split_with_their_interleaved_documents(tmp_path: Path) -> No
     split.main(str(shard), out=tmp_path / "set", val=0, test=0)
     one, two = read([str(tmp_path / "set" / "set-*.tar")])
     assert [type(segment).__name__ for segment in one.segments] == ["Text", "Picture", "Text", "Picture"]
-    assert isinstance(one.segments[3], Picture) and not one.segments[3].learn
+    assert isinstance(one.segments[3], Picture)
+    assert not one.segments[3].learn
     assert two.caption == "two"

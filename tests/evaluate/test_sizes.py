@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
         "train": {"steps": 3, "save_every": 3, "batch_rows": 8},
         "sample": {"steps": 2},
         "eval": {
-            "judge": [shard(folder, "judge", 100, SIZES[:1])], "test": [shard(folder, "test", 144, SIZES)],
+            "task": "digits", "judge": [shard(folder, "judge", 100, SIZES[:1])], "test": [shard(folder, "test", 144, SIZES)],
             "samples": 72, "batch": 72,
         },
     })  # fmt: skip

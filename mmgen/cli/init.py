@@ -1,0 +1,31 @@
+"""The command `mmgen init`: from a folder, a table or shards of pictures to shards, a tokenizer and settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def init(
+    *,
+    images: Annotated[Path | None, Parameter(help="Folder of pictures with caption files.")] = None,
+    table: Annotated[Path | None, Parameter(help="CSV, TSV, JSON lines or Parquet, columns image and caption.")] = None,
+    shards: Annotated[list[str] | None, Parameter(help="Existing shards; they are copied.", negative="")] = None,
+    out: Annotated[Path, Parameter(help="Settings file to write; its data are written beside it.")] = Path("my.yaml"),
+    minutes: Annotated[float, Parameter(help="How long `mmgen train` may take.")] = 30.0,
+    size: Annotated[str | None, Parameter(help="Size of the model: tiny, small, base or large.")] = None,
+    dry_run: Annotated[bool, Parameter(help="Show what would be written, and write nothing.", negative="")] = False,
+) -> int:
+    """Prepare a run on your own pictures: shards, tokenizer and settings.
+
+    It looks at the data, writes training, validation and test shards, trains a tokenizer, measures the pace of a few
+    real steps and writes a commented settings file. It asks nothing.
+
+    Example:
+        mmgen init --images pictures --minutes 15 --out my.yaml
+    """
+    from mmgen.propose.prepare import Inputs, prepare  # it imports torch
+
+    return prepare(Inputs(images, table, tuple(shards or ())), out, minutes, size, dry_run)

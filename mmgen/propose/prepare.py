@@ -1,0 +1,201 @@
+"""Prepares a run on a user's own pictures: shards, tokenizer and a settings file; `mmgen init` is its command."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from mmgen.config import Config, choose
+from mmgen.config_io import override
+from mmgen.data.progress import Progress, to_stderr
+from mmgen.data.shards.samples import BadSample, read
+from mmgen.propose.file import as_settings, as_yaml
+from mmgen.propose.look import KEEP, Look
+from mmgen.propose.measure import Pace, measure
+from mmgen.propose.settings import (
+    SIZES,
+    Choice,
+    Machine,
+    Names,
+    choices,
+    document_lengths,
+    schedule,
+    steps_for,
+    vocabulary,
+)
+
+LOOKED_AT = 2_000
+"""Largest number of samples that are looked at."""
+VALIDATION, TEST = 500, 1_000
+"""Most samples of the validation and test shards; 5% and 10% of smaller sets."""
+FILLED = 0.95
+"""Typical share of a row that documents fill."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the pictures are; exactly one is given."""
+
+    images: Path | None = None
+    table: Path | None = None
+    shards: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = {"--images": self.images, "--table": self.table, "--shards": self.shards}
+        named = [name for name, value in given.items() if value]
+        if len(named) != 1:
+            which = f"leave out one of {', '.join(named)}" if named else f"give one of {', '.join(given)}"
+            raise ValueError(f"mmgen init reads one source of pictures: {which}")
+
+    def open(self, out: Path) -> Any:
+        """The source, for `data_prep.shards.write`; `out` is the folder of the shards."""
+        if self.images:
+            return script("folder").source(self.images, out)
+        if self.table:
+            return script("table").source(self.table)
+        return script("split").source(self.shards)
+
+
+def prepare(inputs: Inputs, out: Path, minutes: float, size: str | None, dry_run: bool) -> int:
+    """Look at the data and write shards, tokenizer and the settings file `out`; returns the exit code.
+
+    Raises:
+        ValueError: an option is wrong, the settings file exists, or nothing of the data can be used.
+        ChildProcessError: training with the proposed settings failed.
+    """
+    if out.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--out {out} is not a settings file: name a file that ends in .yaml")
+    if out.exists() and not dry_run:
+        raise ValueError(f"{out} exists: choose another --out, or remove it")
+    if minutes <= 0:
+        raise ValueError(f"--minutes is {minutes:g}: give more than 0")
+    if size is not None:
+        choose(SIZES, size, "--size")
+    machine = Machine(torch.cuda.is_available(), minutes)
+    folder = out.parent / f"{out.stem}-data"
+    look = look_at(inputs.open(folder))
+    for line in look.lines():
+        to_stderr(line)
+    if not look.documents:
+        raise ValueError(f"nothing of the data can be used: {look.left_out[0] if look.left_out else 'it is empty'}")
+    return Preparation(inputs, out, folder, machine, size or machine.size, look).run(dry_run)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What `mmgen init` writes, once it has looked at the data."""
+
+    inputs: Inputs
+    out: Path
+    folder: Path
+    """Folder of shards and tokenizer."""
+    machine: Machine
+    size: str
+    look: Look
+
+    def run(self, dry_run: bool) -> int:
+        """Write shards, tokenizer and settings file, or print the settings file alone."""
+        if dry_run:
+            print(as_yaml([*self._choices(self._tokens()), *schedule(1000)], self._head("not measured")), end="")
+            return 0
+        self._write_shards()
+        words, why = vocabulary(self.look.captions)
+        to_stderr(f"tokenizer: up to {words:,} tokens, since the captions have {why}")
+        script("tokenizer").main(self.names.train, out=Path(self.names.tokenizer), vocabulary=words)
+        tokenizer = Tokenizer.from_file(self.names.tokenizer)
+        chosen = self._choices(lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids))
+        samples = sum(1 for _ in read([self.names.train], bad=[], data=KEEP))
+        pace = measure(override(Config(), as_settings([*chosen, *schedule(1000)])))
+        steps, reason = self._steps(pace, chosen, samples)
+        estimate = pace.minutes(steps)
+        settings = [*chosen, Choice("train.steps", steps, reason), *schedule(steps)]
+        part = self.out.with_suffix(".part")
+        part.write_text(as_yaml(settings, self._head(f"about {estimate:.0f} minutes on this machine")))
+        part.replace(self.out)
+        print(f"{self.out}: {steps:,} steps, about {estimate:.1f} minutes on this machine ({reason})")
+        print(f"Next: mmgen train --config {self.out}")
+        return 0
+
+    @property
+    def names(self) -> Names:
+        """Paths of the files of the run."""
+        stem = self.folder / self.stem
+        return Names(
+            run=f"runs/{self.stem}",
+            train=f"{stem}-train-*.tar",
+            val=f"{stem}-val-*.tar",
+            test=f"{stem}-test-*.tar",
+            tokenizer=str(self.folder / "tokenizer.json"),
+        )
+
+    @property
+    def stem(self) -> str:
+        """First part of the names of the shards and their keys."""
+        return re.sub(r"[^\w-]+", "-", self.out.stem)
+
+    def _choices(self, tokens: Callable[[str], int]) -> list[Choice]:
+        return choices(self.look, self.machine, self.size, self.names, tokens)
+
+    def _tokens(self) -> Callable[[str], int]:
+        """The length of a text in tokens of a tokenizer trained on the samples that were looked at."""
+        words, _ = vocabulary(self.look.captions)
+        tokenizer = script("tokenizer").trained(self.look.captions, words)
+        return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _write_shards(self) -> None:
+        shards = script("shards")
+        source = self.inputs.open(self.folder)
+        count = source.total or len(self.look.documents)
+        shares = shards.Shares(min(0.05, VALIDATION / count), min(0.1, TEST / count))
+        target = shards.Target(self.folder, self.stem, 1000, source.made, shares)
+        shards.write(target, source.items, source.sample, source.total)
+
+    def _steps(self, pace: Pace, chosen: Sequence[Choice], samples: int) -> tuple[int, str]:
+        settings = as_settings(chosen)
+        rows, length = settings["train"]["batch_rows"], settings["data"]["row_length"]
+        patcher = settings["model"]["patcher"]
+        tokenizer = Tokenizer.from_file(self.names.tokenizer)
+        lengths = document_lengths(
+            self.look.documents,
+            [(height, width) for height, width in patcher["image_sizes"]],
+            patcher["patch_size"],
+            lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids),
+            Config(),
+        )
+        per_step = max(rows, rows * length / fmean(lengths) * FILLED)
+        return steps_for(pace.seconds_for_steps(self.machine.minutes), pace.seconds_per_step, samples, per_step)
+
+    def _head(self, time: str) -> list[str]:
+        return [
+            f"mmgen train --config {self.out}    ({time})",
+            f"Written by `mmgen init --minutes {self.machine.minutes:g}`; `mmgen settings NAME` explains each setting.",
+        ]
+
+
+def look_at(source: Any) -> Look:
+    """Look at up to `LOOKED_AT` samples of a source, spread over it where its items are a list."""
+    left_out = script("shards").LeftOut
+    items = source.items
+    if isinstance(items, list):
+        items = items[:: max(1, len(items) // LOOKED_AT)]
+    look = Look(source.total)
+    for item in Progress("looking at the data", "samples", quiet=True).over(islice(items, LOOKED_AT)):
+        try:
+            look.add(source.sample(item))
+        except (left_out, BadSample) as error:
+            look.left_out.append(str(error))
+    return look
+
+
+def script(name: str) -> Any:
+    """A script of `data_prep`, which is above this package."""
+    return importlib.import_module(f"data_prep.{name}")
