@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -23,34 +24,15 @@ from pydantic_core import ErrorDetails, to_jsonable_python
 from mmgen.config import FLAT, OBJECTIVE_SETTINGS, RENAMED, AddedSectionError, Config, choose, nearest
 
 
-def _projections() -> Collection[str]:
-    from mmgen.objective.layers import PROJECTIONS
+def _entries(place: str) -> Callable[[], Collection[str]]:
+    """A function that imports a registry, named as `MODULE:NAME`."""
+    module, _, name = place.partition(":")
 
-    return PROJECTIONS
+    def entries() -> Collection[str]:
+        found: Collection[str] = getattr(import_module(module), name)
+        return found
 
-
-def _objectives() -> Collection[str]:
-    from mmgen.objective import OBJECTIVES
-
-    return OBJECTIVES
-
-
-def _paths() -> Collection[str]:
-    from mmgen.flow import PATHS
-
-    return PATHS
-
-
-def _weights() -> Collection[str]:
-    from mmgen.flow import WEIGHTS
-
-    return WEIGHTS
-
-
-def _times() -> Collection[str]:
-    from mmgen.flow import TIMES
-
-    return TIMES
+    return entries
 
 
 def _solvers() -> Collection[str]:
@@ -65,28 +47,16 @@ def _tasks() -> Collection[str]:
     return [CAPTIONS, *TASKS]
 
 
-def _extractors() -> Collection[str]:
-    from mmgen.evaluate.extractors import EXTRACTORS
-
-    return EXTRACTORS
-
-
-def _patchers() -> Collection[str]:
-    from mmgen.image.latent import PATCHERS
-
-    return PATCHERS
-
-
 REGISTRIES: dict[str, Callable[[], Collection[str]]] = {
-    "model.patcher.kind": _patchers,
-    "model.patcher.projection": _projections,
-    "objective.kind": _objectives,
-    "objective.path": _paths,
-    "objective.weight": _weights,
-    "objective.time.distribution": _times,
+    "model.patcher.kind": _entries("mmgen.image.latent:PATCHERS"),
+    "model.patcher.projection": _entries("mmgen.objective.layers:PROJECTIONS"),
+    "objective.kind": _entries("mmgen.objective:OBJECTIVES"),
+    "objective.path": _entries("mmgen.flow:PATHS"),
+    "objective.weight": _entries("mmgen.flow:WEIGHTS"),
+    "objective.time.distribution": _entries("mmgen.flow:TIMES"),
     "sample.solver": _solvers,
     "eval.task": _tasks,
-    "eval.features": _extractors,
+    "eval.features": _entries("mmgen.evaluate.extractors:EXTRACTORS"),
 }
 """Dotted name of a setting to the names that it may have. Registries are imported on demand, as they import torch."""
 

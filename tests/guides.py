@@ -38,11 +38,12 @@ REGISTRIES = {
     "patchers": "mmgen.image.latent:PATCHERS",
     "projections": "mmgen.objective.layers:PROJECTIONS",
     "tasks": "mmgen.evaluate.tasks:TASKS",
+    "extractors": "mmgen.evaluate.extractors:EXTRACTORS",
     "metrics": "mmgen.evaluate.metrics:METRICS",
     "baselines": "mmgen.evaluate.baselines:BASELINES",
     "experiments": "mmgen.lab.catalog:EXPERIMENTS",
 }
-HEADINGS = {"conversions": "quantity", "distributions": "timestep distribution"}
+HEADINGS = {"conversions": "quantity", "extractors": "`eval.features`", "distributions": "timestep distribution"}
 
 
 @dataclass(frozen=True)

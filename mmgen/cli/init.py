@@ -13,7 +13,7 @@ def init(
     images: Annotated[Path | None, Parameter(help="Folder of pictures with caption files.")] = None,
     table: Annotated[Path | None, Parameter(help="CSV, TSV, JSON lines or Parquet, columns image and caption.")] = None,
     shards: Annotated[list[str] | None, Parameter(help="Existing shards; they are copied.", negative="")] = None,
-    out: Annotated[Path, Parameter(help="Settings file to write; its data are written beside it.")] = Path("my.yaml"),
+    out: Annotated[Path, Parameter(help="Settings file to write; its data go into the same folder.")] = Path("my.yaml"),
     minutes: Annotated[float, Parameter(help="How long `mmgen train` may take.")] = 30.0,
     size: Annotated[str | None, Parameter(help="Size of the model: tiny, small, base or large.")] = None,
     dry_run: Annotated[bool, Parameter(help="Show what would be written, and write nothing.", negative="")] = False,

@@ -1,7 +1,7 @@
 """The report of a run on any captioned images: no labels are needed.
 
 Captions are scored by their words, pictures by the distributions of their features, and both by which of several
-captions the model finds likeliest. Beside each score stands what real pictures, chance and cheap baselines reach.
+captions the model finds likeliest. Each score comes with what real pictures, chance and cheap baselines reach.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class Row:
     meaning: str
     better: str
     """Which values are better: higher, lower, or near to a number."""
-    beside: Mapping[str, str]
+    against: Mapping[str, str]
     """A word to the key of a score that the value is compared with."""
 
 
@@ -37,7 +37,7 @@ ROWS = (
     Row("fd_unbiased", "distance of drawn from real pictures (Fréchet)", "lower", {"real": "fd_unbiased_floor"}),
     Row("fd", "the same, without removing its bias", "lower", {"real": "fd_floor"}),
     Row("kd", "distance of drawn from real pictures (kernel)", "lower", {"real": "kd_floor"}),
-    Row("two_sample_accuracy", "how often a classifier tells drawn from real", "lower",
+    Row("two_sample_accuracy", "how often a classifier separates drawn from real", "lower",
         {"real": "two_sample_accuracy_floor"}),
     Row("diversity_ratio", "variety of pictures of one caption, over that of real ones", "near 1", {}),
     Row("nn_distance_ratio", "distance to the nearest training picture, over that of real ones", "not below 1", {}),
@@ -59,8 +59,8 @@ def table(report: Mapping[str, Any]) -> Table:
             continue
         low, high = report.get(f"{row.key}_low"), report.get(f"{row.key}_high")
         interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-        beside = ", ".join(
-            f"{word} {report[key]:.3f}" for word, key in row.beside.items() if report.get(key) is not None
+        compared = ", ".join(
+            f"{word} {report[key]:.3f}" for word, key in row.against.items() if report.get(key) is not None
         )
-        found.add_row(row.key, f"{value:.3f}", interval, row.better, beside, row.meaning)
+        found.add_row(row.key, f"{value:.3f}", interval, row.better, compared, row.meaning)
     return found
