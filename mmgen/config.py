@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from mmgen.expression import condition
+
 Prediction = Literal["x", "eps", "v", "score", "v_sh"]
 Positions = Literal["shared", "raster", "axial"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -107,6 +109,12 @@ class DataConfig(Settings):
     """Limits on the size of shards and samples."""
     captionless: Literal["refuse", "keep"] = "refuse"
     """How an image without text is read: as a bad sample (`refuse`), or as a document of the image alone (`keep`)."""
+    where: str | None = None
+    """Condition over a sample's JSON, `width` and `height`, such as `similarity > 0.28 and width >= 256`; only samples
+    for which it is true are used."""
+    captions: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Fields of captions and their weights, such as `{recaption: 0.8, txt: 0.2}`: each sample's key draws one of those
+    that it has; `txt` is the text member, other names are fields of the JSON. If empty, `txt`, else `caption`."""
     clean_captions: bool = False
     """Clean the captions: unescape HTML, remove tags and links, and collapse white space."""
     resize: Literal["lanczos", "area"] = "lanczos"
@@ -146,6 +154,11 @@ class DataConfig(Settings):
     """Number of loader processes; 0 decodes in the training process."""
 
     def check(self) -> None:
+        if self.where is not None:
+            try:
+                condition(self.where)
+            except ValueError as error:
+                raise ValueError(f"data.where: {error}") from None
         sources = [source for source in self.val if isinstance(source, SourceConfig)]
         names = [source.name for source in sources if source.name is not None]
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -585,7 +598,8 @@ class TrainConfig(Settings):
     spike_factor: Annotated[float, Field(gt=1)] = 2.0
     """A loss above this multiple of its recent median is logged in spikes.jsonl, with the data of the step."""
     init_from: Path | None = None
-    """Checkpoint whose weights a new run starts from; parameters that it lacks or has in another shape are new."""
+    """Checkpoint, or run folder, whose weights a new run starts from; parameters that it lacks or has in another shape
+    are new, and rows of the vocabulary are taken over by the text of their token."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number type of the forward pass; `auto` chooses bf16 on CUDA and on processors with AMX, else fp32."""
     compile: bool = False

@@ -15,6 +15,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+import yaml
 from cyclopts import Parameter
 from pydantic import BaseModel, BeforeValidator, create_model
 from pydantic.fields import FieldInfo
@@ -115,7 +116,8 @@ def twin(model: type[BaseModel]) -> type[Overrides]:
             kind = twin(section)
             flag.default = kind()
         elif get_origin(kind) is list:
-            flag.metadata = [*field.metadata, BeforeValidator(_whole_list)]
+            nested = get_origin(get_args(kind)[0]) in (list, tuple)
+            flag.metadata = [*field.metadata, BeforeValidator(_whole_list if nested else _plain_list)]
         flag.metadata = [*flag.metadata, Parameter(show=False)]
         flag.annotation = kind  # type: ignore[assignment]
         fields[name] = (kind, flag)
@@ -139,3 +141,14 @@ def _whole_list(value: object) -> object:
         inner = value[0]
         return inner if all(isinstance(item, list) for item in inner) else value
     return value
+
+
+def _plain_list(value: object) -> object:
+    """Unwrap a list of plain values in one word, such as `[1, 2]` or `[red, green]`, and refuse null."""
+    if isinstance(value, list) and len(value) == 1:
+        (only,) = value
+        if isinstance(only, str) and only.startswith("[") and only.endswith("]"):
+            only = yaml.safe_load(only)
+        if isinstance(only, list):
+            return only
+    return _whole_list(value)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -230,6 +231,12 @@ def overlong_remedy(data: DataConfig) -> str:
     return "raise data.row_length, shorten the text, or set data.overlong to truncate"
 
 
+def shown_counts(counts: Mapping[str, int]) -> str:
+    """Reasons and their counts in words, the commonest first: `12 samples, because data.where is false`."""
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return "; ".join(f"{count:,} samples, because {reason}" for reason, count in ordered)
+
+
 class Sources:
     """The shards, weights and names of the sources."""
 
@@ -258,6 +265,8 @@ class Dataset(Measured):
         self.weights, self.names = sources.weights, sources.names
         ensure_all(self.shards, tokenizer, config.data)
         self.bad: list[BadRecord] = []
+        self.unwanted = Counter[str]()
+        """Why `data.where` leaves samples out, and how many."""
         self.hashes: list[str] = []
         self.pictures: str | None = None
         """A shard that holds images as pixels."""
@@ -268,6 +277,7 @@ class Dataset(Measured):
             index = ensure(shard, tokenizer, config.data)
             counts.append(index.count)
             self.bad += index.meta.bad
+            self.unwanted.update(index.meta.unwanted)
             self.hashes.append(index.meta.sha256)
             if index.meta.pictures:
                 self.pictures = self.pictures or shard
@@ -282,6 +292,8 @@ class Dataset(Measured):
             if self.bad:
                 first = self.bad[0]
                 why = f". Bad samples: {len(self.bad)}, the first is {first.name}: {first.reason}"
+            if self.unwanted:
+                why += f". Left out: {shown_counts(self.unwanted)}"
             raise ValueError(f"no usable sample in {', '.join(map(str, patterns))}{why}")
         self.index = lru_cache(OPEN_SHARDS)(self._index)
         self.facts = lru_cache(OPEN_SHARDS)(self._facts)

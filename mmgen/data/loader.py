@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmgen.config import Config
-from mmgen.data.dataset import Dataset, Samples
+from mmgen.data.dataset import Dataset, Samples, shown_counts
 from mmgen.data.documents import Decoded, Documents, Share, Step
 from mmgen.data.order import Cursors, Mixture, Plan, PlannedDocument, PlannedRow, Position
 from mmgen.data.shards import store
@@ -105,7 +105,8 @@ class Corpus(Documents):
     @property
     def description(self) -> str:
         """The number of samples, for the first line of a run."""
-        return f"{len(self.samples)} samples"
+        left_out = self.dataset.unwanted
+        return f"{len(self.samples)} samples" + (f" ({shown_counts(left_out)} left out)" if left_out else "")
 
     def known(self, position: Position | Cursors) -> int:
         """Number of samples that the share of bad samples is relative to."""

@@ -39,7 +39,7 @@ from mmgen.data.order import (
 )
 from mmgen.data.shards import store
 from mmgen.data.shards.index import Builder, SegmentFacts, key_hash, repeated, segment_facts, tokens_column
-from mmgen.data.shards.samples import BadRecord, BadSample, Group, Picture, Sample, damage, groups, parse
+from mmgen.data.shards.samples import BadRecord, BadSample, Group, Picture, Sample, Unwanted, damage, groups, parse
 from mmgen.data.shards.store import Patterns, expand
 from mmgen.data.shards.tar import Damaged
 from mmgen.image.latent import AutoencoderFacts
@@ -228,7 +228,8 @@ class Streams:
                         seen.add(hashed)
                         if number > first:
                             first = number
-                            yield number, self._look(name, group, again)
+                            if (found := self._look(name, group, again)) is not None:
+                                yield number, found
                 return
             except Damaged as error:
                 if number >= first:
@@ -241,7 +242,8 @@ class Streams:
                     raise OSError(f"shard {shard} cannot be read: {error}") from None
                 time.sleep(wait)
 
-    def _look(self, name: str, group: Group, again: bool) -> ReadSample | BadRecord:
+    def _look(self, name: str, group: Group, again: bool) -> ReadSample | BadRecord | None:
+        """A sample, the reason why it cannot be used, or None if `data.where` leaves it out."""
         try:
             if again:
                 raise BadSample(repeated(group))
@@ -251,6 +253,8 @@ class Streams:
                     "latents and codes are read only through an index, which records their maker: set data.streams to 0"
                 )
             return ReadSample(sample, group, [segment_facts(segment, self.config.data) for segment in sample.segments])
+        except Unwanted:
+            return None
         except BadSample as error:
             return BadRecord(name, group.key, str(error))
 

@@ -227,8 +227,8 @@ def evaluate_captioned(
 
 
 def captioned(pictures: Pictures) -> Pictures:
-    """Those with a caption."""
-    return pictures.where([bool(sample.caption.strip()) for sample in pictures.samples])
+    """Those with a caption, in a random order, because shards are often sorted by topic."""
+    return pictures.where([bool(sample.caption.strip()) for sample in pictures.samples]).shuffled()
 
 
 def judge_of(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy
-from itertools import compress
 
 import numpy as np
 from PIL import Image
@@ -62,9 +61,17 @@ class Pictures:
 
     def where(self, kept: Sequence[bool]) -> Pictures:
         """Return those for which `kept` is true."""
+        return self.at([i for i, keep in enumerate(kept) if keep])
+
+    def shuffled(self) -> Pictures:
+        """Return all of them in a random order, which is always the same for the same number of pictures."""
+        return self.at(np.random.default_rng(0).permutation(len(self.samples)).tolist())
+
+    def at(self, order: Sequence[int]) -> Pictures:
+        """Return those at some indices, in this order."""
         chosen = copy(self)
-        chosen.samples, chosen.images = [*compress(self.samples, kept)], [*compress(self.images, kept)]
-        chosen.pixels = [*compress(self.pixels, kept)]
+        chosen.samples, chosen.images = [self.samples[i] for i in order], [self.images[i] for i in order]
+        chosen.pixels = [self.pixels[i] for i in order]
         return chosen
 
 

@@ -57,13 +57,13 @@ class Pair:
 
 
 def pairs(corpus: Corpus, count: int, choices: int) -> list[Pair]:
-    """The first `count` captioned pictures of a corpus, each with `choices` captions that differ from each other.
+    """`count` captioned pictures of a corpus, each with `choices` captions that differ from each other.
 
-    The other captions are drawn from the corpus by the key of the picture. Fewer are used if the corpus has fewer
-    different captions; without a second caption the list is empty.
+    The pictures are the same random ones in every call. The other captions are drawn from the corpus by the key of the
+    picture. Fewer are used if the corpus has fewer different captions; without a second caption the list is empty.
     """
     found: list[tuple[Decoded, DecodedImage, TextSegment]] = []
-    for index in range(len(corpus.samples)):
+    for index in np.random.default_rng(SEED).permutation(len(corpus.samples)).tolist():
         if len(found) == count:
             break
         decoded = corpus.decoded(0, index)

@@ -51,16 +51,18 @@ ROWS = (
 def table(report: Mapping[str, Any]) -> Table:
     """The scores of the first declared size, each with its interval and what it is read against."""
     found = Table(box=None, pad_edge=False)
-    for heading in ("score", "value", "95% interval", "better", "compare with", "what it is"):
-        found.add_column(heading, no_wrap=heading != "what it is")
+    found.add_column("score", ratio=1)
+    for heading in ("value", "95% interval"):
+        found.add_column(heading, no_wrap=True)
+    found.add_column("better if", no_wrap=True)
+    found.add_column("compare with", ratio=1)
     for row in ROWS:
         value = report.get(row.key)
         if value is None:
             continue
         low, high = report.get(f"{row.key}_low"), report.get(f"{row.key}_high")
-        interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-        compared = ", ".join(
-            f"{word} {report[key]:.3f}" for word, key in row.against.items() if report.get(key) is not None
-        )
-        found.add_row(row.key, f"{value:.3f}", interval, row.better, compared, row.meaning)
+        interval = "" if low is None or high is None else f"{low:.3f}, {high:.3f}"
+        known = {word: report[key] for word, key in row.against.items() if report.get(key) is not None}
+        compared = ", ".join(f"{word} {number:.3f}" for word, number in known.items())
+        found.add_row(f"{row.meaning} ({row.key})", f"{value:.3f}", interval, row.better, compared)
     return found

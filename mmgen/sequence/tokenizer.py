@@ -82,6 +82,11 @@ class Tokenizer:
     def __len__(self) -> int:
         return int(self._text.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, special ones included, as the tokenizer stores its text, to its id."""
+        return dict(self._text.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without special tokens."""
         return list(self._text.encode(text, add_special_tokens=False).ids)

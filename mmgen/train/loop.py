@@ -21,6 +21,7 @@ from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train import metrics, recovery
 from mmgen.train.checkpoint import read as checkpoint
 from mmgen.train.checkpoint.read import Checkpoint
+from mmgen.train.checkpoint.start import checkpoint_of, start_from
 from mmgen.train.checkpoint.write import Saver
 from mmgen.train.engine import Engine
 from mmgen.train.guard import INTERRUPTED, Watchdog, check_space, interruptible
@@ -59,6 +60,8 @@ def train(config: Config) -> int:
                 ranks.print(checkpoint.describe_finished(resumed, config))
                 finish()
                 return 0
+            for line in checkpoint.describe_changes(resumed, config):
+                ranks.print(line)
             config = config.with_positions(resumed.state.positions)
         with closing(Watchdog(config.train.timeout, ranks.rank, heartbeat=heartbeat)) as watchdog:
             run = open_run(Start(config, ranks, tokenizer, facts, resumed), watchdog, heartbeat)
@@ -79,7 +82,11 @@ def main_heartbeat() -> Heartbeat:
 def first_facts(config: Config, tokenizer: Tokenizer) -> AutoencoderFacts | None:
     """Facts of a new run's autoencoder: those stored with the weights of `train.init_from`, else measured now."""
     start = config.train.init_from
-    stored = checkpoint.stored_facts(start) if start is not None and config.model.patcher.kind == "vae" else None
+    stored = (
+        checkpoint.stored_facts(checkpoint_of(start))
+        if start is not None and config.model.patcher.kind == "vae"
+        else None
+    )
     return stored or find_facts(config, tokenizer)
 
 
@@ -190,10 +197,8 @@ def open_run(start: Start, watchdog: Watchdog, heartbeat: Heartbeat) -> Run:
         if resumed.state.noise != NOISE:
             ranks.print(f"{resumed.folder} is of an earlier version: the run continues with the noise of this one")
     elif config.train.init_from is not None:
-        fresh = checkpoint.start_from(config.train.init_from, engine)
-        ranks.print(
-            f"weights from {config.train.init_from}" + (f"; these start fresh: {', '.join(fresh)}" if fresh else "")
-        )
+        for line in start_from(config.train.init_from, engine, tokenizer).lines():
+            ranks.print(line)
     heartbeat.begin("opening the run folder")
     check_room(engine)
     if ranks.rank == 0:

@@ -63,7 +63,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "unknown command 'trian', did you mean 'train'? (one of: prep, train, "),
+        (["trian"], "unknown command 'trian', did you mean 'train'? (one of: init, prep, train, "),
         (["lab", "rum"], "unknown command 'lab rum', did you mean 'run'? (one of: list, run)"),
         (["--foo"], "unknown option --foo: see `mmgen --help`"),
         (
@@ -209,10 +209,11 @@ def test_an_empty_list_on_the_command_line(capsys: pytest.CaptureFixture, file: 
 
 def test_evaluation_names_the_setting_that_is_empty(capsys: pytest.CaptureFixture, trained: Path) -> None:
     words = ["eval", "--config", trained]
-    for key, given in (("eval.test", []), ("eval.judge", ["--eval.test", "x.tar"])):
+    labelled = ["--eval.test", "x.tar", "--eval.task", "digits"]
+    for key, task, given in (("eval.test", "captions", []), ("eval.judge", "digits", labelled)):
         code, out, err = run(capsys, *words, *given)
         assert (code, out) == (2, "")
-        assert f"mmgen: error: {key} is empty: the task 'digits' needs labelled shards there\n" in err
+        assert f"mmgen: error: {key} is empty: the task '{task}' needs shards there\n" in err
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import hashlib
 import json
 import mmap
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from mmgen.data.shards.samples import (
     Sample,
     Segment,
     Text,
+    Unwanted,
     assemble,
     damage,
     groups,
@@ -51,7 +53,8 @@ Ints = NDArray[np.int64]
 
 def settings_of(data: DataConfig) -> str:
     """The settings that decide which samples of a shard are usable and what their text is, as one string."""
-    return f"{VERSION} {data.captionless} {data.clean_captions} {data.limits.model_dump_json()}"
+    chosen = "" if data.where is None and not data.captions else f" {data.where!r} {data.captions!r}"
+    return f"{VERSION} {data.captionless} {data.clean_captions} {data.limits.model_dump_json()}{chosen}"
 
 
 def key_hash(shard: str, key: str) -> int:
@@ -78,6 +81,8 @@ class IndexMeta:
     """Number of images, without precomputed arrays."""
     stored: dict[str, list[str]]
     """Kind of precomputed arrays to the fingerprints of their makers; an unknown maker is an empty string."""
+    unwanted: dict[str, int] = field(default_factory=dict)
+    """Why `data.where` leaves samples out, and how many."""
 
     def to_json(self) -> str:
         """The text that the index file stores."""
@@ -97,6 +102,7 @@ class IndexMeta:
             duplicates=read["duplicates"],
             pictures=read.get("pictures", 0),
             stored=read["stored"] if "stored" in read else _latents_of(read.get("autoencoders", [])),
+            unwanted=read.get("unwanted", {}),
         )
 
 
@@ -248,7 +254,7 @@ def cached_path(shard: str, cache_dir: Path) -> Path:
 
 def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
     """Read a shard once; returns the bytes of its index file."""
-    builder, bad, duplicates = Builder(), list[BadRecord](), list[str]()
+    builder, bad, duplicates, unwanted = Builder(), list[BadRecord](), list[str](), Counter[str]()
     name, seen = store.name(shard), set[int]()
     stamp = store.stamp(shard)
     with store.stream(shard, data.limits) as plain:
@@ -266,6 +272,8 @@ def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
                 try:
                     sample = parse(name, group, data)
                     builder.add(sample, group, [segment_facts(segment, data) for segment in sample.segments])
+                except Unwanted as error:
+                    unwanted[str(error)] += 1
                 except BadSample as error:
                     bad.append(BadRecord(name, group.key, str(error)))
         except Damaged as error:
@@ -286,6 +294,7 @@ def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
         duplicates=duplicates,
         pictures=sum(segment.kind == IMAGE for segment in builder.segments),
         stored={kind: sorted(maker for name, maker in arrays if name == kind) for kind, _ in sorted(arrays)},
+        unwanted=dict(unwanted),
     )
     return _file(builder.columns(tokenizer), meta)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import unicodedata
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from html import unescape
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,12 @@ from mmgen.config import DataConfig, LimitsConfig
 from mmgen.data.shards import store
 from mmgen.data.shards.store import Patterns, expand
 from mmgen.data.shards.tar import Damaged, Member, members
+from mmgen.expression import Lacking, condition
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 ARRAYS = ("safetensors", "npy")
-TEXTS = ("txt", "json")
+TXT = "txt"
+TEXTS = (TXT, "json")
 USED = (*IMAGES, *ARRAYS, *TEXTS)
 
 
@@ -43,6 +48,10 @@ class BadRecord:
 
 class BadSample(ValueError):
     """Raised for one sample that cannot be used; the run continues without it."""
+
+
+class Unwanted(BadSample):
+    """Raised for a usable sample that `data.where` leaves out."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +195,8 @@ def read(patterns: Patterns, bad: list[BadRecord] | None = None, data: DataConfi
                 for group in groups(file, data.limits):
                     try:
                         yield parse(name, group, data)
+                    except Unwanted:
+                        continue
                     except BadSample as error:
                         if bad is None:
                             raise
@@ -220,17 +231,15 @@ def assemble(shard: str, key: str, contents: Mapping[str, bytes], data: DataConf
     """The sample of the members of a key (extension to bytes); raises `BadSample`."""
     loaded = _json(contents["json"]) if "json" in contents else {}
     if isinstance(loaded, list):
+        if data.where is not None:
+            _want({}, b"", data)
         return Sample(shard, key, _interleaved(loaded, key, contents, data))
     meta = loaded if isinstance(loaded, dict) else {}
-    caption = meta.get("caption")
-    if "txt" in contents:
-        try:
-            caption = contents["txt"].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadSample(f"caption cannot be read: .txt is not UTF-8 ({position(error)})") from None
-    caption = "" if caption is None else _clean(caption, data)
+    caption = _caption(shard, key, contents, meta, data)
     array = next((contents[name] for name in contents if name.rsplit(".", 1)[-1] in ARRAYS), None)
     image = next((contents[name] for name in IMAGES if name in contents), None)
+    if data.where is not None:
+        _want(meta, image or b"", data)
     if image is None and array is None:
         if not caption:
             raise BadSample(f"neither an image ({', '.join(IMAGES)}) nor text among members {sorted(contents)}")
@@ -241,6 +250,47 @@ def assemble(shard: str, key: str, contents: Mapping[str, bytes], data: DataConf
     if not caption and data.captionless == "refuse":
         raise BadSample("an image without a caption (data.captionless: keep trains on the image alone)")
     return Sample(shard, key, (Text(caption), picture) if caption else (picture,), bool(caption), meta)
+
+
+def _caption(shard: str, key: str, contents: Mapping[str, bytes], meta: Mapping[str, Any], data: DataConfig) -> str:
+    """The caption of a sample: of `data.captions`, the field that its key draws; raises `BadSample`."""
+    found = {name: meta[name] for name in data.captions if name != TXT and meta.get(name)}
+    if TXT in contents and (TXT in data.captions or not data.captions):
+        try:
+            found[TXT] = contents[TXT].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample(f"caption cannot be read: .txt is not UTF-8 ({position(error)})") from None
+    if not data.captions:
+        caption = found.get(TXT, meta.get("caption"))
+        return "" if caption is None else _clean(caption, data)
+    cleaned = {name: text for name, value in found.items() if (text := _clean(value, data))}
+    names = [name for name in data.captions if name in cleaned]
+    if not names:
+        return ""
+    weights = [data.captions[name] for name in names]
+    hashed = hashlib.blake2b(f"{shard}\0{key}\0caption".encode(), digest_size=8).digest()
+    at = int.from_bytes(hashed, "little") / 2**64 * sum(weights)
+    return cleaned[names[min(bisect(list(accumulate(weights)), at), len(names) - 1)]]
+
+
+def _want(meta: Mapping[str, Any], image: bytes, data: DataConfig) -> None:
+    """Raise `Unwanted` unless `data.where` is true for a sample."""
+    wanted, fields = condition(data.where or ""), dict(meta)
+    if image and wanted.names & {"width", "height"} - fields.keys():
+        height, width = pixel_size(image)
+        fields |= {"width": width, "height": height}
+    try:
+        if not wanted(fields):
+            raise Unwanted("data.where is false")
+    except Lacking as error:
+        raise Unwanted(f"data.where: {error}") from None
+
+
+def pixel_size(image: bytes) -> tuple[int, int]:
+    """(height, width) from the header of an image; raises `BadSample`."""
+    from mmgen.data.shards.pictures import image_size  # it imports this module
+
+    return image_size(Picture(image), LimitsConfig())
 
 
 def _json(data: bytes) -> Any:

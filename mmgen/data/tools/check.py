@@ -410,6 +410,9 @@ class IndexReport:
     samples: int
     bad: int
     duplicates: int
+    left_out: int
+    """Samples that `data.where` leaves out."""
+    left_out_because: dict[str, int]
     fingerprint: str
 
     def as_dict(self) -> dict[str, object]:
@@ -422,11 +425,14 @@ def index_shards(patterns: Patterns, tokenizer: Tokenizer, config: Config, worke
     shards = expand(patterns)
     ensure_all(shards, tokenizer, config.data, workers, log)
     indexes = [ensure(shard, tokenizer, config.data) for shard in shards]
+    unwanted = sum((Counter(index.meta.unwanted) for index in indexes), Counter[str]())
     facts = "\n".join(f"{store.name(s)} {index.meta.sha256}" for s, index in zip(shards, indexes, strict=True))
     return IndexReport(
         shards=len(shards),
         samples=sum(index.count for index in indexes),
         bad=sum(len(index.meta.bad) for index in indexes),
         duplicates=sum(len(index.meta.duplicates) for index in indexes),
+        left_out=unwanted.total(),
+        left_out_because=dict(unwanted),
         fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
     )

@@ -184,6 +184,17 @@ def describe_finished(stored: Checkpoint, config: Config) -> str:
     return "\n".join(lines)
 
 
+def describe_changes(stored: Checkpoint, config: Config) -> list[str]:
+    """A line about the settings with which a run continues and that differ from those of its checkpoint."""
+    names = ("data", "objective", "train", "sample")
+    here, there = (
+        {name: values for name, values in settings.model_dump(mode="json").items() if name in names}
+        for settings in (config, _settings(stored))
+    )
+    changed = differences(here, there)
+    return [f"continuing from step {stored.state.step} with changed settings: {'; '.join(changed)}"] if changed else []
+
+
 def _model_shape(settings: Config) -> dict[str, object]:
     """Settings that affect the model, without the sections of objectives that are not chosen.
 
@@ -269,34 +280,6 @@ def restore_random(folder: Path, ranks: Ranks, step: int) -> None:
             torch.cuda.set_rng_state(store.whole("rng_cuda", str(ranks.rank)))
     else:
         torch.manual_seed(hash((step, ranks.rank)) % 2**63)
-
-
-def start_from(folder: Path, engine: Engine) -> list[str]:
-    """Copy weights of another run's checkpoint into a new run: its EMA, or its plain weights if it has no EMA.
-
-    Returns the names of parameters that keep their fresh values, because the checkpoint has no parameter of that name
-    and size.
-
-    Raises:
-        ValueError: the folder is not a checkpoint, is damaged, or has no parameter of this model.
-    """
-    read_trainer(folder)
-    store = Store(folder)
-    kind = EMA if EMA in store.kinds() else "weight"
-    sizes = {name: max(store.numel(kind, name), store.numel("weight", name)) for name in store.names("weight")}
-    fresh = []
-    for name, p in engine.model.named_parameters():
-        if sizes.get(name) != getattr(p, "ds_numel", p.numel()):
-            fresh.append(name)
-    if len(fresh) == len(list(engine.model.parameters())):
-        raise ValueError(f"train.init_from {folder} has no parameter with the name and size of one of this model's")
-    with torch.no_grad():
-        for fragment in engine.fragments:
-            if fragment.name not in fresh:
-                chosen = kind if store.numel(kind, fragment.name) else "weight"
-                fragment.of(fragment.flat).copy_(store.read(chosen, fragment.name, fragment.start, fragment.numel))
-    engine.refresh()
-    return fresh
 
 
 def load_model(folder: Path, weights: bool | str = True) -> tuple[MMGenModel, Tokenizer]:
