@@ -281,10 +281,18 @@ def build_backbone(config: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def load_pretrained(model: PreTrainedModel, name: str) -> None:
-    """Copy the weights of a pretrained decoder into `model`, which may have a larger vocabulary."""
+def load_pretrained(model: PreTrainedModel, name: str, tokens: int, added: int) -> None:
+    """Copy the weights of a pretrained decoder into `model`, which may have a larger vocabulary.
+
+    The last `added` of `tokens` ids are new to the decoder: their rows start at the mean of the others, so that the
+    model first expects them as it expects an average token.
+    """
     source = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     source.resize_token_embeddings(model.config.vocab_size)
+    known = tokens - added
+    for table in (source.get_input_embeddings(), source.get_output_embeddings()):
+        if table is not None:
+            table.weight.data[known:tokens] = table.weight.data[:known].mean(0)
     model.load_state_dict(source.state_dict())
 
 

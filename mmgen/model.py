@@ -24,6 +24,7 @@ from mmgen.objective import Embedded, build_objective
 from mmgen.objective.convolution import OutputConv, PixelConv
 from mmgen.objective.layers import OutputLinear
 from mmgen.sequence.batch import Batch
+from mmgen.sequence.tokenizer import Tokenizer
 
 
 class MMGenConfig(PretrainedConfig):
@@ -225,5 +226,5 @@ def build_model(config: Config, vocabulary: int, autoencoder: AutoencoderFacts |
     """
     model = MMGenModel(MMGenConfig.of(config, vocabulary, autoencoder))
     if config.model.backbone.pretrained is not None:
-        load_pretrained(model.backbone, config.model.backbone.pretrained)
+        load_pretrained(model.backbone, config.model.backbone.pretrained, vocabulary, Tokenizer.of(config).added)
     return model

@@ -23,9 +23,6 @@ def evaluate(*, config: EvalSettings = Config(), as_json: Json = False) -> int:
     Example:
         mmgen eval --config configs/scenes.yaml --eval.samples 200
     """
-    for key, shards in needed(config).items():
-        if not shards:
-            raise ValueError(f"{key} is empty: the task '{config.eval.task}' needs shards there")
     log(f"loading the model of {config.run.dir}")
     from mmgen.evaluate.captioned import evaluate_captioned  # after the line, because it imports torch
     from mmgen.evaluate.report import evaluate as evaluate_labelled
@@ -35,6 +32,9 @@ def evaluate(*, config: EvalSettings = Config(), as_json: Json = False) -> int:
     trained = load_run(config)
     if is_checkpoint(config.run.dir):
         config = override(config, {"run": {"dir": config.run.dir.resolve().parents[1]}})
+    for key, shards in needed(config).items():
+        if not shards:
+            raise ValueError(f"{key} is empty: the task '{config.eval.task}' needs shards there")
     plain = config.eval.task == "captions"
     score = evaluate_captioned if plain else evaluate_labelled
     found = score(trained.model, trained.tokenizer, config, trained.trainer, log).flat()

@@ -19,10 +19,8 @@ from rich.text import Text
 from mmgen.cli.flags import Uses
 
 EXAMPLE = "\n\nExample:\n"
-OVERVIEW = """\
-mmgen COMMAND --help shows options and an example, mmgen settings the settings.
-Each command takes --config FILE.yaml; each setting is a flag: --train.steps 9."""
-"""The last lines of `mmgen --help`."""
+OVERVIEW = "mmgen COMMAND --help: options and an example; each setting is a flag too."
+"""The last line of `mmgen --help`."""
 GROUP = "mmgen {} COMMAND --help    options and an example of one command"
 """The last line of the help of commands of two words."""
 SETTINGS = """\

@@ -7,6 +7,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from mmgen.cli.flags import Json
+from mmgen.cli.show import print_json
+
 
 def init(
     *,
@@ -15,8 +18,10 @@ def init(
     shards: Annotated[list[str] | None, Parameter(help="Existing shards; they are copied.", negative="")] = None,
     out: Annotated[Path, Parameter(help="Settings file to write; its data go into the same folder.")] = Path("my.yaml"),
     minutes: Annotated[float, Parameter(help="How long `mmgen train` may take.")] = 30.0,
+    backbone: Annotated[str | None, Parameter(help="Pretrained decoder to start from: a hub name or folder.")] = None,
     size: Annotated[str | None, Parameter(help="Size of the model: tiny, small, base or large.")] = None,
     dry_run: Annotated[bool, Parameter(help="Show what would be written, and write nothing.", negative="")] = False,
+    as_json: Json = False,
 ) -> int:
     """Prepare a run on your own pictures: shards, tokenizer and settings.
 
@@ -28,4 +33,9 @@ def init(
     """
     from mmgen.propose.prepare import Inputs, prepare  # it imports torch
 
-    return prepare(Inputs(images, table, tuple(shards or ())), out, minutes, size, dry_run)
+    made = prepare(Inputs(images, table, tuple(shards or ()), backbone), out, minutes, size, dry_run)
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        print(made.text if dry_run else f"Next: mmgen train --config {made.file}\n", end="")
+    return 0

@@ -115,11 +115,12 @@ def facts_of(index: Columns, tokens: str, grids: Ints) -> Facts:
 class Measured(ABC):
     """Numbered samples whose documents have a form and a length in each epoch.
 
-    With `cut_overlong`, a document that is longer than a row has the length of a row instead of raising ValueError.
+    `framing` is the number of positions of BOS and EOS. With `cut_overlong`, a document that is longer than a row has
+    the length of a row instead of raising ValueError.
     """
 
-    def __init__(self, config: Config, cut_overlong: bool = False) -> None:
-        self.config, self.cut_overlong = config, cut_overlong
+    def __init__(self, config: Config, framing: int, cut_overlong: bool = False) -> None:
+        self.config, self.framing, self.cut_overlong = config, framing, cut_overlong
         layout = build_layout(config.objective)
         self.copies, self.lead = layout.copies, layout.lead
 
@@ -196,8 +197,8 @@ class Measured(ABC):
             copied, learned = np.where(one, patches, copied), np.where(one, 1, learned)
             copied, learned = np.where(short, 0, copied), np.where(short, 0, learned)  # they have one image
         # An image that is not learned has one copy, a clean one.
-        positions: Ints = 2 + (3 + self.lead) * images + patches + (self.copies - 1) * (copied + self.lead * learned)
-        return positions
+        positions: Ints = self.framing + (3 + self.lead) * images + patches
+        return positions + (self.copies - 1) * (copied + self.lead * learned)
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ class Dataset(Measured):
     """
 
     def __init__(self, patterns: Patterns, tokenizer: Tokenizer, config: Config, cut_overlong: bool = False) -> None:
-        super().__init__(config, cut_overlong)
+        super().__init__(config, tokenizer.framing, cut_overlong)
         self.tokenizer = tokenizer
         sources = Sources(patterns)
         self.shards = [shard for part in sources.shards for shard in part]

@@ -166,7 +166,7 @@ class Documents(ABC):
             target = [segment for segment in segments if isinstance(segment, DecodedImage) and segment.learn][-1]
             segments = [segment for segment in segments if isinstance(segment, TextSegment) or segment is target]
         short = planned.form in SHORT
-        whole = 2 + sum(self._positions(segment, short) for segment in segments)
+        whole = self.tokenizer.framing + sum(self._positions(segment, short) for segment in segments)
         segments = cut(segments, whole - planned.length)
         texts = [i for i, segment in enumerate(segments) if isinstance(segment, TextSegment)]
         document: list[TextSegment | ImageSegment] = []

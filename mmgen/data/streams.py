@@ -97,7 +97,7 @@ class Window(Measured):
     def __init__(
         self, samples: Sequence[ReadSample], tokenizer: Tokenizer, config: Config, cut_overlong: bool = False
     ) -> None:
-        super().__init__(config, cut_overlong)
+        super().__init__(config, tokenizer.framing, cut_overlong)
         self.samples, self.count = [one.sample for one in samples], len(samples)
         builder = Builder()
         for one in samples:

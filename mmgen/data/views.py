@@ -84,6 +84,7 @@ class Views:
         self.times = GRID if "t" in nothing.draws else GRID[:1]
         """Times at which images are scored; an objective without t scores each image once."""
         length, tokenizer = corpus.config.data.row_length, corpus.tokenizer
+        self._framing = tokenizer.framing
         self.form = RowFormat(length, tokenizer, nothing, corpus.patcher.ready, self.layout.noise_draws)
 
     def batches(self, samples: range, rows: int) -> list[ViewBatch]:
@@ -137,12 +138,12 @@ class Views:
 
     def _fitted(self, segments: Sequence[TextSegment | DecodedImage]) -> list[TextSegment | DecodedImage]:
         """The segments, with text cut from the end if they are longer than a row with one copy of each image."""
-        return cut(segments, 2 + sum(map(_positions, segments)) - self.form.row_length)
+        return cut(segments, self._framing + sum(map(_positions, segments)) - self.form.row_length)
 
     def _text(self, number: int, segments: Sequence[TextSegment | DecodedImage]) -> View:
         """The view in which text and structure tokens are scored, and all images are clean."""
         document: list[TextSegment | ImageSegment] = []
-        kinds = [STRUCTURE]
+        kinds = [STRUCTURE] * (self._framing - 1)
         plain = all(isinstance(segment, TextSegment) for segment in segments)
         kind = PLAIN if plain else BEFORE
         for segment in segments:
@@ -170,7 +171,7 @@ class Views:
         keys = rng.integers(-(2**63), 2**63, size=len(self.times))
         for k, (t, key) in enumerate(zip(self.times, keys.tolist(), strict=True)):
             segment = ImageSegment(last.x_NP, last.grid, [_at(block, t, key)], last.learn)
-            kinds = [KINDS] * (1 + sum(map(_positions, before)) + 2)
+            kinds = [KINDS] * (self._framing - 1 + sum(map(_positions, before)) + 2)
             kinds += [len(TEXT) + k] * len(last.x_NP) + [KINDS] * 2
             yield self._view(number, [*context, segment], kinds)
 

@@ -260,7 +260,7 @@ class RequestState:
 
     def serve(self) -> RequestCoroutine:
         """Run the request: feed the prompt, then generate until the document ends or a budget runs out."""
-        self.writer.tokens([self.tokenizer.bos])
+        self.writer.tokens(self.tokenizer.start)
         for piece in self.request.prompt:
             segment = self.decoder.segment(piece)
             self.writer.segment(segment)
@@ -274,9 +274,9 @@ class RequestState:
             if token == self.tokenizer.boi:
                 self.writer.tokens([token])
                 yield from self._image((yield from self._size()))
-            elif token == self.tokenizer.eos or self.tokens_left == 0:
+            elif token in self.tokenizer.stops or self.tokens_left == 0:
                 self._end_text()
-                return self._end(token == self.tokenizer.eos)
+                return self._end(token in self.tokenizer.stops)
             elif self._add_word(token):
                 return self._end(True)
 

@@ -114,7 +114,7 @@ class Drawings:
     def _reduced(self, draw: Draw, kept: GuidanceLane) -> Writer:
         """Write the document of a guidance lane: BOS, the images that are kept, the negative prompt, BOI and size."""
         prefix = self.setup.parts.writer(self.setup.tokenizer, self.setup.model.positions)
-        prefix.tokens([self.setup.tokenizer.bos])
+        prefix.tokens(self.setup.tokenizer.start)
         for image in draw.images if kept == "images" else ():
             prefix.segment(image)
         if draw.negative:

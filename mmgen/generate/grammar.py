@@ -16,8 +16,8 @@ class Grammar:
         ids = np.arange(vocabulary)
         self.words_V: NDArray[np.bool_] = (ids < len(tokenizer)) & ~np.isin(ids, list(tokenizer.special))
         """Text tokens: all tokens that are not special."""
-        self.text_V: NDArray[np.bool_] = self.words_V | (ids == tokenizer.eos)
-        """Text tokens and EOS."""
+        self.text_V: NDArray[np.bool_] = self.words_V | np.isin(ids, list(tokenizer.stops))
+        """Text tokens, and EOS or the end of a turn."""
         self.free_V: NDArray[np.bool_] = self.text_V | (ids == tokenizer.boi)
         """Text tokens, EOS and BOI."""
         self.sizes_V: NDArray[np.bool_] = np.isin(ids, list(tokenizer.grid))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,6 +50,8 @@ class Inputs:
     images: Path | None = None
     table: Path | None = None
     shards: tuple[str, ...] = ()
+    backbone: str | None = None
+    """Hub name or folder of a pretrained decoder; None for a new one."""
 
     def __post_init__(self) -> None:
         given = {"--images": self.images, "--table": self.table, "--shards": self.shards}
@@ -65,8 +69,29 @@ class Inputs:
         return script("split").source(self.shards)
 
 
-def prepare(inputs: Inputs, out: Path, minutes: float, size: str | None, dry_run: bool) -> int:
-    """Look at the data and write shards, tokenizer and the settings file `out`; returns the exit code.
+@dataclass(frozen=True)
+class Prepared:
+    """What `mmgen init` proposes, and how long it takes."""
+
+    file: Path
+    choices: Sequence[Choice]
+    head: Sequence[str]
+    """Comment lines at the start of the settings file."""
+    minutes: float | None = None
+    """Estimate of the run; None if it was not measured."""
+
+    @property
+    def text(self) -> str:
+        """The settings file."""
+        return as_yaml(self.choices, self.head)
+
+    def as_dict(self) -> dict[str, Any]:
+        """File, estimate and settings, for JSON."""
+        return {"file": str(self.file), "minutes": self.minutes, "settings": as_settings(self.choices)}
+
+
+def prepare(inputs: Inputs, out: Path, minutes: float, size: str | None, dry_run: bool) -> Prepared:
+    """Look at the data; unless it is a dry run, write shards, tokenizer and the settings file `out`.
 
     Raises:
         ValueError: an option is wrong, the settings file exists, or nothing of the data can be used.
@@ -87,12 +112,14 @@ def prepare(inputs: Inputs, out: Path, minutes: float, size: str | None, dry_run
         to_stderr(line)
     if not look.documents:
         raise ValueError(f"nothing of the data can be used: {look.left_out[0] if look.left_out else 'it is empty'}")
-    return Preparation(inputs, out, folder, machine, size or machine.size, look).run(dry_run)
+    preparation = Preparation(inputs, out, folder, machine, size or machine.size, look)
+    with redirect_stdout(sys.stderr):  # the scripts print results of their own
+        return preparation.proposed() if dry_run else preparation.written()
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What `mmgen init` writes, once it has looked at the data."""
+    """What `mmgen init` does, once it has looked at the data."""
 
     inputs: Inputs
     out: Path
@@ -102,15 +129,19 @@ class Preparation:
     size: str
     look: Look
 
-    def run(self, dry_run: bool) -> int:
-        """Write shards, tokenizer and settings file, or print the settings file alone."""
-        if dry_run:
-            print(as_yaml([*self._choices(self._tokens()), *schedule(1000)], self._head("not measured")), end="")
-            return 0
+    def proposed(self) -> Prepared:
+        """The settings, as far as they are known without training; nothing is written."""
+        return Prepared(self.out, [*self._choices(self._tokens()), *schedule(1000)], self._head("not measured"))
+
+    def written(self) -> Prepared:
+        """Write shards and tokenizer, measure the pace, and write the settings file."""
+        if self.inputs.backbone is not None:
+            copy_tokenizer(self.inputs.backbone, Path(self.names.tokenizer).parent)
         self._write_shards()
-        words, why = vocabulary(self.look.captions)
-        to_stderr(f"tokenizer: up to {words:,} tokens, since the captions have {why}")
-        script("tokenizer").main(self.names.train, out=Path(self.names.tokenizer), vocabulary=words)
+        if self.inputs.backbone is None:
+            words, why = vocabulary(self.look.captions)
+            to_stderr(f"tokenizer: up to {words:,} tokens, since the captions have {why}")
+            script("tokenizer").main(self.names.train, out=Path(self.names.tokenizer), vocabulary=words)
         tokenizer = Tokenizer.from_file(self.names.tokenizer)
         chosen = self._choices(lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids))
         samples = sum(1 for _ in read([self.names.train], bad=[], data=KEEP))
@@ -118,12 +149,12 @@ class Preparation:
         steps, reason = self._steps(pace, chosen, samples)
         estimate = pace.minutes(steps)
         settings = [*chosen, Choice("train.steps", steps, reason), *schedule(steps)]
+        made = Prepared(self.out, settings, self._head(f"about {estimate:.0f} minutes on this machine"), estimate)
         part = self.out.with_suffix(".part")
-        part.write_text(as_yaml(settings, self._head(f"about {estimate:.0f} minutes on this machine")))
+        part.write_text(made.text)
         part.replace(self.out)
-        print(f"{self.out}: {steps:,} steps, about {estimate:.1f} minutes on this machine ({reason})")
-        print(f"Next: mmgen train --config {self.out}")
-        return 0
+        to_stderr(f"{self.out}: {steps:,} steps, about {estimate:.1f} minutes on this machine ({reason})")
+        return made
 
     @property
     def names(self) -> Names:
@@ -134,7 +165,7 @@ class Preparation:
             train=f"{stem}-train-*.tar",
             val=f"{stem}-val-*.tar",
             test=f"{stem}-test-*.tar",
-            tokenizer=str(self.folder / "tokenizer.json"),
+            tokenizer=str(self.folder / ("tokenizer" if self.inputs.backbone else "") / "tokenizer.json"),
         )
 
     @property
@@ -143,10 +174,13 @@ class Preparation:
         return re.sub(r"[^\w-]+", "-", self.out.stem)
 
     def _choices(self, tokens: Callable[[str], int]) -> list[Choice]:
-        return choices(self.look, self.machine, self.size, self.names, tokens)
+        return choices(self.look, self.machine, self.size, self.names, tokens, self.inputs.backbone)
 
     def _tokens(self) -> Callable[[str], int]:
-        """The length of a text in tokens of a tokenizer trained on the samples that were looked at."""
+        """The length of a text in tokens: of the backbone's, or of one trained on the samples that were looked at."""
+        if self.inputs.backbone is not None:
+            pretrained = load_tokenizer(self.inputs.backbone)
+            return lambda text: len(pretrained.encode(text, add_special_tokens=False))
         words, _ = vocabulary(self.look.captions)
         tokenizer = script("tokenizer").trained(self.look.captions, words)
         return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
@@ -194,6 +228,33 @@ def look_at(source: Any) -> Look:
         except (left_out, BadSample) as error:
             look.left_out.append(str(error))
     return look
+
+
+def load_tokenizer(backbone: str) -> Any:
+    """The tokenizer of a pretrained decoder, as transformers reads it; raises ValueError."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        found = AutoTokenizer.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--backbone {backbone}: its tokenizer cannot be loaded ({str(error).splitlines()[0]}): give the hub name "
+            "or the local folder of a decoder of transformers"
+        ) from None
+    if not isinstance(found, PreTrainedTokenizerFast):
+        raise ValueError(f"--backbone {backbone}: its tokenizer has no tokenizer.json, which mmgen needs")
+    return found
+
+
+def copy_tokenizer(backbone: str, folder: Path) -> None:
+    """Write the tokenizer of a pretrained decoder, with its special tokens, chat template and ends of turns."""
+    from transformers import GenerationConfig
+
+    load_tokenizer(backbone).save_pretrained(folder)
+    try:
+        GenerationConfig.from_pretrained(backbone).save_pretrained(folder)
+    except OSError:
+        to_stderr(f"{backbone} has no generation_config.json: generated text ends at EOS alone")
 
 
 def script(name: str) -> Any:

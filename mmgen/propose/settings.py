@@ -178,13 +178,9 @@ class Names:
     tokenizer: str
 
 
-def choices(look: Look, machine: Machine, size: str, names: Names, tokens: Callable[[str], int]) -> list[Choice]:
-    """All proposed settings, without the number of steps."""
+def new_backbone(size: str) -> list[Choice]:
+    """Settings of a transformer that starts from random weights."""
     model = SIZES[size]
-    sizes, patch, channels, why = image_settings(look, machine)
-    lengths = document_lengths(look.documents, sizes, patch, tokens, Config())
-    row, row_why = row_length(lengths)
-    rows = max(8, round(model.tokens / row / 8) * 8)
     backbone = {
         "hidden_size": model.width,
         "num_hidden_layers": model.layers,
@@ -192,6 +188,37 @@ def choices(look: Look, machine: Machine, size: str, names: Names, tokens: Calla
         "num_key_value_heads": model.heads,
         "intermediate_size": model.width * 5 // 2,
     }
+    return [
+        Choice("model.backbone", backbone, f"--size {size}: {model.layers} layers; the width and all else follow"),
+        Choice("train.optimizer", "muon", "learns in half the steps of adamw here; ZeRO stages need adamw"),
+        Choice("train.lr", model.learning_rate),
+        Choice("train.weight_decay", 0.2),
+    ]
+
+
+def pretrained_backbone(name: str) -> list[Choice]:
+    """Settings of a transformer that continues from a pretrained decoder."""
+    return [
+        Choice("model.backbone", name, "pretrained; its tokenizer is used, with its own start, end and padding"),
+        Choice("train.lr", 2e-4, "low, so that the language of the pretrained model is kept"),
+        Choice("train.weight_decay", 0.0),
+    ]
+
+
+def choices(
+    look: Look,
+    machine: Machine,
+    size: str,
+    names: Names,
+    tokens: Callable[[str], int],
+    backbone: str | None = None,
+) -> list[Choice]:
+    """All proposed settings, without the number of steps; with the name of a pretrained `backbone`, or a new one."""
+    model = SIZES[size]
+    sizes, patch, channels, why = image_settings(look, machine)
+    lengths = document_lengths(look.documents, sizes, patch, tokens, Config())
+    row, row_why = row_length(lengths)
+    rows = max(8, round(model.tokens / row / 8) * 8)
     found = [
         Choice("run.dir", names.run),
         Choice("run.seed", 0),
@@ -202,7 +229,7 @@ def choices(look: Look, machine: Machine, size: str, names: Names, tokens: Calla
         Choice("data.overlong", "truncate"),
         Choice("data.image_first", 0.4, "share of documents that teach captions: picture first, then text"),
         Choice("data.workers", 0 if not machine.gpu else 4),
-        Choice("model.backbone", backbone, f"--size {size}: {model.layers} layers; the width and all else follow"),
+        *(new_backbone(size) if backbone is None else pretrained_backbone(backbone)),
         Choice(
             "model.patcher",
             {"channels": channels, "patch_size": patch, "image_sizes": [list(pair) for pair in sizes]},
@@ -215,10 +242,7 @@ def choices(look: Look, machine: Machine, size: str, names: Names, tokens: Calla
             "more draws at much noise, where a model decides what a picture shows",
         ),
         Choice("objective.transfusion", {"cap": 0.7}, "captions are learned from clear pictures"),
-        Choice("train.optimizer", "muon", "learns in half the steps of adamw here; ZeRO stages need adamw"),
         Choice("train.batch_rows", rows, f"{rows * row:,} positions in a step"),
-        Choice("train.lr", model.learning_rate),
-        Choice("train.weight_decay", 0.2),
         Choice("train.compile", True),
     ]
     if not look.captions:

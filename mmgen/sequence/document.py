@@ -169,7 +169,7 @@ class Writer:
 
     def document(self, document: Document) -> Strip:
         """Write BOS, all segments and EOS, and return the result."""
-        self.tokens([self.tokenizer.bos])
+        self.tokens(self.tokenizer.start)
         for segment in document:
             self.segment(segment)
         last = document[-1] if document else None

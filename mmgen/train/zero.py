@@ -26,6 +26,7 @@ from mmgen.backbone import build_backbone, load_pretrained
 from mmgen.config import Config
 from mmgen.model import Losses, MMGenConfig, MMGenModel, build_model
 from mmgen.sequence.batch import Batch
+from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.engine import Engine, Fragment, can_compile
 from mmgen.train.optimizer import build_optimizer
 
@@ -147,7 +148,7 @@ class ZeroEngine(Engine):
         name = self.config.model.backbone.pretrained
         if name is not None:
             whole = build_backbone(model.config.backbone)
-            load_pretrained(whole, name)
+            load_pretrained(whole, name, vocabulary, Tokenizer.of(self.config).added)
             for p, q in zip(model.backbone.parameters(), whole.parameters(), strict=True):
                 with deepspeed.zero.GatheredParameters([p], modifier_rank=0), torch.no_grad():
                     p.copy_(q)

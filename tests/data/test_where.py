@@ -65,7 +65,7 @@ def test_samples_are_chosen_by_their_fields_and_counted(tmp_path: Path) -> None:
     assert (report.samples, report.left_out, report.bad) == (len(keys), 200 - len(keys), 0)
 
 
-def test_an_index_of_another_condition_is_made_anew(tmp_path: Path) -> None:
+def test_an_index_of_another_condition_is_made_again(tmp_path: Path) -> None:
     config = settings(tmp_path)
     Corpus(config.data.train, tokenizer_of(config), config)
     (path,) = config.data.train

@@ -190,7 +190,8 @@ def test_every_score_is_in_the_report_and_in_its_table(run: Config, capsys: pyte
     model, tokenizer = loaded(config), Tokenizer.of(config)
     flat = evaluate_captioned(model, tokenizer, config, checkpoint.state, lambda line: None).flat()
     assert {row.key for row in ROWS} <= set(flat) | {"fd_unbiased"}
-    assert flat["i2t_exact"] <= 0.2 and flat["i2t_exact_commonest"] > 0.1, "an untrained model writes no caption"
+    assert flat["i2t_exact"] <= 0.2, "an untrained model writes no caption"
+    assert flat["i2t_exact_commonest"] > 0.1
     assert flat["match_chance"] == 0.25
     assert flat["t2i_ceiling"] > 0.9
     assert flat["nn_distance_ratio"] > 1.5, "an untrained model draws noise"

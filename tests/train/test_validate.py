@@ -136,13 +136,13 @@ def check_worlds(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = awake(config, torch.float32)
     passes: list[int] = []
     whole = flat(model, config)
-    add = validate._add
+    add = validate.add_losses
 
     def counted(*arguments) -> None:
         passes.append(threading.get_ident())
         add(*arguments)
 
-    monkeypatch.setattr(validate, "_add", counted)
+    monkeypatch.setattr(validate, "add_losses", counted)
     for world in (2, 3):
         passes.clear()
         for other in on_ranks(world, lambda ranks: flat(model, config, ranks)):

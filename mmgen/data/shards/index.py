@@ -234,18 +234,6 @@ def token_lengths(texts: Sequence[str], tokenizer: Tokenizer) -> NDArray[np.int3
     return np.array([len(ids) for ids in tokenizer.encode_batch(texts)], dtype=np.int32)
 
 
-class _Hashing:
-    """A file that is read forward and hashed at the same time."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def read(self, size: int, /) -> bytes:
-        part: bytes = self.file.read(size)
-        self.sha256.update(part)
-        return part
-
-
 def cached_path(shard: str, cache_dir: Path) -> Path:
     """The path in the cache for the index of a shard."""
     digest = hashlib.sha256(shard.encode()).hexdigest()[:32]
@@ -258,7 +246,7 @@ def build(shard: str, tokenizer: Tokenizer, data: DataConfig) -> bytes:
     name, seen = store.name(shard), set[int]()
     stamp = store.stamp(shard)
     with store.stream(shard, data.limits) as plain:
-        file = _Hashing(plain)
+        file = store.Hashing(plain)
         try:
             for group in groups(file, data.limits):
                 with _SAMPLES.get_lock():

@@ -213,6 +213,19 @@ class Unpacked:
         return True
 
 
+class Hashing:
+    """A file that is read forward and hashed at the same time."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def read(self, size: int, /) -> bytes:
+        """Read up to `size` bytes."""
+        part: bytes = self.file.read(size)
+        self.sha256.update(part)
+        return part
+
+
 def read(shard: str, start: int, end: int, cache_dir: Path, limits: LimitsConfig) -> bytes:
     """Bytes [start, end) of the decompressed shard; fewer if it is shorter."""
     if not is_url(shard) and not shard.endswith(PACKED):

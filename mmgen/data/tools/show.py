@@ -111,7 +111,8 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 def in_words(batch: Batch, tokenizer: Tokenizer, given_S: NDArray[np.bool_]) -> str:
     """A row in words: text, names of special tokens, and numbers of patches; `given(...)` marks what is not learned."""
-    names = {tokenizer.bos: "BOS", tokenizer.eos: "EOS", tokenizer.boi: "BOI", tokenizer.eoi: "EOI"}
+    names = dict.fromkeys(tokenizer.start, "BOS")
+    names |= {tokenizer.eos: "EOS", tokenizer.boi: "BOI", tokenizer.eoi: "EOI"}
     names |= {token: f"{rows}x{columns}" for token, (rows, columns) in tokenizer.grid.items()}
     ids, block, document = (a[0].tolist() for a in (batch.ids_BS, batch.block_BS, batch.document_BS))
 

@@ -41,9 +41,10 @@ def export(run: Path, folder: Path, out: Path, weights: str, text_only: bool = F
     (out / FACTS).unlink(missing_ok=True)  # a folder is read only if it has this file, which is written last
     (model.backbone if text_only else model).save_pretrained(out)
     tokenizer.save(out / "tokenizer.json")
-    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    described = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    (out / "tokenizer_config.json").write_text(json.dumps(described, indent=1))
+    if tokenizer.roles.described is None:
+        special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+        (out / "tokenizer_config.json").write_text(json.dumps(described, indent=1))
     if text_only:
         return
     state = read_trainer(folder)

@@ -57,8 +57,8 @@ class Saver:
             return
         for text_name, text in texts.items():
             (save.temporary / text_name).write_text(text)
-        self.tokenizer.save(save.temporary / "tokenizer.json")
-        for other in [*texts, "tokenizer.json"]:
+        written = self.tokenizer.save(save.temporary / "tokenizer.json")
+        for other in [*texts, *(path.name for path in written)]:
             sync(save.temporary / other)
             save.digests[other] = sha256(save.temporary / other)
 
