@@ -47,6 +47,7 @@ def test_it_draws_what_the_decoder_draws(folder: Path) -> None:
         assert equal(image, result.images[0])
 
 
+@pytest.mark.slow
 def test_the_exported_folder_draws_alone_in_a_fresh_process(folder: Path, tmp_path: Path) -> None:
     export(folder, folder / "checkpoints" / "latest", tmp_path / "exported", "ema")
     moved = tmp_path / "elsewhere" / "model"

@@ -74,6 +74,7 @@ def proportions(arm: ablate.Arm) -> tuple[float, float, float]:
     )
 
 
+@pytest.mark.slow
 def test_equal_parameters_scale_all_parts_together(tmp_path: Path, config: Config) -> None:
     config = override(config, {"model": {"backbone": SIZES}})
     mar = {"objective.kind": "mar", "objective.mar.head.width": 64}

@@ -88,6 +88,7 @@ def test_a_broken_cache_changes_the_images(config: Config) -> None:
     assert max(cell.largest_difference for cell in times.values()) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_report_of_bench_data(config: Config) -> None:
     """A small run reads all samples, and each figure is in its range."""
     lines: list[str] = []

@@ -153,6 +153,7 @@ def test_capped_time_only_where_text_follows(config: Config) -> None:
     assert min(seen["caption dropped"]) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [0, 2])
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
 def test_times_of_the_images_of_a_document_are_independent(tmp_path: Path, distribution: str, streams: int) -> None:

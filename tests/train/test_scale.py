@@ -41,6 +41,7 @@ def command(module: str, *words: object) -> tuple[int, dict]:
     return done.returncode, json.loads(lines[-1])
 
 
+@pytest.mark.slow
 def test_all_stages_in_two_processes_equal_a_plain_loop() -> None:
     code, found = command("oracle", "--cells", 4)
     assert {cell["cell"].split("-")[0] for cell in found["cells"]} == {"stage0", "stage1", "stage2", "stage3"}
