@@ -92,7 +92,7 @@ def sample(
     result = results.get(name)
     if result is None:
         raise LeftOut(item, f"no picture of the same name in {after}")
-    text = caption(after / name.with_suffix(".png"), texts)["caption"] or caption(picture, texts)["caption"]
+    text = caption(result, texts)["caption"] or caption(picture, texts)["caption"]
     text = text or instruction
     if not text:
         raise LeftOut(item, f"no instruction ({', '.join(CAPTIONS)} of the same name, or --instruction)")

@@ -110,8 +110,8 @@ class DataConfig(Settings):
     captionless: Literal["refuse", "keep"] = "refuse"
     """How an image without text is read: as a bad sample (`refuse`), or as a document of the image alone (`keep`)."""
     where: str | None = None
-    """Condition over a sample's JSON, `width` and `height`, such as `similarity > 0.28 and width >= 256`; only samples
-    for which it is true are used."""
+    """Condition over the fields of a sample's JSON, and `width` and `height` of its image in pixels, such as
+    `similarity > 0.28 and width >= 256`; only samples for which it is true are used."""
     captions: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Fields of captions and their weights, such as `{recaption: 0.8, txt: 0.2}`: each sample's key draws one of those
     that it has; `txt` is the text member, other names are fields of the JSON. If empty, `txt`, else `caption`."""

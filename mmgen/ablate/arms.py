@@ -32,6 +32,7 @@ from mmgen.config import Config, choose, nearest
 from mmgen.config_io import explain, load, merged, override, read_yaml
 from mmgen.data.shards.samples import read as read_samples
 from mmgen.evaluate.judge import truth
+from mmgen.evaluate.tasks import CAPTIONS
 
 
 class AblationFile(BaseModel):
@@ -237,7 +238,9 @@ def _training(config: Config, judged: bool) -> str:
 
 
 def _judged(config: Config) -> bool:
-    """Whether a run of these settings can be scored: it has a judge, and the first sample of each part has labels."""
+    """Whether a run of these settings can be scored: a labelled task needs a judge, and labels in each part."""
+    if config.eval.task == CAPTIONS:
+        return bool(config.data.train and config.eval.test)
     shards = (config.data.train, config.eval.test, config.eval.judge)
     if not all(shards):
         return False

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmgen.config import Config, choose
+from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.data.shards.samples import read
 from mmgen.evaluate.features import Pictures
@@ -72,6 +72,8 @@ def bench_speedrun(config: Config, options: Options, report: Callable[[str], Non
     """
     if not config.data.val or not config.eval.judge:
         raise ValueError("a speed run scores pictures of data.val with the judge of eval.judge: set both")
+    if config.eval.task not in TASKS:
+        raise ValueError(f"a speedrun is judged by labels: set eval.task to one of {', '.join(TASKS)}")
     return [_attempt(config, seed, options, report) for seed in options.seeds]
 
 
@@ -104,7 +106,7 @@ def _attempt(config: Config, seed: int, options: Options, report: Callable[[str]
     settings = keep_settings(run, "speedrun.yaml", "choose another --out")
     report(f"{folder}: training {run.train.steps} steps with {options.threads} threads")
     run_command("train", settings, options.threads)
-    task: Task = choose(TASKS, config.eval.task, "eval.task")()
+    task: Task = TASKS[config.eval.task]()
     judge = Judge(task, config.eval.judge)
     samples = list(read(config.data.val))
     history: list[Scored] = []
@@ -112,7 +114,7 @@ def _attempt(config: Config, seed: int, options: Options, report: Callable[[str]
         model, tokenizer = load_model(checkpoint, config.sample.weights)
         trained = read_trainer(checkpoint)
         generator = Generator(model, tokenizer, config.sample, config.eval.batch, lambda line: None)
-        pictures = Pictures(config.data.val, model.build_patcher(), [])
+        pictures = Pictures(config.data.val, model.build_patcher(), [], config.data)
         captions = caption_scores(generator.describe(pictures.images), task, pictures.truth)
         prompts = repeated(samples, config.eval.samples)
         drawn = judge.read(arrays(generator.draw(prompts, config.sample.guidance_scale)))

@@ -148,7 +148,10 @@ def _plain_list(value: object) -> object:
     if isinstance(value, list) and len(value) == 1:
         (only,) = value
         if isinstance(only, str) and only.startswith("[") and only.endswith("]"):
-            only = yaml.safe_load(only)
+            try:
+                only = yaml.safe_load(only)
+            except yaml.YAMLError as error:
+                raise ValueError(f"is not a list such as [a, b]: {str(error).splitlines()[0]}") from None
         if isinstance(only, list):
             return only
     return _whole_list(value)

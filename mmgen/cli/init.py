@@ -14,8 +14,11 @@ from mmgen.cli.show import print_json
 def init(
     *,
     images: Annotated[Path | None, Parameter(help="Folder of pictures with caption files.")] = None,
-    table: Annotated[Path | None, Parameter(help="CSV, TSV, JSON lines or Parquet, columns image and caption.")] = None,
+    table: Annotated[Path | None, Parameter(help="CSV, TSV, JSON lines or Parquet.")] = None,
     shards: Annotated[list[str] | None, Parameter(help="Existing shards; they are copied.", negative="")] = None,
+    image: Annotated[str, Parameter(help="Column of images in the table.")] = "image",
+    caption: Annotated[str, Parameter(help="Column of captions in the table.")] = "caption",
+    captionless: Annotated[bool, Parameter(help="Keep pictures without a caption.", negative="")] = False,
     out: Annotated[Path, Parameter(help="Settings file to write; its data go into the same folder.")] = Path("my.yaml"),
     minutes: Annotated[float, Parameter(help="How long `mmgen train` may take.")] = 30.0,
     backbone: Annotated[str | None, Parameter(help="Pretrained decoder to start from: a hub name or folder.")] = None,
@@ -33,7 +36,8 @@ def init(
     """
     from mmgen.propose.prepare import Inputs, prepare  # it imports torch
 
-    made = prepare(Inputs(images, table, tuple(shards or ()), backbone), out, minutes, size, dry_run)
+    inputs = Inputs(images, table, tuple(shards or ()), image, caption, captionless, backbone)
+    made = prepare(inputs, out, minutes, size, dry_run)
     if as_json:
         print_json(made.as_dict())
     else:

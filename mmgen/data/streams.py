@@ -175,7 +175,8 @@ class Streams:
                 at = following
             at = Cursor(epoch=at.epoch + 1, met=following.met)
         last = f": the last bad one is {bad[-1].name}: {bad[-1].reason}" if bad else ""
-        raise ValueError(f"stream {stream} finds no usable sample in its shards{last}")
+        left_out = "; data.where leaves out the others, if there are any" if self.config.data.where else ""
+        raise ValueError(f"stream {stream} finds no usable sample in its shards{last}{left_out}")
 
     def indexed(self, samples: Sequence[ReadSample]) -> Window:
         """A window of these samples."""

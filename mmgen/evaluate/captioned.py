@@ -10,7 +10,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -37,7 +37,7 @@ from mmgen.evaluate.distances import (
 )
 from mmgen.evaluate.extractors import Extractor, build_extractor
 from mmgen.evaluate.features import Pictures
-from mmgen.evaluate.matching import match, pairs, with_pictures
+from mmgen.evaluate.matching import Pair, match, pairs, with_pictures
 from mmgen.evaluate.report import Generator, HeldOutLosses, held_out_losses, repeated, write_report
 from mmgen.evaluate.words import exact, f1, mean_f1
 from mmgen.image import sheet
@@ -47,8 +47,14 @@ from mmgen.train.estimate import Estimate
 from mmgen.train.state import TrainerState
 
 Log = Callable[[str], None]
+MATCHED = 200
+"""Most pictures for which the model chooses among captions, which takes eight forward passes per caption."""
 SHEET = 24
 """Pictures of a sheet."""
+FEWEST = 10
+"""Fewest captioned pictures with which distances can be computed."""
+MOST = 10_000
+"""Most training pictures that are read, to search for copies and to draw baselines from."""
 
 
 class References:
@@ -69,14 +75,14 @@ class References:
         n = min(self.n, len(found))
         a, b = self._reduced(found[:n]), self._reduced(self.test_features[:n])
         own = nearest_distance(found[:n], self._train)
-        at = [i % len(self.test_features) for i in range(len(found))]
+        once = min(len(found), len(self.test_features))  # after them, the captions repeat
         return {
             "fd": frechet(a, b),
             "fd_unbiased": frechet_unbiased(a, b),
             "kd": kernel_distance(a, b),
             "two_sample_accuracy": two_sample_accuracy(a, b),
             "nn_distance_ratio": own / self.nearest if self.nearest else None,
-            "diversity_ratio": spread_ratio(found, self.test_features[at], captions),
+            "diversity_ratio": spread_ratio(found[:once], self.test_features[:once], captions[:once]),
         }
 
     def _reduced(self, features: Features) -> Features:
@@ -185,24 +191,35 @@ def evaluate_captioned(
     began = time.monotonic()
     config = config.with_positions(model.positions)
     settings = config.eval
-    extractor = build_extractor(settings.features, settings.features_model)
+    if settings.samples < FEWEST:
+        raise ValueError(f"eval.samples is {settings.samples}: distances need at least {FEWEST} pictures")
+    extractor = build_extractor(settings.features, settings.features_model, model.device)
     bad: list[BadRecord] = []
     patcher = model.build_patcher()
     reading = Progress("reading real pictures", "data sets", 2, report)
-    sources: list[Patterns] = [config.data.train, settings.test]
-    train, test = (captioned(Pictures(shards, patcher, bad)) for shards in reading.over(sources))
-    scorer = Scorer(model, tokenizer, config, extractor, train, report, judge_of(config, extractor, train, model))
+    sources: list[tuple[Patterns, int | None]] = [(config.data.train, MOST), (settings.test, None)]
+    train, test = (
+        captioned(Pictures(shards, patcher, bad, config.data, most)) for shards, most in reading.over(sources)
+    )
+    shown = captioned(Pictures(settings.judge, patcher, bad, config.data)) if settings.judge else train
+    run = config.run.model_copy(update={"seed": 0})
+    corpus = Corpus(settings.test, tokenizer, config.model_copy(update={"run": run}), model.autoencoder)
+    scorer = Scorer(model, tokenizer, config, extractor, train, shown, corpus, report)
     found: dict[str, dict[str, Any]] = {}
     for number, (size, grid) in enumerate(zip(config.model.patcher.image_sizes, model.patcher.grids, strict=True)):
         name = "x".join(map(str, size))
         here = test.of_size(size)
-        if len(here.samples) < 2 or len(train.of_size(size).samples) < 2:
+        counts = len(train.of_size(size).samples), len(here.samples)
+        if min(counts) < FEWEST:
+            few = (
+                f"data.train has {counts[0]} and eval.test {counts[1]} captioned images of {name}, and scores need "
+                f"{FEWEST} of each"
+            )
             if not number:
                 raise ValueError(
-                    f"there are no two captioned images of {name}, the first of model.patcher.image_sizes, in both "
-                    "data.train and eval.test: declare first a size that both have, or name other shards"
+                    f"{few}: give more images, or declare first a size in model.patcher.image_sizes that both have"
                 )
-            report(f"{name}: not scored, because data.train or eval.test has no two captioned images of this size")
+            report(f"{name}: not scored, because {few}")
             continue
         label = f"evaluation_{name}.png" if number else "evaluation.png"
         found[name] = scorer.score(here, size, grid, label)
@@ -219,7 +236,7 @@ def evaluate_captioned(
         "train_seconds": round(trainer.train_seconds, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
         "eval_seconds": round(time.monotonic() - began, 1),
-        "provenance": provenance(config, extractor, trainer, tokenizer),
+        "provenance": provenance(config, extractor, trainer, tokenizer, model.device),
     }
     result = CaptionedReport(found, losses, facts)
     write_report(config.run.dir, result.flat())
@@ -227,20 +244,8 @@ def evaluate_captioned(
 
 
 def captioned(pictures: Pictures) -> Pictures:
-    """Those with a caption, in a random order, because shards are often sorted by topic."""
-    return pictures.where([bool(sample.caption.strip()) for sample in pictures.samples]).shuffled()
-
-
-def judge_of(
-    config: Config, extractor: Extractor, train: Pictures, model: MMGenModel
-) -> tuple[Classes, ClassJudge] | None:
-    """The judge of `eval.classes`, trained on `eval.judge` or, without it, on training pictures."""
-    if not config.eval.classes:
-        return None
-    classes = Classes(config.eval.classes)
-    shown = captioned(Pictures(config.eval.judge, model.build_patcher(), [])) if config.eval.judge else train
-    first = shown.of_size(config.model.patcher.image_sizes[0])
-    return classes, ClassJudge(extractor, first.images, classes.of_all([s.caption for s in first.samples]))
+    """Those of one picture and its caption, in a random order, because shards are often sorted by topic."""
+    return pictures.where([sample.paired for sample in pictures.samples]).shuffled()
 
 
 @dataclass(frozen=True)
@@ -252,8 +257,11 @@ class Scorer:
     config: Config
     extractor: Extractor
     train: Pictures
+    shown: Pictures
+    """The pictures on which the judge of `eval.classes` is trained."""
+    corpus: Corpus
+    """The documents of `eval.test`."""
     report: Log
-    judge: tuple[Classes, ClassJudge] | None
 
     @property
     def generator(self) -> Generator:
@@ -264,6 +272,8 @@ class Scorer:
         """All scores at one size; the first pictures are saved as a sheet named `label`."""
         settings, scale = self.config.eval, self.config.sample.guidance_scale
         real = References(self.extractor, self.train.of_size(size), test, settings.samples)
+        asked = pairs(self.corpus, min(MATCHED, settings.samples), settings.choices, grid)
+        judge = self.judge(size, test) if settings.classes else None
         prompts = repeated(test.samples, settings.samples)
         captions = [sample.caption for sample in prompts]
         drawing = time.monotonic()
@@ -281,9 +291,9 @@ class Scorer:
         wanted = [sample.caption for sample in shown]
         training = [sample.caption for sample in self.train.samples]
         scores |= CaptionReport.of(written, wanted, training).flat()
-        scores |= self._matches(images, prompts)
-        if self.judge:
-            scores |= self._classes(images, captions, test, written).flat()
+        scores |= self._matches(asked, images, prompts)
+        if judge:
+            scores |= judge.scores(images, captions, test, written).flat()
         baselines = Progress("scoring baselines", "baselines", len(BASELINES), self.report)
         scores["reference_generators"] = {
             name: real.scores([draw(real, caption, rng) for caption in captions], captions)
@@ -291,54 +301,85 @@ class Scorer:
         }
         if settings.guidance_curve:
             scores["guidance_curve"] = [
-                {"guidance": at} | self._at(at, prompts, grid, real) for at in settings.guidance_curve
+                {"guidance": at} | self._at(at, prompts, grid, real, judge) for at in settings.guidance_curve
             ]
         return scores
 
-    def _at(self, scale: float, prompts: Sequence[Sample], grid: tuple[int, int], real: References) -> dict[str, Any]:
+    def judge(self, size: tuple[int, int], test: Pictures) -> SizedJudge:
+        """The judge of `eval.classes` at one size; raises ValueError if the captions do not name the classes."""
+        classes, shown = Classes(self.config.eval.classes), self.shown.of_size(size)
+        if len(shown.samples) < FEWEST:
+            where = "eval.judge" if self.config.eval.judge else "data.train"
+            raise ValueError(
+                f"{where} has {len(shown.samples)} captioned images of {size[0]}x{size[1]}, and the judge of "
+                f"eval.classes needs at least {FEWEST}: name more shards in eval.judge"
+            )
+        judge = ClassJudge(self.extractor, shown.images, classes.of_all([s.caption for s in shown.samples]))
+        wanted = classes.of_all([sample.caption for sample in test.samples])
+        return SizedJudge(classes, judge, accuracy(judge.read(test.images), wanted))
+
+    def _at(
+        self,
+        scale: float,
+        prompts: Sequence[Sample],
+        grid: tuple[int, int],
+        real: References,
+        judge: SizedJudge | None,
+    ) -> dict[str, Any]:
         """Scores of pictures at another guidance scale."""
         images, captions = self.generator.draw(prompts, scale, grid), [sample.caption for sample in prompts]
         scores: dict[str, Any] = dict(real.scores(images, captions))
-        if self.judge:
-            classes, judge = self.judge
-            scores |= accuracy(judge.read(images), classes.of_all(captions)).flat("t2i_accuracy")
+        if judge:
+            scores |= accuracy(judge.judge.read(images), judge.classes.of_all(captions)).flat("t2i_accuracy")
         return scores
 
-    def _matches(self, images: Sequence[Image.Image], prompts: Sequence[Sample]) -> dict[str, float]:
+    def _matches(
+        self, asked: Sequence[Pair], images: Sequence[Image.Image], prompts: Sequence[Sample]
+    ) -> dict[str, float]:
         """Which caption the model finds likeliest, for real and for drawn pictures."""
-        settings = self.config.eval
-        run = self.config.run.model_copy(update={"seed": 0})
-        corpus = Corpus(
-            settings.test, self.tokenizer, self.config.model_copy(update={"run": run}), self.model.autoencoder
-        )
-        asked = pairs(corpus, min(settings.samples, len(corpus.samples)), settings.choices)
         if not asked:
             return {}
-        found = match(self.model, corpus, asked, True, self.report).flat("match")
+        corpus, report = self.corpus, self.report
+        found = match(self.model, corpus, asked, True, report).flat("match")
+        turned = [
+            replace(pair, picture=other.picture) for pair, other in zip(asked, [*asked[1:], asked[0]], strict=True)
+        ]
+        found["match_by_text_shuffled"] = match(self.model, corpus, turned, False, report).by_text.mean
         at = {(sample.shard, sample.key): image for sample, image in zip(prompts, images, strict=True)}
-        drawn = [(pair, at[pair.decoded.shard, pair.decoded.key]) for pair in asked
-                 if (pair.decoded.shard, pair.decoded.key) in at]  # fmt: skip
+        names = [(pair.decoded.shard, pair.decoded.key) for pair in asked]
+        drawn = [(pair, at[name]) for pair, name in zip(asked, names, strict=True) if name in at]
         if not drawn:
             return found
         shown = with_pictures([pair for pair, _ in drawn], [image for _, image in drawn], corpus)
-        return found | match(self.model, corpus, shown, False, self.report).by_text.flat("match_drawn_by_text")
+        return found | match(self.model, corpus, shown, False, report).by_text.flat("match_drawn_by_text")
 
-    def _classes(
+
+@dataclass(frozen=True)
+class SizedJudge:
+    """The judge of classes at one size."""
+
+    classes: Classes
+    judge: ClassJudge
+    real: Estimate
+    """How well it reads real pictures."""
+
+    def scores(
         self, images: Sequence[Image.Image], captions: Sequence[str], test: Pictures, written: Sequence[str]
     ) -> ClassScores:
-        assert self.judge is not None
-        classes, judge = self.judge
-        wanted, shown = classes.of_all(captions), judge.read(images)
-        real = classes.of_all([sample.caption for sample in test.samples])
+        """Score drawn pictures, and the captions that were written for the first test pictures."""
+        wanted, shown = self.classes.of_all(captions), self.judge.read(images)
+        real = self.classes.of_all([sample.caption for sample in test.samples[: len(written)]])
         return ClassScores(
             accuracy(shown, wanted),
             accuracy(shown, np.roll(wanted, -1)),
-            accuracy(judge.read(test.images), real),
-            accuracy(classes.of_all(written), real[: len(written)]),
+            self.real,
+            accuracy(self.classes.of_all(written), real),
         )
 
 
-def provenance(config: Config, extractor: Extractor, trainer: TrainerState, tokenizer: Tokenizer) -> dict[str, Any]:
+def provenance(
+    config: Config, extractor: Extractor, trainer: TrainerState, tokenizer: Tokenizer, device: torch.device
+) -> dict[str, Any]:
     """What another person needs to repeat the scores."""
     sample, settings = config.sample, config.eval
     return {
@@ -360,5 +401,5 @@ def provenance(config: Config, extractor: Extractor, trainer: TrainerState, toke
             "python": platform.python_version(),
             **{name: version(name) for name in ("mmgen", "torch", "transformers", "numpy", "scikit-learn")},
         },
-        "device": str(torch.get_default_device()),
+        "device": str(device),
     }

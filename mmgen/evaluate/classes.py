@@ -78,14 +78,14 @@ class ClassScores:
     """Against the caption of the next picture: chance."""
     real: Estimate
     """Of real pictures: how well the judge reads."""
-    written: Estimate | None
+    written: Estimate
     """Captions of real pictures that name the right class."""
 
     def flat(self) -> dict[str, float]:
         """The values under their keys in `report.json`."""
         flat = self.drawn.flat("t2i_accuracy") | self.real.flat("t2i_ceiling")
         flat["t2i_accuracy_shuffled"] = self.drawn_shuffled.mean
-        return flat | (self.written.flat("i2t_accuracy") if self.written else {})
+        return flat | self.written.flat("i2t_accuracy")
 
 
 def accuracy(found: NDArray[np.int64], wanted: NDArray[np.int64]) -> Estimate:

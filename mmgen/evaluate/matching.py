@@ -18,8 +18,10 @@ from mmgen.data.documents import Decoded, DecodedImage
 from mmgen.data.loader import Corpus
 from mmgen.data.order import keyed
 from mmgen.data.progress import Progress
+from mmgen.data.shards.samples import BadSample
 from mmgen.data.views import AFTER, KINDS, SEED, TEXT, View, Views
 from mmgen.evaluate.words import share
+from mmgen.image.patch import Grid
 from mmgen.model import MMGenModel
 from mmgen.sequence.document import TextSegment
 from mmgen.train.estimate import Estimate
@@ -33,6 +35,8 @@ TOGETHER = 16
 class Matches:
     """Whether each picture's own caption was chosen among `choices`."""
 
+    n: int
+    """Number of pictures."""
     choices: int
     by_text: Estimate
     """By the likelihood of the caption given the picture."""
@@ -41,7 +45,7 @@ class Matches:
 
     def flat(self, prefix: str) -> dict[str, float]:
         """The values under `PREFIX_by_text` and `PREFIX_by_image`, with intervals and chance."""
-        flat = {f"{prefix}_choices": float(self.choices), f"{prefix}_chance": 1 / self.choices}
+        flat = {f"{prefix}_n": self.n, f"{prefix}_choices": self.choices, f"{prefix}_chance": 1 / self.choices}
         flat |= self.by_text.flat(f"{prefix}_by_text")
         return flat | (self.by_image.flat(f"{prefix}_by_image") if self.by_image else {})
 
@@ -56,8 +60,8 @@ class Pair:
     """Its own first."""
 
 
-def pairs(corpus: Corpus, count: int, choices: int) -> list[Pair]:
-    """`count` captioned pictures of a corpus, each with `choices` captions that differ from each other.
+def pairs(corpus: Corpus, count: int, choices: int, grid: Grid) -> list[Pair]:
+    """Up to `count` captioned pictures of one patch grid, each with `choices` captions that differ from each other.
 
     The pictures are the same random ones in every call. The other captions are drawn from the corpus by the key of the
     picture. Fewer are used if the corpus has fewer different captions; without a second caption the list is empty.
@@ -66,10 +70,13 @@ def pairs(corpus: Corpus, count: int, choices: int) -> list[Pair]:
     for index in np.random.default_rng(SEED).permutation(len(corpus.samples)).tolist():
         if len(found) == count:
             break
-        decoded = corpus.decoded(0, index)
+        try:
+            decoded = corpus.decoded(0, index)
+        except BadSample:
+            continue
         texts = [segment for segment in decoded.segments if isinstance(segment, TextSegment)]
         pictures = [segment for segment in decoded.segments if isinstance(segment, DecodedImage)]
-        if len(texts) == len(pictures) == 1:
+        if len(texts) == len(pictures) == 1 and pictures[0].grid == grid:
             found.append((decoded, pictures[0], texts[0]))
     different = {tuple(text.ids): text for _, _, text in found}
     choices = min(choices, len(different))
@@ -118,7 +125,7 @@ def match(
         right_text += _lowest(sums[:, AFTER], choices)
         if by_image:
             right_image += _lowest(sums[:, len(TEXT) :].sum(1), choices)
-    return Matches(choices, share(right_text), share(right_image) if by_image else None)
+    return Matches(len(asked), choices, share(right_text), share(right_image) if by_image else None)
 
 
 def _views(views: Views, pair: Pair, first: int, by_image: bool) -> Iterator[View]:

@@ -209,7 +209,7 @@ def evaluate(
     patcher = model.build_patcher()
     sources: list[Patterns] = [config.data.train, settings.test]
     reading = Progress("reading real pictures", "data sets", len(sources), report)
-    train, test = (Pictures(shards, patcher, bad) for shards in reading.over(sources))
+    train, test = (Pictures(shards, patcher, bad, config.data) for shards in reading.over(sources))
     heldout = list(read(settings.heldout)) if settings.heldout else []
     scored: dict[str, SizeScores] = {}
     patches = config.model.patcher

@@ -76,11 +76,6 @@ class Look:
         """Number of pictures whose file equals that of an earlier one."""
         return sum(count - 1 for count in self.digests.values())
 
-    @property
-    def several_pictures(self) -> bool:
-        """Whether a document has more than one picture."""
-        return any(len(document.pictures) > 1 for document in self.documents)
-
     def lines(self) -> list[str]:
         """What was found, as lines for people."""
         sizes, captions = self.sizes, self.captions

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -37,8 +38,24 @@ from mmgen.propose.settings import (
 
 LOOKED_AT = 2_000
 """Largest number of samples that are looked at."""
-VALIDATION, TEST = 500, 1_000
-"""Most samples of the validation and test shards; 5% and 10% of smaller sets."""
+FEWEST = 50
+"""Fewest samples with which a run is prepared."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How many samples a split gets that training does not read."""
+
+    share: float
+    least: int
+    most: int
+
+    def of(self, count: int) -> float:
+        """Its share of `count` samples."""
+        return max(min(self.share, self.most / count), self.least / count)
+
+
+VALIDATION, TEST = HeldOut(0.05, 10, 500), HeldOut(0.1, 15, 1_000)
 FILLED = 0.95
 """Typical share of a row that documents fill."""
 
@@ -50,6 +67,12 @@ class Inputs:
     images: Path | None = None
     table: Path | None = None
     shards: tuple[str, ...] = ()
+    image: str = "image"
+    """Column of images in the table."""
+    caption: str = "caption"
+    """Column of captions in the table."""
+    captionless: bool = False
+    """Whether pictures of a folder without a caption are kept."""
     backbone: str | None = None
     """Hub name or folder of a pretrained decoder; None for a new one."""
 
@@ -63,9 +86,9 @@ class Inputs:
     def open(self, out: Path) -> Any:
         """The source, for `data_prep.shards.write`; `out` is the folder of the shards."""
         if self.images:
-            return script("folder").source(self.images, out)
+            return script("folder").source(self.images, out, self.captionless)
         if self.table:
-            return script("table").source(self.table)
+            return script("table").source(self.table, self.image, self.caption)
         return script("split").source(self.shards)
 
 
@@ -188,10 +211,16 @@ class Preparation:
     def _write_shards(self) -> None:
         shards = script("shards")
         source = self.inputs.open(self.folder)
-        count = source.total or len(self.look.documents)
-        shares = shards.Shares(min(0.05, VALIDATION / count), min(0.1, TEST / count))
+        # A table or shards have to be read once to be counted.
+        count = source.total or sum(1 for _ in self.inputs.open(self.folder).items)
+        if count < FEWEST:
+            raise ValueError(f"there are {count} pictures, too few to learn from and to score: give at least {FEWEST}")
+        shares = shards.Shares(VALIDATION.of(count), TEST.of(count))
         target = shards.Target(self.folder, self.stem, 1000, source.made, shares)
         shards.write(target, source.items, source.sample, source.total)
+        for pattern in (self.names.train, self.names.val, self.names.test):
+            if not glob(pattern):
+                raise ValueError(f"too few pictures can be used: no shard {pattern} was written. Give more pictures")
 
     def _steps(self, pace: Pace, chosen: Sequence[Choice], samples: int) -> tuple[int, str]:
         settings = as_settings(chosen)
@@ -220,7 +249,7 @@ def look_at(source: Any) -> Look:
     left_out = script("shards").LeftOut
     items = source.items
     if isinstance(items, list):
-        items = items[:: max(1, len(items) // LOOKED_AT)]
+        items = items[:: max(1, -(-len(items) // LOOKED_AT))]
     look = Look(source.total)
     for item in Progress("looking at the data", "samples", quiet=True).over(islice(items, LOOKED_AT)):
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,11 +71,6 @@ class Machine:
         return 64 * 64 if self.gpu else 32 * 32
 
     @property
-    def patches(self) -> int:
-        """Most patches of an image that are proposed."""
-        return 256 if self.gpu else 64
-
-    @property
     def size(self) -> str:
         """The size of model that learns most in this time."""
         if not self.gpu:
@@ -112,8 +107,6 @@ def image_settings(look: Look, machine: Machine) -> tuple[list[Size], int, int, 
     area = min(typical, machine.pixels)
     side = math.sqrt(area)
     patch = 2 if side < 16 else 4
-    while area / patch**2 > machine.patches:
-        patch *= 2
     same = len(counts) == 1 and typical <= machine.pixels
     ((height, width),) = counts if same else ((0, 0),)
     if same and height % patch == width % patch == 0:
@@ -157,11 +150,11 @@ def document_lengths(
     return found
 
 
-def row_length(lengths: Sequence[int]) -> tuple[int, str]:
-    """The length of a row that holds 99 of 100 documents, and why."""
+def row_length(lengths: Sequence[int], without_text: Sequence[int] = ()) -> tuple[int, str]:
+    """The length of a row that holds 99 of 100 documents, and all images of every document, and why."""
     ordered = sorted(lengths)
     longest = ordered[min(len(ordered) - 1, math.ceil(0.99 * len(ordered)) - 1)]
-    row = max(64, -(-longest // 8) * 8)
+    row = max(64, *(-(-length // 8) * 8 for length in (longest, max(without_text, default=0))))
     cut = sum(length > row for length in lengths)
     why = f"99 of 100 documents have at most {longest:,} positions; the longest has {ordered[-1]:,}"
     return row, why + (f"; the text of {cut / len(lengths):.1%} is cut" if cut else "")
@@ -217,7 +210,8 @@ def choices(
     model = SIZES[size]
     sizes, patch, channels, why = image_settings(look, machine)
     lengths = document_lengths(look.documents, sizes, patch, tokens, Config())
-    row, row_why = row_length(lengths)
+    silent = [replace(document, texts=()) for document in look.documents]
+    row, row_why = row_length(lengths, document_lengths(silent, sizes, patch, tokens, Config()))
     rows = max(8, round(model.tokens / row / 8) * 8)
     found = [
         Choice("run.dir", names.run),

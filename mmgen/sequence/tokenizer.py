@@ -49,6 +49,9 @@ class Roles:
         end = _text(described.get("eos_token"))
         if end is None or _text(described.get("bos_token")) == BOS:
             return cls()
+        template = folder / "chat_template.jinja"
+        if template.is_file() and not described.get("chat_template"):
+            described = {**described, "chat_template": template.read_text(encoding="utf-8")}
         begin = _text(described.get("bos_token"))
         first = text.encode("a", add_special_tokens=True).ids[:1]
         if begin is None or first != [text.token_to_id(begin)]:
@@ -119,8 +122,10 @@ class Tokenizer:
         return cls.load(config.data.tokenizer, config.model.patcher.grids)
 
     @classmethod
-    def load(cls, path: str | Path, grids: Sequence[Grid]) -> Tokenizer:
+    def load(cls, path: str | Path, grids: Sequence[Grid], own_roles: bool = True) -> Tokenizer:
         """Read a `tokenizer.json`, and the `tokenizer_config.json` of a pretrained tokenizer from the same folder.
+
+        Without `own_roles`, that file is ignored, as runs of earlier versions did.
 
         Raises:
             FileNotFoundError: there is no file at `path`; the message names the command that makes one.
@@ -136,7 +141,7 @@ class Tokenizer:
             text = TextTokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises a bare Exception
             raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
-        return cls(text, grids, Roles.of_folder(Path(path).parent, text))
+        return cls(text, grids, Roles.of_folder(Path(path).parent, text) if own_roles else Roles())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -55,6 +55,8 @@ def train(config: Config) -> int:
         heartbeat.begin("reading the autoencoder and its statistics")
         facts = ranks.gather_objects(resumed.state.autoencoder if resumed else first_facts(config, tokenizer))[0]
         if resumed:
+            if tokenizer.roles.described and not (resumed.folder / "tokenizer_config.json").exists():
+                tokenizer = Tokenizer.load(config.data.tokenizer, config.model.patcher.grids, own_roles=False)
             checkpoint.check_same_run(resumed, config, tokenizer)
             if resumed.state.step >= config.train.steps:
                 ranks.print(checkpoint.describe_finished(resumed, config))
@@ -197,7 +199,9 @@ def open_run(start: Start, watchdog: Watchdog, heartbeat: Heartbeat) -> Run:
         if resumed.state.noise != NOISE:
             ranks.print(f"{resumed.folder} is of an earlier version: the run continues with the noise of this one")
     elif config.train.init_from is not None:
-        for line in start_from(config.train.init_from, engine, tokenizer).lines():
+        # All ranks take the checkpoint that rank 0 found, also if the other run is still training.
+        found: Path = ranks.gather_objects(checkpoint_of(config.train.init_from))[0]
+        for line in start_from(found, engine, tokenizer).lines():
             ranks.print(line)
     heartbeat.begin("opening the run folder")
     check_room(engine)

@@ -168,7 +168,7 @@ def _estimates(table_6C: Tensor, columns: int) -> dict[str, Estimate]:
 def sample_prompts(config: Config) -> list[str]:
     """The prompts of a run's sample grids: the first captions of the validation shards, else of the training shards."""
     shards = config.data.val or config.data.train
-    return [sample.caption for sample in islice(read(shards, bad=[]), SAMPLES) if sample.caption]
+    return [sample.caption for sample in islice(read(shards, [], config.data), SAMPLES) if sample.caption]
 
 
 def draw(decoder: Decoder, captions: list[str]) -> Image.Image:

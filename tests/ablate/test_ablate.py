@@ -318,9 +318,12 @@ def test_a_training_that_an_arm_began_itself_is_completed(
 
 def test_without_a_judge_or_labels_losses_are_compared(tmp_path: Path, config: Config, labelled: Config) -> None:
     """A whole ablation of two steps, in processes of its own; nothing is scored."""
-    unlabelled = override(labelled, {"data": {"train": config.data.train}})
+    digits = override(labelled, {"eval": {"task": "digits"}})
+    unlabelled = override(digits, {"data": {"train": config.data.train}})
     (arm,) = ablate.read(written(tmp_path, unlabelled, arms={"a": {}}))[1]
     assert not arm.judged
+    (arm,) = ablate.read(written(tmp_path, digits, arms={"a": {}}))[1]
+    assert arm.judged
     (arm,) = ablate.read(written(tmp_path, labelled, arms={"a": {}}))[1]
     assert arm.judged
     with pytest.raises(ValueError, match="arm 'a' has nothing to compare: set data.val"):

@@ -56,6 +56,7 @@ WRONG: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda at: ["--images", str(at / "in"), "--minutes", "0"], "give more than 0"),
     (lambda at: ["--images", str(at / "in"), "--size", "tinny"], "did you mean 'tiny'"),
     (lambda at: ["--images", str(at / "bare")], "no caption file"),
+    (lambda at: ["--images", str(at / "in"), "--out", str(at / "new.yaml")], "there are 4 pictures, too few"),
 ]
 
 

@@ -15,7 +15,7 @@ from mmgen.config import Config, DataConfig
 from mmgen.config_io import override
 from mmgen.data.loader import Corpus
 from mmgen.data.shards.index import find
-from mmgen.data.shards.samples import read
+from mmgen.data.shards.samples import BadRecord, read
 from mmgen.data.streams import Streams
 from mmgen.data.tools.check import index_shards
 from mmgen.sequence.tokenizer import Tokenizer
@@ -111,6 +111,28 @@ def test_captions_are_drawn_by_key_in_the_proportion_of_their_weights(tmp_path: 
     assert kinds["long"] / 750 == pytest.approx(0.8, abs=0.05)
     again = [sample.caption for sample in read([path], [], data)]
     assert again == [sample.caption for sample in read([path], [], data)]
+
+
+def test_the_order_of_the_fields_does_not_change_the_draw(tmp_path: Path) -> None:
+    path = shard(tmp_path)
+    one, other = DataConfig(captions={"long": 0.6, "txt": 0.4}), DataConfig(captions={"txt": 0.4, "long": 0.6})
+    assert one == other
+    assert [s.caption for s in read([path], [], one)] == [s.caption for s in read([path], [], other)]
+
+
+def test_width_and_height_are_those_of_the_picture(tmp_path: Path) -> None:
+    """The JSON of a downloaded picture often has the size of the original."""
+    meta = json.dumps({"caption": "a", "width": 1024}).encode()
+    path = str(write(tmp_path / "a.tar", tar_of({"1.png": png(4, 8), "1.json": meta})))
+    assert len(list(read([path], [], DataConfig(where="width == 8 and height == 4")))) == 1
+    assert not list(read([path], [], DataConfig(where="width == 1024")))
+
+
+def test_a_sample_that_is_left_out_is_not_bad(tmp_path: Path) -> None:
+    meta = json.dumps({"caption": ["a", "list"], "score": 0}).encode()
+    path, bad = str(write(tmp_path / "a.tar", tar_of({"1.png": png(4, 8), "1.json": meta}))), list[BadRecord]()
+    assert not list(read([path], bad, DataConfig(where="score > 1")))
+    assert not bad
 
 
 def test_the_index_knows_the_lengths_of_the_drawn_captions(tmp_path: Path) -> None:

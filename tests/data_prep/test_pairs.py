@@ -1,4 +1,4 @@
-"""Pairs of pictures with an instruction become documents of which only the result is learned."""
+"""Pairs of pictures with an instruction become documents; only their result is learned."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_the_picture_and_the_instruction_are_given_and_the_result_is_learned(
     pairs.main(before, after, out=tmp_path / "edits")
     first, second = documents(tmp_path / "edits")
     for document, text, name in ((first, "make it red", "a.png"), (second, "turn it", "sub/c.png")):
-        given, said, result = document.segments
+        given, words, result = document.segments
         assert isinstance(given, Picture)
-        assert isinstance(said, Text)
+        assert isinstance(words, Text)
         assert isinstance(result, Picture)
-        assert (given.learn, said.learn, result.learn) == (False, False, True)
-        assert said.text == text
+        assert (given.learn, words.learn, result.learn) == (False, False, True)
+        assert words.text == text
         assert (given.data, result.data) == ((before / name).read_bytes(), (after / name).read_bytes())
     err = capsys.readouterr().err
     assert "alone.png: no picture of the same name in" in err
@@ -56,6 +56,19 @@ def test_an_instruction_for_all_and_learning_of_all(folders: tuple[Path, Path], 
     found = documents(tmp_path / "edits")
     assert [document.caption for document in found] == ["make it red", "improve it", "turn it"]
     assert all(segment.learn for document in found for segment in document.segments)
+
+
+def test_names_with_dots_have_their_own_instructions(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    before, after = folders
+    for name in ("p.v1", "p.v2"):
+        for folder in folders:
+            Image.fromarray(RNG.integers(256, size=(4, 4, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+        (after / f"{name}.txt").write_text(f"make {name}")
+    (after / "p.txt").write_text("not this")
+    pairs.main(before, after, out=tmp_path / "edits")
+    assert [document.caption for document in documents(tmp_path / "edits")] == [
+        "make it red", "make p.v1", "make p.v2", "turn it",
+    ]  # fmt: skip
 
 
 def test_splits_keep_pairs_together(folders: tuple[Path, Path], tmp_path: Path) -> None:

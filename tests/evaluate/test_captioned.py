@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -15,26 +16,31 @@ from torch import Tensor
 
 from data_prep import folder
 from data_prep import tokenizer as bpe
-from mmgen.config import Config
+from mmgen.config import Config, DataConfig, PatcherConfig
 from mmgen.config_io import override
 from mmgen.data.loader import Corpus
+from mmgen.data.shards.samples import Sample
 from mmgen.data.views import AFTER, TEXT, Views
 from mmgen.evaluate import matching
-from mmgen.evaluate.captioned import BASELINES, evaluate_captioned
+from mmgen.evaluate.captioned import BASELINES, References, captioned, evaluate_captioned
 from mmgen.evaluate.classes import UNKNOWN, Classes, ClassJudge, accuracy
 from mmgen.evaluate.distances import kernel_distance, spread_ratio
 from mmgen.evaluate.extractors import PixelValues, build_extractor
+from mmgen.evaluate.features import Pictures
 from mmgen.evaluate.matching import Pair, match, pairs
 from mmgen.evaluate.summary import ROWS, table
 from mmgen.evaluate.words import exact, f1, mean, share
+from mmgen.image.patch import PixelPatcher
 from mmgen.model import MMGenModel
 from mmgen.sequence.document import TextSegment
 from mmgen.sequence.tokenizer import Tokenizer
 from mmgen.train.checkpoint.read import load_model, newest_good
 from mmgen.train.loop import train
 from tests.cli.test_init import COLOURS, pictures
+from tests.data.common import tar_of
 
 RNG = np.random.default_rng(0)
+GRID = (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +98,34 @@ def test_the_spread_of_one_caption_is_compared_with_the_real_one() -> None:
     assert spread_ratio(real, real, range(400)) is None
 
 
+def test_captions_are_those_that_training_reads_and_longer_documents_are_left_out(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    picture = (pictures(tmp_path / "in", 1) / "0000.png").read_bytes()
+    for i in range(20):
+        members |= {f"{i:02d}.png": picture, f"{i:02d}.json": json.dumps({"long": f"long {i}"}).encode()}
+    listed = json.dumps(["make it", {"image": "a.png"}, "red", {"image": "b.png"}]).encode()
+    members |= {"pair.a.png": picture, "pair.b.png": picture, "pair.json": listed}
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_of(members))
+    patcher = PixelPatcher(PatcherConfig(image_sizes=[(8, 8)]))
+    found = captioned(Pictures([str(path)], patcher, [], DataConfig(captions={"long": 1.0})))
+    assert sorted(sample.caption for sample in found.samples) == sorted(f"long {i}" for i in range(20))
+
+
+def test_repeated_captions_do_not_count_as_variety() -> None:
+    """As many prompts as real pictures, or three times as many: the same variety."""
+    data = np.random.default_rng(1)
+    images = [Image.fromarray(data.integers(256, size=(4, 4, 3), dtype=np.uint8)) for _ in range(40)]
+    samples = [Sample("s", str(i), (), True) for i in range(40)]
+    sides = Pictures.__new__(Pictures)
+    sides.samples, sides.images, sides.pixels = samples, images, [np.asarray(image) for image in images]
+    real = References(PixelValues("", torch.device("cpu")), sides, sides, 40)
+    drawn = [Image.fromarray(data.integers(256, size=(4, 4, 3), dtype=np.uint8)) for _ in range(40)]
+    captions = ["a", "b"] * 20
+    once, often = real.scores(drawn, captions), real.scores(drawn * 3, captions * 3)
+    assert once["diversity_ratio"] == often["diversity_ratio"]
+
+
 def test_a_caption_names_one_class_or_none() -> None:
     classes = Classes(["shirt", "t-shirt", "boot"])
 
@@ -110,11 +144,11 @@ def test_the_judge_of_classes_reads_pictures_and_shuffled_captions_are_chance() 
     images = [
         Image.fromarray(np.clip(colours[k] + RNG.integers(-40, 40, (6, 6, 3)), 0, 255).astype(np.uint8)) for k in labels
     ]
-    judge = ClassJudge(PixelValues(""), images[:40], labels[:40])
+    judge = ClassJudge(PixelValues("", torch.device("cpu")), images[:40], labels[:40])
     assert accuracy(judge.read(images[40:]), labels[40:]).mean > 0.95
     assert accuracy(judge.read(images[40:]), np.roll(labels[40:], -1)).mean < 0.1
     with pytest.raises(ValueError, match=r"fewer than two of eval\.classes"):
-        ClassJudge(PixelValues(""), images[:40], np.zeros(40, dtype=np.int64))
+        ClassJudge(PixelValues("", torch.device("cpu")), images[:40], np.zeros(40, dtype=np.int64))
     with pytest.raises(ValueError, match=r"names exactly one of eval\.classes"):
         accuracy(labels, np.full(80, UNKNOWN))
 
@@ -219,15 +253,15 @@ def corpus_of(config: Config) -> Corpus:
 
 
 def test_captions_to_choose_from_differ_and_do_not_depend_on_the_run(run: Config) -> None:
-    asked = pairs(corpus_of(run), 20, 4)
-    again = pairs(corpus_of(override(run, {"run": {"seed": 7}})), 20, 4)
+    asked = pairs(corpus_of(run), 20, 4, GRID)
+    again = pairs(corpus_of(override(run, {"run": {"seed": 7}})), 20, 4, GRID)
     assert len(asked) == 20
     for one, other in zip(asked, again, strict=True):
         assert len({tuple(caption.ids) for caption in one.captions}) == 4
         assert [c.ids for c in one.captions] == [c.ids for c in other.captions]
     own = Counter(tuple(pair.captions[0].ids) for pair in asked)
     assert len(own) == 4
-    assert len(pairs(corpus_of(run), 20, 40)[0].captions) == 4, "there are four captions only"
+    assert len(pairs(corpus_of(run), 20, 40, GRID)[0].captions) == 4, "there are four captions only"
 
 
 @pytest.mark.parametrize("own", [0, 3])
@@ -240,7 +274,7 @@ def test_the_caption_with_the_lowest_loss_is_picked(run: Config, monkeypatch: py
 
     monkeypatch.setattr(matching, "add_losses", known)
     corpus = corpus_of(run)
-    found = match(loaded(run), corpus, pairs(corpus, 12, 4), by_image=True)
+    found = match(loaded(run), corpus, pairs(corpus, 12, 4, GRID), by_image=True)
     assert found.by_image is not None
     assert found.by_text.mean == found.by_image.mean == float(own == 0)
 
@@ -248,7 +282,7 @@ def test_the_caption_with_the_lowest_loss_is_picked(run: Config, monkeypatch: py
 def test_all_captions_of_a_picture_are_compared_with_the_same_noise(run: Config) -> None:
     corpus = corpus_of(run)
     views = Views(corpus, loaded(run).build_patcher())
-    pair, other = pairs(corpus, 2, 4)
+    pair, other = pairs(corpus, 2, 4, GRID)
 
     def keys(pair: Pair, caption: TextSegment) -> list[int]:
         (batch,) = views.packed(list(views.image_views(0, [caption, pair.picture], pair.decoded, 0)), 1, 8)

@@ -235,11 +235,11 @@ def assemble(shard: str, key: str, contents: Mapping[str, bytes], data: DataConf
             _want({}, b"", data)
         return Sample(shard, key, _interleaved(loaded, key, contents, data))
     meta = loaded if isinstance(loaded, dict) else {}
-    caption = _caption(shard, key, contents, meta, data)
     array = next((contents[name] for name in contents if name.rsplit(".", 1)[-1] in ARRAYS), None)
     image = next((contents[name] for name in IMAGES if name in contents), None)
     if data.where is not None:
         _want(meta, image or b"", data)
+    caption = _caption(shard, key, contents, meta, data)
     if image is None and array is None:
         if not caption:
             raise BadSample(f"neither an image ({', '.join(IMAGES)}) nor text among members {sorted(contents)}")
@@ -264,7 +264,7 @@ def _caption(shard: str, key: str, contents: Mapping[str, bytes], meta: Mapping[
         caption = found.get(TXT, meta.get("caption"))
         return "" if caption is None else _clean(caption, data)
     cleaned = {name: text for name, value in found.items() if (text := _clean(value, data))}
-    names = [name for name in data.captions if name in cleaned]
+    names = [name for name in sorted(data.captions) if name in cleaned]  # the draw does not depend on their order
     if not names:
         return ""
     weights = [data.captions[name] for name in names]
@@ -276,8 +276,8 @@ def _caption(shard: str, key: str, contents: Mapping[str, bytes], meta: Mapping[
 def _want(meta: Mapping[str, Any], image: bytes, data: DataConfig) -> None:
     """Raise `Unwanted` unless `data.where` is true for a sample."""
     wanted, fields = condition(data.where or ""), dict(meta)
-    if image and wanted.names & {"width", "height"} - fields.keys():
-        height, width = pixel_size(image)
+    if image and wanted.names & {"width", "height"}:
+        height, width = pixel_size(image, data.limits)
         fields |= {"width": width, "height": height}
     try:
         if not wanted(fields):
@@ -286,11 +286,11 @@ def _want(meta: Mapping[str, Any], image: bytes, data: DataConfig) -> None:
         raise Unwanted(f"data.where: {error}") from None
 
 
-def pixel_size(image: bytes) -> tuple[int, int]:
+def pixel_size(image: bytes, limits: LimitsConfig) -> tuple[int, int]:
     """(height, width) from the header of an image; raises `BadSample`."""
     from mmgen.data.shards.pictures import image_size  # it imports this module
 
-    return image_size(Picture(image), LimitsConfig())
+    return image_size(Picture(image), limits)
 
 
 def _json(data: bytes) -> Any:

@@ -141,7 +141,7 @@ def check_same_run(stored: Checkpoint, config: Config, tokenizer: Tokenizer) -> 
     if Tokenizer.load(path, config.model.patcher.grids) != tokenizer:
         raise ValueError(
             f"{config.data.tokenizer} is not the tokenizer of the checkpoint {stored.folder}: the same ids mean other "
-            f"words. Copy {path} to {config.data.tokenizer}, or choose another run.dir to start a new run"
+            f"words. Set data.tokenizer to {path}, or choose another run.dir to start a new run"
         )
 
 

@@ -62,24 +62,24 @@ def listed(names: Sequence[str]) -> str:
 
 @torch.no_grad()
 def start_from(folder: Path, engine: Engine, tokenizer: Tokenizer) -> Reused:
-    """Copy the weights of a checkpoint, or of the newest one of a run folder, into a new run.
+    """Copy the weights of a checkpoint into a new run.
 
     The EMA is taken, or plain weights if there is none.
 
     Raises:
         ValueError: the folder is not a checkpoint, is damaged, or has no parameter of this model.
     """
-    folder = checkpoint_of(folder)
     state, store = read_trainer(folder), Store(folder)
     kind = EMA if EMA in store.kinds() else "weight"
     before = Tokenizer.load(folder / "tokenizer.json", settings_of(folder).model.patcher.grids)
     rows = same_tokens(before.vocabulary, tokenizer.vocabulary)
     names = vocabulary_parameters(engine)
     width = engine.model.get_input_embeddings().embedding_dim
-    remap = MMGenConfig.from_pretrained(folder).backbone.get("hidden_size") == width and (
+    sizes = {name: max(store.numel(kind, name), store.numel("weight", name)) for name in store.names("weight")}
+    stored_rows = MMGenConfig.from_pretrained(folder).backbone["vocab_size"]
+    remap = all(sizes.get(name) == stored_rows * width for name in names) and (
         any(row != number for number, row in enumerate(rows)) or len(before) != len(tokenizer)
     )
-    sizes = {name: max(store.numel(kind, name), store.numel("weight", name)) for name in store.names("weight")}
     fresh = [
         name
         for name, p in engine.model.named_parameters()
