@@ -360,6 +360,19 @@ class Dataset(Measured):
         if len(self) <= CHECKED and (documents := self.overlong_documents()):
             raise ValueError(refusal(documents, self.config.data))
 
+    def shortened(self) -> tuple[int, int]:
+        """The number of documents whose text `data.overlong: truncate` cuts, and the longest length before.
+
+        Both are 0 for a data set of more than `CHECKED` samples, which is not searched.
+        """
+        row, lengths = self.config.data.row_length, [np.zeros(0, dtype=np.int64)]
+        if self.config.data.overlong == "truncate" and len(self) <= CHECKED:
+            for shard in range(len(self.shards)):
+                facts = self.facts(shard)
+                lengths.append(self._around_text(facts, None) + facts.text)
+        every = np.concatenate(lengths)
+        return int((every > row).sum()), int(every.max(initial=0))
+
     def overlong_documents(self) -> list[Overlong]:
         """All documents that do not fit into a row with all their text."""
         documents: list[Overlong] = []

@@ -106,7 +106,12 @@ class Corpus(Documents):
     def description(self) -> str:
         """The number of samples, for the first line of a run."""
         left_out = self.dataset.unwanted
-        return f"{len(self.samples)} samples" + (f" ({shown_counts(left_out)} left out)" if left_out else "")
+        described = f"{len(self.samples)} samples" + (f" ({shown_counts(left_out)} left out)" if left_out else "")
+        cut, longest = self.dataset.shortened()
+        if cut:
+            row = self.config.data.row_length
+            described += f" (the text of {cut} is cut: the longest needs data.row_length {longest}, and it is {row})"
+        return described
 
     def known(self, position: Position | Cursors) -> int:
         """Number of samples that the share of bad samples is relative to."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -63,6 +64,22 @@ def test_samples_are_chosen_by_their_fields_and_counted(tmp_path: Path) -> None:
     assert "20 samples, because data.where: it has no field 'score' left out" in corpus.description
     report = index_shards(config.data.train, tokenizer_of(config), config, 1, lambda line: None)
     assert (report.samples, report.left_out, report.bad) == (len(keys), 200 - len(keys), 0)
+
+
+def test_documents_that_are_cut_are_counted(tmp_path: Path) -> None:
+    config = settings(tmp_path, overlong="truncate", row_length=24)
+    members = {"1.png": png(4, 4), "1.txt": b"a" * 60, "2.png": png(4, 4), "2.txt": b"b"}
+    path = str(write(tmp_path / "long.tar", tar_of(members)))
+    config = override(config, {"data": {"train": [path]}})
+    corpus = Corpus(config.data.train, tokenizer_of(config), config)
+    found = re.search(
+        r"the text of 1 is cut: the longest needs data.row_length (\d+), and it is 24", corpus.description
+    )
+    assert found
+    whole = override(config, {"data": {"row_length": int(found[1])}})
+    assert "cut" not in Corpus(whole.data.train, tokenizer_of(whole), whole).description
+    shorter = override(config, {"data": {"row_length": int(found[1]) - 1}})
+    assert "of 1 is cut" in Corpus(shorter.data.train, tokenizer_of(shorter), shorter).description
 
 
 def test_an_index_of_another_condition_is_made_again(tmp_path: Path) -> None:
