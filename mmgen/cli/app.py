@@ -8,10 +8,12 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import cyclopts
+import docstring_parser
 from cyclopts import App, Parameter
 
 from mmgen import __version__
@@ -111,6 +113,10 @@ def _looks_like_a_folder(path: Path) -> bool:
     """Whether a word that names nothing is rather a mistyped folder than a caption or a picture."""
     text = str(path)
     return os.sep in text and not re.search(r"\s", text) and not path.suffix and not path.exists()
+
+
+# cyclopts reads the source of a class and of its bases for every section of settings, and of pydantic's base each time.
+docstring_parser.parse_from_object = cache(docstring_parser.parse_from_object)
 
 
 def build() -> App:

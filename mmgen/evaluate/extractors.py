@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from mmgen.config import choose
-from mmgen.evaluate.distances import Features
+
+if TYPE_CHECKING:  # it imports scikit-learn, and reading settings imports this file
+    from mmgen.evaluate.distances import Features
 
 BATCH = 64
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mmgen import __version__
 from mmgen.config import Config
 from mmgen.data.order import Position
 from mmgen.model import MMGenModel
@@ -14,6 +15,8 @@ from mmgen.train.checkpoint import posthoc
 from mmgen.train.checkpoint.read import load_model, read_trainer
 from mmgen.train.state import TrainerState
 
+INDEX = "model_index.json"
+"""The file by which tools of diffusers recognise the folder of a pipeline."""
 FACTS = "mmgen.json"
 """The file of an exported folder with step, kind of weights and settings of the run."""
 
@@ -38,7 +41,8 @@ def export(run: Path, folder: Path, out: Path, weights: str, text_only: bool = F
                 f"unknown weights '{weights}': set sample.weights to ema, weight, another stored EMA, or power:WIDTH"
             )
         posthoc.fill(model, run, folder, float(width))
-    (out / FACTS).unlink(missing_ok=True)  # a folder is read only if it has this file, which is written last
+    for name in (FACTS, INDEX):  # a folder is read only if it has the first, which is written last
+        (out / name).unlink(missing_ok=True)
     (model.backbone if text_only else model).save_pretrained(out)
     tokenizer.save(out / "tokenizer.json")
     if tokenizer.roles.described is None:
@@ -48,6 +52,8 @@ def export(run: Path, folder: Path, out: Path, weights: str, text_only: bool = F
     if text_only:
         return
     state = read_trainer(folder)
+    index = {"_class_name": "MMGenPipeline", "_library_name": "mmgen", "_mmgen_version": __version__}
+    (out / INDEX).write_text(json.dumps(index, indent=1))
     facts = {"step": state.step, "weights": weights, "train_seconds": state.train_seconds, "config": state.config}
     (out / FACTS).write_text(json.dumps(facts))
 

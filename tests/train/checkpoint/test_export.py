@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def test_transformers_reads_an_export(config: Config, tmp_path: Path, average: s
     if ":" not in average:
         expected = checkpoint.load_model(found, average)[0]
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+    assert json.loads((out / "model_index.json").read_text())["_class_name"] == "MMGenPipeline"
     tokenizer = AutoTokenizer.from_pretrained(out)
     ours = Tokenizer.of(config)
     assert tokenizer("picture 1", add_special_tokens=False)["input_ids"] == ours.encode("picture 1")
