@@ -56,7 +56,10 @@ class ClassJudge:
     def __init__(self, extractor: Extractor, images: Sequence[Image.Image], labels: NDArray[np.int64]) -> None:
         known = np.flatnonzero(labels != UNKNOWN)
         if len(np.unique(labels[known])) < 2:
-            raise ValueError("the captions name fewer than two of eval.classes: correct the names")
+            raise ValueError(
+                "the captions of the judge's images (eval.judge, or data.train if that is empty) name fewer than two "
+                "of eval.classes: correct the names, or name other shards"
+            )
         chosen = np.random.default_rng(0).permutation(known)[:MOST]
         features = extractor([images[i] for i in chosen])
         self._extractor = extractor

@@ -95,7 +95,9 @@ def test_four_commands_lead_from_a_folder_to_scores_and_pictures(tmp_path: Path)
     assert scores["match_drawn_by_text"] > 0.9
     assert scores["match_by_image"] > 0.6
     assert scores["match_chance"] == 0.25
-    assert "captions with exactly the words" in mmgen("eval", "runs/my", "--eval.samples", "40")
+    shown = mmgen("eval", "runs/my", "--eval.samples", "40")
+    assert "95% interval" in shown
+    assert "captions with exactly" in shown
     mmgen("sample", "runs/my", "a red box", "--out", "drawn")
     drawn = np.asarray(Image.open(next((tmp_path / "drawn").glob("*.png"))).convert("RGB"), dtype=float)
     box = drawn[drawn.min(axis=2) < 150].mean(axis=0)
