@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mmgen import __version__
 from mmgen.config import Config
 from mmgen.data.order import Position
 from mmgen.model import MMGenModel
@@ -52,7 +52,7 @@ def export(run: Path, folder: Path, out: Path, weights: str, text_only: bool = F
     if text_only:
         return
     state = read_trainer(folder)
-    index = {"_class_name": "MMGenPipeline", "_library_name": "mmgen", "_mmgen_version": __version__}
+    index = {"_class_name": "MMGenPipeline", "_library_name": "mmgen", "_mmgen_version": version("mmgen")}
     (out / INDEX).write_text(json.dumps(index, indent=1))
     facts = {"step": state.step, "weights": weights, "train_seconds": state.train_seconds, "config": state.config}
     (out / FACTS).write_text(json.dumps(facts))
