@@ -713,10 +713,14 @@ class SampleConfig(Settings):
             raise ValueError(f"sample.clean_range must rise, as in [-1, 1], got {list(self.clean_range)}")
 
 
+CAPTIONS = "captions"
+"""The value of `eval.task` for images with captions and no labels."""
+
+
 class EvalConfig(Settings):
     """How a trained model is scored."""
 
-    task: str = "captions"
+    task: str = CAPTIONS
     """What is scored: `captions` for any captioned images, or a task that knows what labelled images show."""
     judge: list[str] = []
     """Shards on which the judge is trained, and the model is not: of single digits for labelled tasks, of captioned

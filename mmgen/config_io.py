@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-from mmgen.config import FLAT, OBJECTIVE_SETTINGS, RENAMED, AddedSectionError, Config, choose, nearest
+from mmgen.config import CAPTIONS, FLAT, OBJECTIVE_SETTINGS, RENAMED, AddedSectionError, Config, choose, nearest
 
 
 def _entries(place: str) -> Callable[[], Collection[str]]:
@@ -42,7 +42,7 @@ def _solvers() -> Collection[str]:
 
 
 def _tasks() -> Collection[str]:
-    from mmgen.evaluate.tasks import CAPTIONS, TASKS
+    from mmgen.evaluate.tasks import TASKS
 
     return [CAPTIONS, *TASKS]
 

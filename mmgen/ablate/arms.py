@@ -28,11 +28,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from mmgen.ablate.equal import Cost, parameters, same_parameters, step_cost
-from mmgen.config import Config, choose, nearest
+from mmgen.config import CAPTIONS, Config, choose, nearest
 from mmgen.config_io import explain, load, merged, override, read_yaml
 from mmgen.data.shards.samples import read as read_samples
 from mmgen.evaluate.judge import truth
-from mmgen.evaluate.tasks import CAPTIONS
 
 
 class AblationFile(BaseModel):

@@ -8,7 +8,7 @@ from typing import Annotated
 from mmgen.cli.flags import Json, Uses
 from mmgen.cli.run import load_run
 from mmgen.cli.show import log, print_table, show
-from mmgen.config import Config
+from mmgen.config import CAPTIONS, Config
 from mmgen.config_io import override
 
 EvalSettings = Annotated[Config, Uses(("run", "sample", "eval"), trained=True)]
@@ -35,7 +35,7 @@ def evaluate(*, config: EvalSettings = Config(), as_json: Json = False) -> int:
     for key, shards in needed(config).items():
         if not shards:
             raise ValueError(f"{key} is empty: the task '{config.eval.task}' needs shards there")
-    plain = config.eval.task == "captions"
+    plain = config.eval.task == CAPTIONS
     score = evaluate_captioned if plain else evaluate_labelled
     found = score(trained.model, trained.tokenizer, config, trained.trainer, log).flat()
     if plain and not as_json:
@@ -49,4 +49,4 @@ def evaluate(*, config: EvalSettings = Config(), as_json: Json = False) -> int:
 def needed(config: Config) -> dict[str, Sequence[object]]:
     """The settings that must name shards."""
     shards: dict[str, Sequence[object]] = {"data.train": config.data.train, "eval.test": config.eval.test}
-    return shards if config.eval.task == "captions" else shards | {"eval.judge": config.eval.judge}
+    return shards if config.eval.task == CAPTIONS else shards | {"eval.judge": config.eval.judge}

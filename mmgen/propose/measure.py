@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from mmgen.config import Config
 from mmgen.config_io import override
 from mmgen.data.progress import Progress
-from mmgen.train.state import TrainerState
+from mmgen.train.checkpoint.read import read_trainer
+from mmgen.train.command import keep_settings, run_command
 
 WARM, STEPS = 8, 32
 """Steps before the clock starts, and all steps that are run."""
@@ -37,33 +34,31 @@ class Pace:
         return max(0.0, 60 * minutes - self.fixed)
 
 
-def measure(config: Config) -> Pace:
-    """Train `STEPS` steps in a folder that is then removed, and validate.
+def measure(config: Config, folder: Path) -> Pace:
+    """Train `STEPS` steps in `folder`, which is then removed, and validate.
 
     Raises:
-        ChildProcessError: the training failed; the message ends with what it printed.
+        ChildProcessError: the training failed; the message names its log, and the folder is kept.
     """
-    with tempfile.TemporaryDirectory(prefix="mmgen-init-") as folder:
-        run = Path(folder) / "run"
-        settings = {
-            "run": {"dir": run},
-            "train": {"steps": STEPS, "log_every": STEPS, "save_every": WARM, "keep_last": STEPS // WARM}
-            | {"first_sample": 2 * WARM, "sample_every": 0, "tensorboard": False, "warmup_steps": STEPS},
-        }
-        short = override(config, settings)
-        file = Path(folder) / "settings.yaml"
-        file.write_text(yaml.safe_dump(short.model_dump(mode="json")))
-        began = time.monotonic()
-        with Progress(f"training {STEPS} steps to measure the pace", "processes", 1):
-            done = subprocess.run(
-                [sys.executable, "-m", "mmgen.cli", "train", "--config", str(file)], capture_output=True, text=True
-            )
-        wall = time.monotonic() - began
-        if done.returncode:
-            raise ChildProcessError(f"a trial of {STEPS} steps failed:\n{done.stderr[-2000:].strip()}")
-        states = [
-            TrainerState.from_json((run / "checkpoints" / f"step-{step}" / "trainer.json").read_text())
-            for step in (WARM, STEPS)
-        ]
-    seconds = (states[1].productive_seconds - states[0].productive_seconds) / (STEPS - WARM)
+    shutil.rmtree(folder, ignore_errors=True)
+    changes = {
+        "run": {"dir": folder},
+        "train": {
+            "steps": STEPS,
+            "log_every": STEPS,
+            "save_every": WARM,
+            "keep_last": STEPS // WARM,
+            "first_sample": 2 * WARM,
+            "sample_every": 0,
+            "warmup_steps": STEPS,
+        },
+    }
+    settings = keep_settings(override(config, changes), "trial.yaml", "remove its folder")
+    began = time.monotonic()
+    with Progress(f"training {STEPS} steps to measure the pace", "processes", 1):
+        run_command("train", settings)
+    wall = time.monotonic() - began
+    first, last = (read_trainer(folder / "checkpoints" / f"step-{step}").productive_seconds for step in (WARM, STEPS))
+    shutil.rmtree(folder)
+    seconds = (last - first) / (STEPS - WARM)
     return Pace(seconds, wall - STEPS * seconds)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from glob import glob
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,14 +22,14 @@ from mmgen.data.progress import Progress, to_stderr
 from mmgen.data.shards.samples import BadSample, read
 from mmgen.propose.file import as_settings, as_yaml
 from mmgen.propose.look import KEEP, Look
-from mmgen.propose.measure import Pace, measure
+from mmgen.propose.measure import measure
 from mmgen.propose.settings import (
     SIZES,
     Choice,
     Machine,
     Names,
-    choices,
-    document_lengths,
+    Proposal,
+    propose,
     schedule,
     steps_for,
     vocabulary,
@@ -56,8 +55,6 @@ class HeldOut:
 
 
 VALIDATION, TEST = HeldOut(0.05, 10, 500), HeldOut(0.1, 15, 1_000)
-FILLED = 0.95
-"""Typical share of a row that documents fill."""
 
 
 @dataclass(frozen=True)
@@ -154,24 +151,27 @@ class Preparation:
 
     def proposed(self) -> Prepared:
         """The settings, as far as they are known without training; nothing is written."""
-        return Prepared(self.out, [*self._choices(self._tokens()), *schedule(1000)], self._head("not measured"))
+        if self.inputs.backbone is not None:
+            tokenizer = load_tokenizer(self.inputs.backbone).backend_tokenizer
+        else:
+            tokenizer = script("tokenizer").trained(self.look.captions, self._vocabulary())
+        return Prepared(self.out, [*self._propose(tokenizer).choices, *schedule(1000)], self._head("not measured"))
 
     def written(self) -> Prepared:
         """Write shards and tokenizer, measure the pace, and write the settings file."""
+        self._write_shards()
         if self.inputs.backbone is not None:
             copy_tokenizer(self.inputs.backbone, Path(self.names.tokenizer).parent)
-        self._write_shards()
-        if self.inputs.backbone is None:
-            words, why = vocabulary(self.look.captions)
-            to_stderr(f"tokenizer: up to {words:,} tokens, since the captions have {why}")
-            script("tokenizer").main(self.names.train, out=Path(self.names.tokenizer), vocabulary=words)
-        tokenizer = Tokenizer.from_file(self.names.tokenizer)
-        chosen = self._choices(lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids))
+        else:
+            script("tokenizer").main(self.names.train, out=Path(self.names.tokenizer), vocabulary=self._vocabulary())
+        proposal = self._propose(Tokenizer.from_file(self.names.tokenizer))
         samples = sum(1 for _ in read([self.names.train], bad=[], data=KEEP))
-        pace = measure(override(Config(), as_settings([*chosen, *schedule(1000)])))
-        steps, reason = self._steps(pace, chosen, samples)
+        trial = override(Config(), as_settings([*proposal.choices, *schedule(1000)]))
+        pace = measure(trial, self.folder / "trial")
+        seconds = pace.seconds_for_steps(self.machine.minutes)
+        steps, reason = steps_for(seconds, pace.seconds_per_step, samples, proposal.documents_per_step)
         estimate = pace.minutes(steps)
-        settings = [*chosen, Choice("train.steps", steps, reason), *schedule(steps)]
+        settings = [*proposal.choices, Choice("train.steps", steps, reason), *schedule(steps)]
         made = Prepared(self.out, settings, self._head(f"about {estimate:.0f} minutes on this machine"), estimate)
         part = self.out.with_suffix(".part")
         part.write_text(made.text)
@@ -196,17 +196,16 @@ class Preparation:
         """First part of the names of the shards and their keys."""
         return re.sub(r"[^\w-]+", "-", self.out.stem)
 
-    def _choices(self, tokens: Callable[[str], int]) -> list[Choice]:
-        return choices(self.look, self.machine, self.size, self.names, tokens, self.inputs.backbone)
+    def _propose(self, tokenizer: Tokenizer) -> Proposal:
+        def tokens(text: str) -> int:
+            return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _tokens(self) -> Callable[[str], int]:
-        """The length of a text in tokens: of the backbone's, or of one trained on the samples that were looked at."""
-        if self.inputs.backbone is not None:
-            pretrained = load_tokenizer(self.inputs.backbone)
-            return lambda text: len(pretrained.encode(text, add_special_tokens=False))
-        words, _ = vocabulary(self.look.captions)
-        tokenizer = script("tokenizer").trained(self.look.captions, words)
-        return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+        return propose(self.look, self.machine, self.size, self.names, tokens, self.inputs.backbone)
+
+    def _vocabulary(self) -> int:
+        words, why = vocabulary(self.look.captions)
+        to_stderr(f"tokenizer: up to {words:,} tokens, since the captions have {why}")
+        return words
 
     def _write_shards(self) -> None:
         shards = script("shards")
@@ -221,21 +220,6 @@ class Preparation:
         for pattern in (self.names.train, self.names.val, self.names.test):
             if not glob(pattern):
                 raise ValueError(f"too few pictures can be used: no shard {pattern} was written. Give more pictures")
-
-    def _steps(self, pace: Pace, chosen: Sequence[Choice], samples: int) -> tuple[int, str]:
-        settings = as_settings(chosen)
-        rows, length = settings["train"]["batch_rows"], settings["data"]["row_length"]
-        patcher = settings["model"]["patcher"]
-        tokenizer = Tokenizer.from_file(self.names.tokenizer)
-        lengths = document_lengths(
-            self.look.documents,
-            [(height, width) for height, width in patcher["image_sizes"]],
-            patcher["patch_size"],
-            lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids),
-            Config(),
-        )
-        per_step = max(rows, rows * length / fmean(lengths) * FILLED)
-        return steps_for(pace.seconds_for_steps(self.machine.minutes), pace.seconds_per_step, samples, per_step)
 
     def _head(self, time: str) -> list[str]:
         return [

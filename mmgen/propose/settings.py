@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from mmgen.image.resize import nearest_size
 from mmgen.objective import build_layout
 from mmgen.propose.look import Document, Look, Size
 
+FILLED = 0.95
+"""Typical share of a row that documents fill."""
 FRAMING = 2
 """BOS and EOS."""
 BRACKETS = 3
@@ -198,15 +201,23 @@ def pretrained_backbone(name: str) -> list[Choice]:
     ]
 
 
-def choices(
+@dataclass(frozen=True)
+class Proposal:
+    """Proposed settings without the number of steps, and how many documents a step holds."""
+
+    choices: list[Choice]
+    documents_per_step: float
+
+
+def propose(
     look: Look,
     machine: Machine,
     size: str,
     names: Names,
     tokens: Callable[[str], int],
     backbone: str | None = None,
-) -> list[Choice]:
-    """All proposed settings, without the number of steps; with the name of a pretrained `backbone`, or a new one."""
+) -> Proposal:
+    """All proposed settings, with the name of a pretrained `backbone` or a new one."""
     model = SIZES[size]
     sizes, patch, channels, why = image_settings(look, machine)
     lengths = document_lengths(look.documents, sizes, patch, tokens, Config())
@@ -247,7 +258,7 @@ def choices(
         Choice("sample", {"solver": "dpmpp_2m", "steps": 16, "guidance_scale": 1.5}, "change them at any time"),
         Choice("eval.test", [names.test], "never trained on: what `mmgen eval` scores"),
     ]
-    return found
+    return Proposal(found, max(rows, rows * row / fmean(lengths) * FILLED))
 
 
 def schedule(steps: int) -> list[Choice]:

@@ -24,8 +24,8 @@ from mmgen.propose.settings import (
     Choice,
     Machine,
     Names,
-    choices,
     image_settings,
+    propose,
     row_length,
     schedule,
     steps_for,
@@ -125,7 +125,7 @@ def test_rows_hold_99_of_100_documents_and_the_rest_is_counted() -> None:
 @pytest.mark.parametrize("machine", [CPU, GPU])
 def test_the_proposed_settings_are_valid_and_the_model_can_be_built(size: str, machine: Machine) -> None:
     look = look_of([(28, 28)] * 20, ["a cat on a mat", "a dog"])
-    settings = as_settings([*choices(look, machine, size, NAMES, words), *schedule(1000)])
+    settings = as_settings([*propose(look, machine, size, NAMES, words).choices, *schedule(1000)])
     config = override(Config(), settings)
     found = plan(config)
     assert found.tokens_per_step == pytest.approx(SIZES[size].tokens, rel=0.2)
@@ -146,7 +146,7 @@ def test_sizes_follow_from_the_depth() -> None:
 
 def test_the_file_holds_the_settings_and_their_reasons() -> None:
     chosen = [
-        *choices(look_of([(28, 28)] * 20, ["a cat"]), CPU, "tiny", NAMES, words), Choice("train.steps", 700, "why not"),
+        *propose(look_of([(28, 28)] * 20, ["a cat"]), CPU, "tiny", NAMES, words).choices, Choice("train.steps", 700, "why not"),
         *schedule(700),
     ]  # fmt: skip
     text = as_yaml(chosen, ["mmgen train --config my.yaml"])

@@ -5,11 +5,8 @@ from mmgen.evaluate.tasks.interface import Mark, Object, Pixels, Task, Truth, re
 from mmgen.evaluate.tasks.scenes import COLOURS, PLACES, Scenes, paint
 
 TASKS: dict[str, type[Task]] = {"digits": Digits, "scenes": Scenes}
-CAPTIONS = "captions"
-"""The value of `eval.task` for images with captions and no labels, which `evaluate.captioned` scores."""
 
 __all__ = [
-    "CAPTIONS",
     "COLOURS",
     "PLACES",
     "TASKS",
