@@ -10,12 +10,11 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from mmgen.config import Config
@@ -25,21 +24,13 @@ from mmgen.data.shards.samples import BadRecord, Sample
 from mmgen.data.shards.store import Patterns
 from mmgen.data.views import validation_corpus
 from mmgen.evaluate.classes import Classes, ClassJudge, ClassScores, accuracy
-from mmgen.evaluate.distances import (
-    Features,
-    frechet,
-    frechet_unbiased,
-    kernel_distance,
-    nearest_distance,
-    projection,
-    spread_ratio,
-    two_sample_accuracy,
-)
 from mmgen.evaluate.extractors import Extractor, build_extractor
 from mmgen.evaluate.features import Pictures
-from mmgen.evaluate.matching import Pair, match, pairs, with_pictures
+from mmgen.evaluate.matching import Matches, Pair, match, pairs, with_pictures
+from mmgen.evaluate.metrics import Scores
+from mmgen.evaluate.references import BASELINES, FLOOR, References, draw_baseline
 from mmgen.evaluate.report import Generator, HeldOutLosses, held_out_losses, repeated, write_report
-from mmgen.evaluate.words import exact, f1, mean_f1
+from mmgen.evaluate.words import exact, mean_f1
 from mmgen.image import sheet
 from mmgen.model import MMGenModel
 from mmgen.sequence.tokenizer import Tokenizer
@@ -55,68 +46,6 @@ FEWEST = 10
 """Fewest captioned pictures with which distances can be computed."""
 MOST = 10_000
 """Most training pictures that are read, to search for copies and to draw baselines from."""
-
-
-class References:
-    """Real pictures of one size and their features, which drawn pictures are compared with."""
-
-    def __init__(self, extractor: Extractor, train: Pictures, test: Pictures, n: int) -> None:
-        self.extractor, self.train, self.test = extractor, train, test
-        self.captions = [sample.caption for sample in test.samples]
-        self.n = min(n, len(test.images), len(train.images))
-        self._train = extractor(train.images)
-        self._pca = projection(self._train)
-        self.test_features = extractor(test.images)
-        self.nearest = nearest_distance(self.test_features[: self.n], self._train)
-
-    def scores(self, images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, float | None]:
-        """Every score of pictures for these captions; those of index i are compared with real ones of any index."""
-        found = self.extractor(images)
-        n = min(self.n, len(found))
-        a, b = self._reduced(found[:n]), self._reduced(self.test_features[:n])
-        own = nearest_distance(found[:n], self._train)
-        once = min(len(found), len(self.test_features))  # after them, the captions repeat
-        return {
-            "fd": frechet(a, b),
-            "fd_unbiased": frechet_unbiased(a, b),
-            "kd": kernel_distance(a, b),
-            "two_sample_accuracy": two_sample_accuracy(a, b),
-            "nn_distance_ratio": own / self.nearest if self.nearest else None,
-            "diversity_ratio": spread_ratio(found[:once], self.test_features[:once], captions[:once]),
-        }
-
-    def _reduced(self, features: Features) -> Features:
-        return np.asarray(self._pca.transform(features)) if self._pca else features
-
-
-Baseline = Callable[[References, str, np.random.Generator], Image.Image]
-"""Draws a picture for a caption without a model."""
-
-
-def random_picture(real: References, caption: str, rng: np.random.Generator) -> Image.Image:
-    """A training picture of any caption."""
-    return real.train.images[int(rng.integers(len(real.train.images)))]
-
-
-def picture_of_nearest_caption(real: References, caption: str, rng: np.random.Generator) -> Image.Image:
-    """A training picture whose caption has the highest F1 of words: what a search would show."""
-    some = rng.choice(len(real.train.samples), min(1000, len(real.train.samples)), replace=False)
-    scores = [f1(real.train.samples[i].caption, caption) for i in some]
-    return real.train.images[int(some[int(np.argmax(scores))])]
-
-
-def mean_picture(real: References, caption: str, rng: np.random.Generator) -> Image.Image:
-    """The mean of 16 training pictures."""
-    some = rng.choice(len(real.train.pixels), min(16, len(real.train.pixels)), replace=False)
-    mean = np.mean([real.train.pixels[i] for i in some], axis=0)
-    return Image.fromarray(np.rint(mean).astype(np.uint8))
-
-
-BASELINES: dict[str, Baseline] = {
-    "random_training_picture": random_picture,
-    "picture_of_nearest_caption": picture_of_nearest_caption,
-    "mean_of_training_pictures": mean_picture,
-}
 
 
 @dataclass(frozen=True)
@@ -160,21 +89,137 @@ class CaptionReport:
 
 
 @dataclass(frozen=True)
+class MatchReport:
+    """Which caption the model finds likeliest."""
+
+    real: Matches
+    """For real pictures."""
+    shuffled: Estimate
+    """By text, with the next picture instead of each: what a model reaches that ignores the picture."""
+    drawn: Estimate
+    """By text, for the pictures that the model drew."""
+
+    def flat(self) -> dict[str, float]:
+        """The values under their keys in `report.json`."""
+        flat = self.real.flat("match") | self.drawn.flat("match_drawn_by_text")
+        return flat | {"match_by_text_shuffled": self.shuffled.mean}
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Scores of pictures at one guidance scale."""
+
+    guidance: float
+    scores: Scores
+    accuracy: Estimate | None
+    """Of the classes; None without `eval.classes`."""
+
+    def flat(self) -> dict[str, float | None]:
+        """The values under their keys in the list `guidance_curve`."""
+        accuracy = self.accuracy.flat("t2i_accuracy") if self.accuracy else {}
+        return {"guidance": self.guidance} | self.scores | accuracy
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """All scores at one declared size."""
+
+    t2i_n: int
+    """Number of drawn pictures."""
+    seconds_per_image: float
+    scores: Scores
+    captions: CaptionReport
+    matches: MatchReport | None
+    """None if the test shards have fewer than two different captions."""
+    classes: ClassScores | None
+    """None without `eval.classes`."""
+    reference_generators: dict[str, Scores]
+    guidance_curve: Sequence[CurvePoint]
+
+    def flat(self) -> dict[str, Any]:
+        """The values under their keys in `report.json`."""
+        flat: dict[str, Any] = {"t2i_n": self.t2i_n, "seconds_per_image": self.seconds_per_image, **self.scores}
+        flat |= {f"{name}_floor": value for name, value in self.reference_generators[FLOOR].items()}
+        for part in (self.captions, self.matches, self.classes):
+            flat |= part.flat() if part else {}
+        flat["reference_generators"] = self.reference_generators
+        if self.guidance_curve:
+            flat["guidance_curve"] = [point.flat() for point in self.guidance_curve]
+        return flat
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What another person needs to repeat the scores; a part of `report.json` of its own."""
+
+    step: int
+    weights: str
+    solver: str
+    solver_steps: int
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+    negative_prompt: str | None
+    seeds: tuple[int, int]
+    """The first and the last seed of the drawn pictures."""
+    features: str
+    features_fingerprint: str
+    judge: list[str] | None
+    """Shards of the judge of `eval.classes`; None without classes."""
+    test: list[str]
+    data_fingerprint: str
+    tokenizer_fingerprint: str
+    device: str
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, scorer: Scorer, trainer: TrainerState) -> Provenance:
+        """The provenance of the scores of a model."""
+        config, sample, settings = scorer.config, scorer.config.sample, scorer.config.eval
+        packages = ("mmgen", "torch", "transformers", "numpy", "scikit-learn")
+        return cls(
+            step=trainer.step,
+            weights=sample.weights,
+            solver=sample.solver,
+            solver_steps=sample.steps,
+            guidance_scale=sample.guidance_scale,
+            guidance_interval=sample.guidance_interval,
+            negative_prompt=sample.negative_prompt,
+            seeds=(0, settings.samples - 1),
+            features=settings.features,
+            features_fingerprint=scorer.extractor.fingerprint,
+            judge=(settings.judge or [*map(str, config.data.train)]) if settings.classes else None,
+            test=settings.test,
+            data_fingerprint=trainer.data,
+            tokenizer_fingerprint=scorer.tokenizer.fingerprint,
+            device=str(scorer.model.device),
+            versions={"python": platform.python_version()} | {name: version(name) for name in packages},
+        )
+
+
+@dataclass(frozen=True)
 class CaptionedReport:
     """The contents of `report.json`."""
 
-    sizes: dict[str, dict[str, Any]]
+    step: int
+    t2i_guidance: float
+    t2i_solver_steps: int
+    bad_samples: int
+    """Number of samples that could not be read."""
+    train_seconds: float
+    parameters: int
+    eval_seconds: float
+    provenance: Provenance
+    sizes: dict[str, SizeReport]
     """The scores at each declared size, the first one first."""
     losses: HeldOutLosses | None
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Facts about the run and its provenance."""
 
     def flat(self) -> dict[str, Any]:
         """One object for JSON; keys of a further size end with it, as in `fd_16x16`."""
-        flat = dict(self.facts)
+        flat = {name: value for name, value in vars(self).items() if name not in ("sizes", "losses")}
+        flat["provenance"] = asdict(self.provenance)
         for number, (size, scores) in enumerate(self.sizes.items()):
             suffix = f"_{size}" if number else ""
-            flat |= {f"{name}{suffix}": value for name, value in scores.items()}
+            flat |= {f"{name}{suffix}": value for name, value in scores.flat().items()}
         return flat | (self.losses.flat() if self.losses else {})
 
 
@@ -205,7 +250,7 @@ def evaluate_captioned(
     run = config.run.model_copy(update={"seed": 0})
     corpus = Corpus(settings.test, tokenizer, config.model_copy(update={"run": run}), model.autoencoder)
     scorer = Scorer(model, tokenizer, config, extractor, train, shown, corpus, report)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, SizeReport] = {}
     for number, (size, grid) in enumerate(zip(config.model.patcher.image_sizes, model.patcher.grids, strict=True)):
         name = "x".join(map(str, size))
         here = test.of_size(size)
@@ -228,17 +273,18 @@ def evaluate_captioned(
         if config.data.val
         else None
     )
-    facts = {
-        "step": trainer.step,
-        "t2i_guidance": config.sample.guidance_scale,
-        "t2i_solver_steps": config.sample.steps,
-        "bad_samples": len(bad),
-        "train_seconds": round(trainer.train_seconds, 1),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "eval_seconds": round(time.monotonic() - began, 1),
-        "provenance": provenance(config, extractor, trainer, tokenizer, model.device),
-    }
-    result = CaptionedReport(found, losses, facts)
+    result = CaptionedReport(
+        step=trainer.step,
+        t2i_guidance=config.sample.guidance_scale,
+        t2i_solver_steps=config.sample.steps,
+        bad_samples=len(bad),
+        train_seconds=round(trainer.train_seconds, 1),
+        parameters=sum(p.numel() for p in model.parameters()),
+        eval_seconds=round(time.monotonic() - began, 1),
+        provenance=Provenance.of(scorer, trainer),
+        sizes=found,
+        losses=losses,
+    )
     write_report(config.run.dir, result.flat())
     return result
 
@@ -268,10 +314,11 @@ class Scorer:
         """The model as a generator of pictures and captions."""
         return Generator(self.model, self.tokenizer, self.config.sample, self.config.eval.batch, self.report)
 
-    def score(self, test: Pictures, size: tuple[int, int], grid: tuple[int, int], label: str) -> dict[str, Any]:
+    def score(self, test: Pictures, size: tuple[int, int], grid: tuple[int, int], label: str) -> SizeReport:
         """All scores at one size; the first pictures are saved as a sheet named `label`."""
-        settings, scale = self.config.eval, self.config.sample.guidance_scale
-        real = References(self.extractor, self.train.of_size(size), test, settings.samples)
+        settings, scale, train = self.config.eval, self.config.sample.guidance_scale, self.train.of_size(size)
+        real = References(self.extractor, train, test, settings.samples)
+        # What may be refused comes before the minutes of drawing.
         asked = pairs(self.corpus, min(MATCHED, settings.samples), settings.choices, grid)
         judge = self.judge(size, test) if settings.classes else None
         prompts = repeated(test.samples, settings.samples)
@@ -281,29 +328,22 @@ class Scorer:
         drawing = time.monotonic() - drawing
         first = images[:SHEET]
         sheet.save(sheet.grid(first, captions[: len(first)]), self.config.run.dir / "samples" / label)
-        rng = np.random.default_rng(0)
-        genuine = [picture_of_nearest_caption(real, caption, rng) for caption in captions]
-        scores: dict[str, Any] = {"t2i_n": len(images), "seconds_per_image": drawing / len(images)}
-        scores |= real.scores(images, captions)
-        scores |= {f"{name}_floor": value for name, value in real.scores(genuine, captions).items()}
-        shown = test.samples[: settings.samples]
         written = self.generator.describe(test.images[: settings.samples])
-        wanted = [sample.caption for sample in shown]
-        training = [sample.caption for sample in self.train.samples]
-        scores |= CaptionReport.of(written, wanted, training).flat()
-        scores |= self._matches(asked, images, prompts)
-        if judge:
-            scores |= judge.scores(images, captions, test, written).flat()
+        wanted = [sample.caption for sample in test.samples[: settings.samples]]
         baselines = Progress("scoring baselines", "baselines", len(BASELINES), self.report)
-        scores["reference_generators"] = {
-            name: real.scores([draw(real, caption, rng) for caption in captions], captions)
-            for name, draw in baselines.over(BASELINES.items())
-        }
-        if settings.guidance_curve:
-            scores["guidance_curve"] = [
-                {"guidance": at} | self._at(at, prompts, grid, real, judge) for at in settings.guidance_curve
-            ]
-        return scores
+        return SizeReport(
+            t2i_n=len(images),
+            seconds_per_image=drawing / len(images),
+            scores=real.scores(images, captions),
+            captions=CaptionReport.of(written, wanted, [sample.caption for sample in train.samples]),
+            matches=self.matches(asked, images, prompts) if asked else None,
+            classes=judge.scores(images, captions, test, written) if judge else None,
+            reference_generators={
+                name: real.scores(draw_baseline(baseline, train, captions), captions)
+                for name, baseline in baselines.over(BASELINES.items())
+            },
+            guidance_curve=[self.at(other, prompts, grid, real, judge) for other in settings.guidance_curve],
+        )
 
     def judge(self, size: tuple[int, int], test: Pictures) -> SizedJudge:
         """The judge of `eval.classes` at one size; raises ValueError if the captions do not name the classes."""
@@ -318,40 +358,36 @@ class Scorer:
         wanted = classes.of_all([sample.caption for sample in test.samples])
         return SizedJudge(classes, judge, accuracy(judge.read(test.images), wanted))
 
-    def _at(
+    def at(
         self,
         scale: float,
         prompts: Sequence[Sample],
         grid: tuple[int, int],
         real: References,
         judge: SizedJudge | None,
-    ) -> dict[str, Any]:
+    ) -> CurvePoint:
         """Scores of pictures at another guidance scale."""
         images, captions = self.generator.draw(prompts, scale, grid), [sample.caption for sample in prompts]
-        scores: dict[str, Any] = dict(real.scores(images, captions))
-        if judge:
-            scores |= accuracy(judge.judge.read(images), judge.classes.of_all(captions)).flat("t2i_accuracy")
-        return scores
+        right = accuracy(judge.judge.read(images), judge.classes.of_all(captions)) if judge else None
+        return CurvePoint(scale, real.scores(images, captions), right)
 
-    def _matches(
+    def matches(
         self, asked: Sequence[Pair], images: Sequence[Image.Image], prompts: Sequence[Sample]
-    ) -> dict[str, float]:
+    ) -> MatchReport | None:
         """Which caption the model finds likeliest, for real and for drawn pictures."""
-        if not asked:
-            return {}
-        corpus, report = self.corpus, self.report
-        found = match(self.model, corpus, asked, True, report).flat("match")
-        turned = [
-            replace(pair, picture=other.picture) for pair, other in zip(asked, [*asked[1:], asked[0]], strict=True)
-        ]
-        found["match_by_text_shuffled"] = match(self.model, corpus, turned, False, report).by_text.mean
         at = {(sample.shard, sample.key): image for sample, image in zip(prompts, images, strict=True)}
         names = [(pair.decoded.shard, pair.decoded.key) for pair in asked]
         drawn = [(pair, at[name]) for pair, name in zip(asked, names, strict=True) if name in at]
         if not drawn:
-            return found
-        shown = with_pictures([pair for pair, _ in drawn], [image for _, image in drawn], corpus)
-        return found | match(self.model, corpus, shown, False, report).by_text.flat("match_drawn_by_text")
+            return None
+        after = [*asked[1:], asked[0]]
+        turned = [replace(pair, picture=other.picture) for pair, other in zip(asked, after, strict=True)]
+        shown = with_pictures([pair for pair, _ in drawn], [image for _, image in drawn], self.corpus)
+        return MatchReport(
+            real=match(self.model, self.corpus, asked, True, self.report),
+            shuffled=match(self.model, self.corpus, turned, False, self.report).by_text,
+            drawn=match(self.model, self.corpus, shown, False, self.report).by_text,
+        )
 
 
 @dataclass(frozen=True)
@@ -375,31 +411,3 @@ class SizedJudge:
             self.real,
             accuracy(self.classes.of_all(written), real),
         )
-
-
-def provenance(
-    config: Config, extractor: Extractor, trainer: TrainerState, tokenizer: Tokenizer, device: torch.device
-) -> dict[str, Any]:
-    """What another person needs to repeat the scores."""
-    sample, settings = config.sample, config.eval
-    return {
-        "step": trainer.step,
-        "weights": sample.weights,
-        "solver": sample.solver,
-        "solver_steps": sample.steps,
-        "guidance_scale": sample.guidance_scale,
-        "guidance_interval": list(sample.guidance_interval),
-        "negative_prompt": sample.negative_prompt,
-        "seeds": [0, settings.samples - 1],
-        "features": settings.features,
-        "features_fingerprint": extractor.fingerprint,
-        "judge": (settings.judge or "data.train") if settings.classes else None,
-        "test": settings.test,
-        "data_fingerprint": trainer.data,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("mmgen", "torch", "transformers", "numpy", "scikit-learn")},
-        },
-        "device": str(device),
-    }

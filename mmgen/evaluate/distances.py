@@ -110,3 +110,40 @@ def within_class_variance(classes: Mapping[int, Features]) -> float:
     """Return the variance inside each class, summed over features and averaged over classes."""
     inside = [members.var(0, ddof=1).sum() for members in classes.values() if len(members) > 1]
     return float(np.mean(inside)) if inside else 0.0
+
+
+class Comparison:
+    """Features of real training and held-out pictures [n, d], and the distances of other pictures to them.
+
+    Distances use the first `n` pictures of each side, in at most `DIMENSIONS` principal components.
+    """
+
+    def __init__(self, train: Features, test: Features, n: int) -> None:
+        self.n = min(n, len(test), len(train))
+        self.train, self.test = train, test
+        self._pca = projection(train)
+        self._nearest = nearest_distance(test[: self.n], train)
+
+    def _pair(self, drawn: Features) -> tuple[Features, Features]:
+        a, b = drawn[: self.n], self.test[: self.n]
+        return (self._pca.transform(a), self._pca.transform(b)) if self._pca else (a, b)
+
+    def frechet(self, drawn: Features) -> float:
+        """Return the Fréchet distance to the held-out pictures."""
+        return frechet(*self._pair(drawn))
+
+    def frechet_unbiased(self, drawn: Features) -> float | None:
+        """Return that distance extrapolated to infinitely many pictures; None if there are too few pictures."""
+        return frechet_unbiased(*self._pair(drawn))
+
+    def kernel(self, drawn: Features) -> float:
+        """Return the kernel distance to the held-out pictures."""
+        return kernel_distance(*self._pair(drawn))
+
+    def separable(self, drawn: Features) -> float:
+        """Return the accuracy of a classifier that separates pictures from the held-out ones."""
+        return two_sample_accuracy(*self._pair(drawn))
+
+    def nearest_ratio(self, drawn: Features) -> float | None:
+        """Return the mean distance to the nearest training picture, over that of held-out ones; None if that is 0."""
+        return nearest_distance(drawn[: self.n], self.train) / self._nearest if self._nearest else None

@@ -13,15 +13,7 @@ from mmgen.config import DataConfig
 from mmgen.data.shards.pictures import open_image, open_stored
 from mmgen.data.shards.samples import BadRecord, Picture, Sample, read
 from mmgen.data.shards.store import Patterns, expand
-from mmgen.evaluate.distances import (
-    Features,
-    frechet,
-    frechet_unbiased,
-    nearest_distance,
-    projection,
-    two_sample_accuracy,
-    within_class_variance,
-)
+from mmgen.evaluate.distances import Comparison, Features, within_class_variance
 from mmgen.evaluate.judge import pixels, truth
 from mmgen.evaluate.tasks import Pixels, Task, Truth
 from mmgen.image.patch import Floats, Grid, Patcher
@@ -110,27 +102,21 @@ class Real:
     """
 
     def __init__(self, task: Task, train: Pictures, test: Pictures, n: int) -> None:
-        self.task, self.n = task, min(n, len(test.pixels), len(train.pixels))
+        self.task = task
         self.test, self.test_truth = test.pixels, test.truth
         self.size: tuple[int, int] = (test.images[0].height, test.images[0].width)
-        self.train_features, self.test_features = features(train.pixels), features(test.pixels)
-        self.pca = projection(self.train_features)
+        self._comparison = Comparison(features(train.pixels), features(test.pixels), n)
         self.digits = digits_by_class(task, train.pixels, train.truth)
         test_digits = digits_by_class(task, test.pixels, test.truth)
         self.variance = within_class_variance({k: features(v) for k, v in test_digits.items()})
-        self.nearest = nearest_distance(self.test_features[: self.n], self.train_features)
-
-    def _pair(self, pictures: Sequence[Pixels]) -> tuple[Features, Features]:
-        a, b = features(pictures[: self.n]), self.test_features[: self.n]
-        return (self.pca.transform(a), self.pca.transform(b)) if self.pca else (a, b)
 
     def frechet(self, pictures: Sequence[Pixels]) -> float:
         """Return the Fréchet distance to the held-out pictures, in at most 64 principal components of pixels."""
-        return frechet(*self._pair(pictures))
+        return self._comparison.frechet(features(pictures))
 
     def frechet_unbiased(self, pictures: Sequence[Pixels]) -> float | None:
         """Return that distance extrapolated to infinitely many pictures; None if there are too few pictures."""
-        return frechet_unbiased(*self._pair(pictures))
+        return self._comparison.frechet_unbiased(features(pictures))
 
     def separable(self, pictures: Sequence[Pixels]) -> float:
         """Return the accuracy of a classifier that separates pictures from held-out real ones.
@@ -138,7 +124,11 @@ class Real:
         Both are rounded to the 17 pixel values of the data. Otherwise a background that is off by 1 in 255, which is
         invisible, would separate every picture that was not rounded by the scanner.
         """
-        return two_sample_accuracy(*self._pair([seventeen_values(picture) for picture in pictures]))
+        return self._comparison.separable(features([seventeen_values(picture) for picture in pictures]))
+
+    def nearest_ratio(self, pictures: Sequence[Pixels]) -> float | None:
+        """Return the mean distance to the nearest training picture, over that of held-out pictures."""
+        return self._comparison.nearest_ratio(features(pictures))
 
 
 def seventeen_values(picture: Pixels) -> Pixels:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mmgen.evaluate.distances import nearest_distance, within_class_variance
+from mmgen.evaluate.distances import within_class_variance
 from mmgen.evaluate.features import Real, digits_by_class, features
 from mmgen.evaluate.judge import Judge
 from mmgen.evaluate.tasks import Pixels, Truth
@@ -65,10 +65,9 @@ def separability(drawn: Drawn) -> float:
     return drawn.real.separable(drawn.pictures)
 
 
-def nearest_ratio(drawn: Drawn) -> float:
+def nearest_ratio(drawn: Drawn) -> float | None:
     """Mean distance to the nearest training picture, over that of real held-out pictures; low values show copying."""
-    real = drawn.real
-    return nearest_distance(features(drawn.pictures[: real.n]), real.train_features) / real.nearest
+    return drawn.real.nearest_ratio(drawn.pictures)
 
 
 METRICS: dict[str, Metric] = {

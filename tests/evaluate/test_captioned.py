@@ -22,12 +22,13 @@ from mmgen.data.loader import Corpus
 from mmgen.data.shards.samples import Sample
 from mmgen.data.views import AFTER, TEXT, Views
 from mmgen.evaluate import matching
-from mmgen.evaluate.captioned import BASELINES, References, captioned, evaluate_captioned
+from mmgen.evaluate.captioned import captioned, evaluate_captioned
 from mmgen.evaluate.classes import UNKNOWN, Classes, ClassJudge, accuracy
 from mmgen.evaluate.distances import kernel_distance, spread_ratio
 from mmgen.evaluate.extractors import PixelValues, build_extractor
 from mmgen.evaluate.features import Pictures
 from mmgen.evaluate.matching import Pair, match, pairs
+from mmgen.evaluate.references import BASELINES, References
 from mmgen.evaluate.summary import ROWS, table
 from mmgen.evaluate.words import exact, f1, mean, share
 from mmgen.image.patch import PixelPatcher
