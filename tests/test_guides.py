@@ -73,7 +73,7 @@ def own_pictures(folder: Path) -> None:
     """Captioned pictures of several shapes, as a user might have them."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for i in range(60):
+    for i in range(100):
         pixels = np.full((36 + i % 3, 32, 3), 255, np.uint8)
         pixels[rng.integers(8) : 20, rng.integers(8) : 24] = (255 * (i % 2), 0, 255 * (1 - i % 2))
         Image.fromarray(pixels).save(folder / f"{i:02d}.png")
