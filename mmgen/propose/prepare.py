@@ -37,7 +37,7 @@ from mmgen.propose.settings import (
 
 LOOKED_AT = 2_000
 """Largest number of samples that are looked at."""
-FEWEST = 50
+FEWEST = 100
 """Fewest samples with which a run is prepared."""
 
 
@@ -54,7 +54,8 @@ class HeldOut:
         return max(min(self.share, self.most / count), self.least / count)
 
 
-VALIDATION, TEST = HeldOut(0.05, 10, 500), HeldOut(0.1, 15, 1_000)
+# A hash draws the splits: with an expected 25, fewer than the 10 that scores need are very unlikely.
+VALIDATION, TEST = HeldOut(0.05, 15, 500), HeldOut(0.1, 25, 1_000)
 
 
 @dataclass(frozen=True)
